@@ -1,0 +1,53 @@
+# The targets of Threefold. Overrides for any of them go into ARGS, for example: make ppo ARGS="ppo.kl_coef=0.1"
+PYTHON ?= python3
+VENV ?= .venv
+THREEFOLD = $(VENV)/bin/threefold
+STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo $(STAGES) report status test test-all lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+# torch comes first: on a machine without a GPU the constraints file then keeps its CPU build
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+install: $(VENV)/.installed ## create .venv and install the pinned packages
+
+demo: install ## run the whole chain on the embedded conversations (about 8 minutes on two cores)
+	$(THREEFOLD) run experiment=demo $(ARGS)
+
+tokenizer: install ## train the tokenizer
+pretrain: install ## pretrain the base model
+sft: install ## fine-tune the base model on replies
+comparisons: install ## sample pairs of replies and label them
+reward: install ## train the reward model
+dpo: install ## train with DPO
+ppo: install ## train with PPO
+evaluate: install ## compare the models on held-out prompts
+$(STAGES):
+	$(THREEFOLD) run target=$@ $(ARGS)
+
+report: install ## write the report of a run again from its folder
+	$(THREEFOLD) report $(ARGS)
+
+status: install ## show which stages are fresh, stale or running, and why
+	$(THREEFOLD) status $(ARGS)
+
+test: install ## run the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-all: install ## run the tests and the slow proofs
+	$(VENV)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: install ## check style
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean: ## remove caches and builds; runs/ stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
