@@ -1,0 +1,105 @@
+"""Artifacts: folders named after a fingerprint, that appear whole or not at all.
+
+    runs/artifacts/<stage>-<fingerprint>/       a finished artifact
+    runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
+    runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
+    runs/<run>/<stage>                          a link to the artifact that the run uses
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of `parts` as canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Artifact:
+    """The place of one stage's result in the store below `runs`."""
+
+    def __init__(self, runs: Path, stage: str, fingerprint: str):
+        self.stage, self.fingerprint = stage, fingerprint
+        self.folder = runs / "artifacts" / f"{stage}-{fingerprint}"
+        self.work = self.folder.with_name(f"{self.folder.name}.work")
+        self.out = self.work / "out"
+        self.checkpoints = self.work / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artifact is there; it is whole if it is."""
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is making it now."""
+        lock = self.lock()
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def failure(self) -> str | None:
+        """The error line of the last attempt, if it failed."""
+        file = self.work / "failed.txt"
+        return file.read_text().strip() if file.is_file() else None
+
+    def lock(self) -> FileLock:
+        """The lock that its maker holds; the system releases it when the process ends, however it ends."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{self.folder}.lock")
+
+    def open(self) -> None:
+        """Make the work folders, keeping what an interrupted attempt left in them."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        (self.work / "failed.txt").unlink(missing_ok=True)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, move `out` to its final name in one step, and drop the work folder."""
+        write_json(self.out / "manifest.json", manifest)
+        os.replace(self.out, self.folder)
+        shutil.rmtree(self.work)
+
+    def link_into(self, run: Path) -> None:
+        """Point `run`/<stage> at this artifact, replacing an older link in one step."""
+        run.mkdir(parents=True, exist_ok=True)
+        link, fresh = run / self.stage, run / f".{self.stage}.{os.getpid()}"
+        fresh.symlink_to(os.path.relpath(self.folder, run))
+        os.replace(fresh, link)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write `content` as JSON so that `file` is never seen half-written."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(fresh, file)
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(file.read_text())
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The rows of a JSON-lines file; empty when there is none."""
+    if not file.is_file():
+        return []
+    with file.open() as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_lines(file: Path, rows: list[Any]) -> None:
+    """Write `rows` as JSON lines so that `file` is never seen half-written."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    with fresh.open("w") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(fresh, file)

@@ -1,0 +1,175 @@
+"""The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
+
+import importlib
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.artifact import Artifact, fingerprint_of, read_json
+from pipeline.errors import UserError
+from pipeline.sources import checkpoint_digest, function_digest, source_parts
+from stages import STAGES, depending_on, needed_by
+
+
+@dataclass
+class Planned:
+    """One stage under one configuration: `parts` is everything its fingerprint covers."""
+
+    stage: str
+    parts: dict[str, Any]
+    artifact: Artifact
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint, 12 hexadecimal digits."""
+        return self.artifact.fingerprint
+
+
+def plan(config: DictConfig, names: list[str] | None = None) -> dict[str, Planned]:
+    """The stages `names` (default all; parents before children) with fingerprints; reads data files, runs nothing."""
+    planned: dict[str, Planned] = {}
+    for name in names or list(STAGES):
+        parts = fingerprint_parts(config, name)
+        parts |= {f"parent.{parent}": planned[parent].fingerprint for parent in STAGES[name].parents}
+        planned[name] = Planned(name, parts, Artifact(Path(config.runs), name, fingerprint_of(parts)))
+    return planned
+
+
+def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
+    """Everything but the parents that can change the result of stage `name`, as flat dotted keys."""
+    stage = STAGES[name]
+    parts: dict[str, Any] = {"version": stage.version}
+    for key in stage.keys:
+        parts |= _flatten(key, OmegaConf.select(config, key))
+    for key in stage.sources:
+        source = OmegaConf.select(config, key)
+        found = None if source is None else source_parts(source)
+        parts |= _flatten(key, OmegaConf.create(found) if found else None)
+    for key in stage.functions:
+        parts[f"{key}.source"] = function_digest(OmegaConf.select(config, key).function)
+    checkpoint = parts.get("model.checkpoint")
+    if checkpoint and Path(checkpoint).is_dir():
+        parts["model.checkpoint"] = checkpoint_digest(Path(checkpoint))
+    return parts
+
+
+def view(config: DictConfig, name: str) -> DictConfig:
+    """The configuration that stage `name` may see: what its fingerprint covers, plus runtime and tracker.
+
+    Reading any other key raises, so no stage can depend on a key that its fingerprint leaves out.
+    """
+    stage = STAGES[name]
+    seen = OmegaConf.create({})
+    for key in (*stage.keys, *stage.sources, "runtime", "tracker", "run"):
+        OmegaConf.update(seen, key, OmegaConf.select(config, key), force_add=True)
+    OmegaConf.set_struct(seen, True)
+    OmegaConf.set_readonly(seen, True)
+    return seen
+
+
+def status(config: DictConfig) -> list[dict[str, Any]]:
+    """A row for each stage: its state, the reason, fingerprint, time of making and main metric."""
+    run = Path(config.runs) / config.run
+    return [_status_row(planned, run) for planned in plan(config).values()]
+
+
+def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
+    artifact, link = planned.artifact, run / planned.stage
+    row = {"stage": planned.stage, "fingerprint": planned.fingerprint, "reason": "", "made": "", "metric": ""}
+    if artifact.finished:
+        manifest = read_json(artifact.folder / "manifest.json")
+        metric = STAGES[planned.stage].metric
+        value = read_json(artifact.folder / "metrics.json").get(metric)
+        return row | {"state": "fresh", "made": manifest["created"], "metric": f"{metric} {value:.4g}" if value else ""}
+    if artifact.running:
+        return row | {"state": "running"}
+    if artifact.failure:
+        return row | {"state": "failed", "reason": artifact.failure}
+    if artifact.work.is_dir():
+        return row | {"state": "interrupted", "reason": "continues from its last checkpoint"}
+    if (link / "manifest.json").is_file():
+        return row | {"state": "stale", "reason": stale_reason(read_json(link / "manifest.json"), planned)}
+    return row | {"state": "missing"}
+
+
+def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
+    """The keys in which `planned` differs from the artifact that `manifest` describes."""
+    old, new = manifest["parts"], planned.parts
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    own = [f"{key} {_short(old.get(key))} → {_short(new.get(key))}" for key in changed if not key.startswith("parent.")]
+    return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
+
+
+def bring_up_to_date(config: DictConfig) -> list[str]:
+    """Make what `config.target` (or the whole chain) needs and lacks; returns the stages that ran.
+
+    Raises `UserError` for bad input; an unexpected error in a stage is written to its work folder and raised again.
+    """
+    if config.target is not None and config.target not in STAGES:
+        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
+    run = Path(config.runs) / config.run
+    wanted = needed_by(config.target) if config.target else list(STAGES)
+    if config.target and config.dependents:
+        made = [name for name in depending_on(config.target) if (run / name).exists()]
+        wanted = [name for name in STAGES if any(name in needed_by(w) for w in [*wanted, *made])]
+    planned, ran = plan(config, wanted), []
+    for entry in planned.values():
+        if not entry.artifact.finished and make(config, entry, planned):
+            ran.append(entry.stage)
+        entry.artifact.link_into(run)
+    return ran
+
+
+def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> bool:
+    """Make one artifact under its lock; False when another process made it while this one waited."""
+    from pipeline.job import Job
+
+    artifact = entry.artifact
+    lock = artifact.lock()
+    if artifact.running:
+        print(f"{entry.stage}: another process is making it; waiting for that", flush=True)
+    with lock:
+        if artifact.finished:
+            return False
+        artifact.open()
+        inputs = {parent: planned[parent].artifact.folder for parent in STAGES[entry.stage].parents}
+        job = Job(entry.stage, view(config, entry.stage), inputs, artifact.out, artifact.checkpoints)
+        try:
+            _run(job, entry)
+        except Exception as error:
+            (artifact.work / "failed.txt").write_text(f"{error or type(error).__name__}".splitlines()[0] + "\n")
+            (artifact.work / "traceback.txt").write_text(traceback.format_exc())
+            raise
+        finally:
+            job.close()
+    return True
+
+
+def _run(job: Any, entry: Planned) -> None:
+    started = time.time()
+    job.start()
+    metrics = importlib.import_module(f"stages.{entry.stage}").run(job)
+    manifest = {
+        "stage": entry.stage,
+        "fingerprint": entry.fingerprint,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
+        "parts": entry.parts,
+        "parents": {key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")},
+    }
+    manifest |= job.finish(metrics, fingerprint=entry.fingerprint)
+    entry.artifact.finish(manifest)
+
+
+def _flatten(key: str, value: Any) -> dict[str, Any]:
+    if OmegaConf.is_dict(value):
+        return {k: v for name in value for k, v in _flatten(f"{key}.{name}", value[name]).items()}
+    return {key: OmegaConf.to_container(value) if OmegaConf.is_list(value) else value}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"

@@ -1,0 +1,94 @@
+"""The command line: `threefold COMMAND [overrides]`. It answers help, status and mistakes without importing torch."""
+
+import argparse
+import sys
+
+from pipeline.errors import UserError, nearest
+
+COMMANDS = {
+    "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
+    "status": "show each stage: fresh, stale and why, running, failed",
+    "report": "write summary.json and report.html of a run again from its folder",
+    "config": "print the composed configuration",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with status 2 after one line on bad input, 130 when interrupted."""
+    try:
+        command, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        globals()[f"_{command}"](overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str]]:
+    commands = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="threefold",
+        usage="threefold COMMAND [KEY=VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Pretrain, fine-tune and align a language model.\n\ncommands:\n{commands}",
+        epilog="Overrides use Hydra's syntax: threefold run target=ppo ppo.kl_coef=0.1 experiment=demo\n"
+        "Every key with its meaning is in conf/; `threefold config` prints them with their values.",
+    )
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
+    if known.command is None:
+        parser.print_help()
+        sys.exit(0)
+    if known.command not in COMMANDS:
+        raise UserError(f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    return known.command, known.overrides
+
+
+def _run(overrides: list[str]) -> None:
+    from pipeline.chain import bring_up_to_date
+    from pipeline.config import compose
+    from pipeline.report import print_table, write_report
+
+    config = compose(overrides)
+    ran = bring_up_to_date(config)
+    if not ran:
+        print("nothing to do: every stage is fresh")
+    folder = write_report(config)
+    print_table(folder)
+
+
+def _status(overrides: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline.chain import status
+    from pipeline.config import compose
+
+    table = Table("stage", "state", "reason", "fingerprint", "made", "main metric", box=None, header_style="bold")
+    for row in status(compose(overrides)):
+        table.add_row(row["stage"], row["state"], row["reason"], row["fingerprint"], row["made"], row["metric"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _report(overrides: list[str]) -> None:
+    from pipeline.config import compose
+    from pipeline.report import print_table, write_report
+
+    print_table(write_report(compose(overrides)))
+
+
+def _config(overrides: list[str]) -> None:
+    from omegaconf import OmegaConf
+
+    from pipeline.config import compose
+
+    print(OmegaConf.to_yaml(compose(overrides)), end="")
+
+
+if __name__ == "__main__":
+    main()

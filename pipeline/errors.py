@@ -1,0 +1,14 @@
+"""The one error that people see: what is wrong, where, and what to do, on one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input or configuration. The command line prints its message on one line and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt `name`, as " (nearest: ppo.kl_coef)", or the empty string."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {found[0]})" if found else ""

@@ -1,0 +1,92 @@
+"""Where data and code come from, and digests of their content for fingerprints. Imports nothing heavy."""
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+
+
+def is_package(path: str) -> bool:
+    """Whether `path` names a file inside an installed package, package:MODULE/FILE."""
+    return path.startswith("package:")
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is a file or folder here, rather than a name on the hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def package_file(path: str) -> Path:
+    """The file behind package:MODULE/FILE. Raises `UserError` when the package or file is missing."""
+    module, _, name = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the package {module} is not installed")
+    file = Path(spec.submodule_search_locations[0]) / name
+    if not file.is_file():
+        raise UserError(f"{path}: the package {module} has no file {name}")
+    return file
+
+
+def local_files(path: str, pattern: str | None = None) -> list[Path]:
+    """The data files of a local source: the file itself, or those in the folder that match `pattern`, sorted."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
+    found = sorted(root.glob(pattern)) if pattern else sorted(root.iterdir())
+    found = [f for f in found if f.is_file() and f.name.removesuffix(".gz").endswith(SUFFIXES)]
+    if not found:
+        raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
+    return found
+
+
+def source_parts(source: Any) -> dict[str, Any]:
+    """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
+
+    The path of a local file is no part of it: the same content elsewhere is the same data.
+    """
+    parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
+    if is_package(source.path):
+        return parts | {"content": file_digest(package_file(source.path))}
+    if is_local(source.path):
+        patterns = source.splits.values() or [None]
+        files = sorted({f for pattern in patterns for f in local_files(source.path, pattern)})
+        return parts | {"content": [file_digest(f) for f in files]}
+    return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+
+
+def function_digest(path: str) -> str:
+    """Digest of the source code of the module behind `module:function`."""
+    return file_digest(function_file(path))
+
+
+def function_file(path: str) -> Path:
+    """The source file of `module:function`. Raises `UserError` when there is none."""
+    module, _, name = path.partition(":")
+    try:
+        spec = importlib.util.find_spec(module) if module and name else None
+    except ImportError:
+        spec = None
+    if spec is None or not spec.origin:
+        raise UserError(f"{path}: no such reward function; write it as module:function of an importable module")
+    return Path(spec.origin)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Digest of a local model folder: names and contents of its files."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return hashlib.sha256("".join(f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files).encode()).hexdigest()
+
+
+@functools.cache
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
