@@ -84,6 +84,7 @@ class DialogueConfig:
     """How prompts and replies are cut out of conversations."""
 
     context_turns: int = number(1)
+    prompt_max_chars: int = number(1)
     reply_min_chars: int = number(1)
     reply_max_chars: int = number(1)
 

@@ -90,9 +90,12 @@ class Job:
 
 def quiet_libraries() -> None:
     """Warnings of libraries at their default level would drown the stage's own lines; errors still show."""
+    import warnings
+
     import datasets
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()

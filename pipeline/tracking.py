@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class WandbRun:
 
         identity = folder / "wandb-id.txt"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         place = folder.parent.parent / "wandb"
         place.mkdir(exist_ok=True)
         return wandb.init(

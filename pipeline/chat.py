@@ -1,0 +1,71 @@
+"""Prompts and replies as tokens: one way of rendering for training, sampling and scoring."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.formats import Message
+
+PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+SPECIAL_TOKENS = [PAD, BOS, *ROLES.values(), END]
+
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def load_tokenizer(folder: Path | str, **options: Any) -> Any:
+    """The tokenizer of a model folder or hub name; its pad token differs from its end token."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
+    """Token ids of a prompt up to and including the mark that opens the reply; exactly one BOS.
+
+    Special tokens written out in a message are removed from it: text cannot open or close a turn.
+    """
+    clean = [message | {"content": _without_special(tokenizer, message["content"])} for message in prompt]
+    rendered = tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def reply_ids(tokenizer: Any, reply: str) -> list[int]:
+    """Token ids of a reply with the end-of-turn token; tokenised apart from the prompt, so no merge crosses over."""
+    return [*tokenizer.encode(_without_special(tokenizer, reply), add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def _without_special(tokenizer: Any, text: str) -> str:
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
+
+
+def reply_text(tokenizer: Any, ids: list[int]) -> str:
+    """The text of a sampled reply, up to its end-of-turn token."""
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Digest of vocabulary, merges, special tokens and chat template: models with one hash speak the same language."""
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or "", str(tokenizer.special_tokens_map)]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+
+
+def require_same_template(folders: dict[str, Path]) -> Any:
+    """The tokenizer that all `folders` share. Raises `UserError` naming two that differ."""
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    (first, tokenizer), *others = tokenizers.items()
+    for name, other in others:
+        if template_hash(other) != template_hash(tokenizer):
+            raise UserError(f"{name} and {first} differ in tokenizer or chat template; train both from one tokenizer")
+    return tokenizer

@@ -1,0 +1,94 @@
+"""Log-probabilities, scores and bits per byte of token sequences. B: batch, P: prompt, R: reply, T: tokens, V: vocabulary."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def left_padded(sequences: list[list[int]], pad: int, device: str) -> tuple[Tensor, Tensor]:
+    """Sequences as [B, T] with padding on the left, and the attention mask [B, T]."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=device)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
+
+
+def right_padded(sequences: list[list[int]], pad: int, device: str, length: int = 0) -> tuple[Tensor, Tensor]:
+    """Sequences as [B, T] with padding on the right (T at least `length`), and the mask of real tokens [B, T]."""
+    longest = max(length, *map(len, sequences))
+    ids = torch.tensor([s + [pad] * (longest - len(s)) for s in sequences], device=device)
+    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=device)
+    return ids, mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [B, T] that count real tokens only, whichever side the padding is on."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
+    """Logits [B, R, V] that predict each reply token; prompts are left-padded [B, P], replies right-padded [B, R]."""
+    ids, mask = torch.cat([prompt, reply], 1), torch.cat([prompt_mask, reply_mask], 1)
+    states = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+    ).last_hidden_state
+    return model.get_output_embeddings()(states[:, prompt.size(1) - 1 : -1]).float()
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probability [B, R] of each token of `ids` [B, R] under `logits` [B, R, V] at `temperature`."""
+    return -F.cross_entropy((logits / temperature).transpose(1, 2), ids, reduction="none")
+
+
+@torch.no_grad()
+def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128) -> list[float]:
+    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    found = [0.0] * len(sequences)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = right_padded([sequences[i] for i in chosen], pad, model.device)
+        for i, score in zip(chosen, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True):
+            found[i] = score
+    return found
+
+
+@torch.no_grad()
+def reply_nats(model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64) -> float:
+    """Total negative log-likelihood, in nats, of replies given their prompts, at temperature 1."""
+    total = 0.0
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        prompt, prompt_mask = left_padded([p for p, _ in batch], pad, model.device)
+        reply, reply_mask = right_padded([r for _, r in batch], pad, model.device)
+        logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
+        total -= (logprobs * reply_mask).sum().item()
+    return total
+
+
+@torch.no_grad()
+def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64) -> float:
+    """Total negative log-likelihood, in nats, of tokenised texts, each after its first token.
+
+    Windows of `context` tokens overlap by half, and each token counts once, with at least half a window before it
+    (but for a text's start).
+    """
+    stride = context // 2
+    windows = [(ids[s : s + context], s) for ids in texts for s in range(0, max(1, len(ids) - stride), stride)]
+    windows.sort(key=lambda window: len(window[0]))
+    total = 0.0
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        inputs, mask = right_padded([ids for ids, _ in batch], 0, model.device)
+        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
+        nats = -log_probabilities(logits.float(), inputs[:, 1:], 1.0) * mask[:, 1:]
+        total += sum(row[stride - 1 if start else 0 :].sum().item() for row, (_, start) in zip(nats, batch, strict=True))
+    return total
+
+
+def bits_per_byte(nats: float, texts: list[str]) -> float:
+    """Nats over all `texts` as bits per UTF-8 byte."""
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)

@@ -1,0 +1,92 @@
+"""Muon for hidden matrices with AdamW for everything else, as one optimiser.
+
+`torch.optim.Muon` orthogonalises in bf16 one matrix at a time; without bf16 instructions that halves the speed of
+training. Here matrices of one shape are orthogonalised together, in fp32 where the device has no fast bf16.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+QUINTIC = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+
+
+def orthogonalise(updates: Tensor) -> Tensor:
+    """Matrices [N, rows, columns] with their singular values moved to about 1, in the dtype given."""
+    a, b, c = QUINTIC
+    tall = updates.size(-2) > updates.size(-1)
+    x = updates.mT if tall else updates
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on the matrices of the blocks, AdamW on embeddings, output layer, norms and biases.
+
+    Both learning rates are scaled by the same schedule. Muon: Nesterov momentum 0.95, updates scaled by
+    sqrt(max(1, rows / columns)). AdamW: betas (0.8, 0.95), eps 1e-10, no weight decay (nanochat's values).
+    """
+
+    def __init__(self, model: nn.Module, matrix_lr: float, lr: float, bf16: bool):
+        matrices, others = split_parameters(model)
+        muon = {"params": matrices, "lr": matrix_lr, "muon": True}
+        adamw = {"params": others, "lr": lr, "muon": False}
+        super().__init__([muon, adamw], {})
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(parameters, group["lr"])
+            else:
+                self._adamw(parameters, group["lr"])
+
+    def _muon(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        by_shape = defaultdict(list)
+        for p in parameters:
+            by_shape[p.shape].append(p)
+        for shape, members in by_shape.items():
+            updates = torch.stack([self._nesterov(p, momentum) for p in members])
+            updates = orthogonalise(updates.to(self.dtype)).to(members[0].dtype)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for p, update in zip(members, updates, strict=True):
+                p.add_(update, alpha=-lr * scale)
+
+    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum"], momentum)
+
+    def _adamw(self, parameters: list[Tensor], lr: float) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p].update(zeros, step=torch.zeros((), device=p.device))
+        states = [self.state[p] for p in parameters]
+        torch.optim._functional.adamw(
+            parameters, [p.grad for p in parameters],
+            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            fused=True, amsgrad=False, beta1=0.8, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-10, maximize=False,
+        )  # fmt: skip
+
+
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices inside the blocks, and all other parameters (embeddings, output layer, norms, biases)."""
+    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+    positions = {id(p) for name, p in model.named_parameters() if "wpe" in name}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = [p.ndim == 2 and id(p) not in outer | positions for p in trained]
+    matrices = [p for p, m in zip(trained, inner, strict=True) if m]
+    return matrices, [p for p, m in zip(trained, inner, strict=True) if not m]

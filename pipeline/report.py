@@ -1,0 +1,2 @@
+def write_report(c): return None
+def print_table(f): pass

@@ -1,0 +1,100 @@
+"""What the stages that use a Trainer share: its arguments, its reports, and continuing after a kill."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline.errors import UserError
+from pipeline.job import Job
+
+COMPLETE = "complete"  # file that marks a checkpoint as wholly written
+
+
+def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any]:
+    """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows over all devices."""
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = min(job.config.runtime.micro_batch_size or batch_size, batch_size // devices)
+    if micro == 0 or batch_size % (micro * devices):
+        raise UserError(
+            f"{job.stage}.batch_size={batch_size}: not a multiple of {devices} devices × "
+            f"runtime.micro_batch_size={job.config.runtime.micro_batch_size}"
+        )
+    return {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch_size // (micro * devices),
+        "max_steps": steps,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": job.device.type == "cpu",
+        "bf16": job.device.bf16,
+        "logging_steps": job.config.runtime.log_every,
+        "save_strategy": "steps",
+        "save_steps": max(1, steps // (job.config.runtime.checkpoints + 1)),
+        "save_total_limit": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": job.device.type == "cuda",
+    }
+
+
+def linear_schedule(learning_rate: float, warmup: float, steps: int) -> dict[str, Any]:
+    """Arguments for a learning rate that rises over a share `warmup` of the steps and falls linearly to zero."""
+    return {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(warmup * steps),
+        "weight_decay": 0.0,
+    }
+
+
+def train(trainer: Trainer, job: Job, per_step: int, unit: str) -> None:
+    """Train to the end, from the last complete checkpoint if there is one; `per_step` `unit`s per optimiser step."""
+    last = last_checkpoint(job.checkpoints)
+    step = int(last.rsplit("-", 1)[1]) if last else 0
+    if last:
+        job.say(f"continues from step {step:,} of {trainer.args.max_steps:,}")
+    job.steps.rewind(step)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Reports(job, per_step, unit, step))
+    trainer.train(resume_from_checkpoint=last)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint below `folder`; incomplete ones are removed."""
+    while (last := get_last_checkpoint(str(folder))) and not (Path(last) / COMPLETE).exists():
+        shutil.rmtree(last)
+    return last
+
+
+class Reports(TrainerCallback):
+    """Passes a Trainer's metrics and progress to the job, and marks its checkpoints as complete."""
+
+    def __init__(self, job: Job, per_step: int, unit: str, step: int):
+        self.job, self.per_step, self.unit, self.first = job, per_step, unit, step
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the progress bar."""
+        self.bar = self.job.progress(state.max_steps * self.per_step, self.unit, self.first * self.per_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Advance the progress bar."""
+        self.bar.update(self.per_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Record the metrics of a step; the Trainer's own closing summary is left out."""
+        if logs and "train_runtime" not in logs:
+            self.job.log(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint that was just written."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the progress bar."""
+        self.bar.close()

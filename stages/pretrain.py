@@ -1,0 +1,107 @@
+"""Stage `pretrain`: a base model by next-token prediction on packed text, measured in held-out bits per byte."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, get_wsd_schedule
+
+from pipeline import baselines, chat, data, likelihood, models, training
+from pipeline.job import Job
+from pipeline.muon import MuonAdamW
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the model (or take the checkpoint), save it, and compare it with n-grams and compressors."""
+    config = job.config.pretrain
+    tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
+    train_texts, test_texts = (data.texts(data.load(job.config.data.text, split).rows) for split in ("train", "test"))
+    model = start(job, tokenizer)
+    steps = config.tokens // (config.batch_size * config.context)
+    if steps:
+        rows = PackedRows(packed(train_texts, tokenizer, job.checkpoints / "tokens.bin"), config.context)
+        job.announce(
+            f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
+        )
+        fit(job, model, rows, steps)
+    models.save(model, tokenizer, job.out)
+    metrics = held_out_metrics(job, model.eval(), tokenizer, test_texts)
+    metrics["baselines"] = baselines.text_baselines(train_texts, measured_texts(test_texts, tokenizer, config.eval_tokens))
+    return metrics | {"parameters": sum(p.numel() for p in model.parameters()), "train_tokens": steps * config.batch_size * config.context}
+
+
+def start(job: Job, tokenizer: Any) -> torch.nn.Module:
+    """The model before training: new, or the checkpoint of the configuration."""
+    if job.config.model.checkpoint:
+        return models.from_checkpoint(job.config.model, tokenizer)
+    return models.from_scratch(job.config.model, tokenizer, job.config.pretrain.seed)
+
+
+def packed(texts: list[str], tokenizer: Any, file: Path) -> np.ndarray:
+    """All texts as one stream of tokens, a BOS before each, in a memory-mapped file [tokens]."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    if not file.exists():
+        fresh = file.with_suffix(".part")
+        with fresh.open("wb") as stream:
+            for start in range(0, len(texts), 1000):
+                for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
+                    np.array([document_start(tokenizer), *ids], dtype=dtype).tofile(stream)
+        fresh.replace(file)
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token between documents: BOS, or the end token for tokenizers without one."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+class PackedRows(Dataset):
+    """Rows of `context` tokens cut one after the other from a token stream."""
+
+    def __init__(self, stream: np.ndarray, context: int):
+        self.stream, self.context = stream, context
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.context
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.stream[i * self.context : (i + 1) * self.context].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> None:
+    """Optimise with Muon and AdamW under a warm-up, stable, decay schedule."""
+    config = job.config.pretrain
+    optimizer = MuonAdamW(model, config.matrix_learning_rate, config.learning_rate, job.device.bf16)
+    schedule = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=round(config.warmup * steps),
+        num_decay_steps=round(config.decay * steps),
+        num_training_steps=steps,
+        decay_type="linear",
+    )
+    shared = training.arguments(job, config.batch_size, steps, config.seed)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**shared, max_grad_norm=config.max_grad_norm),
+        train_dataset=rows,
+        optimizers=(optimizer, schedule),
+    )
+    training.train(trainer, job, config.batch_size * config.context, "tokens")
+
+
+def measured_texts(texts: list[str], tokenizer: Any, tokens: int) -> list[str]:
+    """The first held-out texts, together at most about `tokens` tokens."""
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return texts[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens)))]
+
+
+def held_out_metrics(job: Job, model: torch.nn.Module, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """Bits per byte on held-out texts; each text is measured by itself, after its BOS."""
+    texts = measured_texts(texts, tokenizer, job.config.pretrain.eval_tokens)
+    context = min(job.config.pretrain.context, model.config.max_position_embeddings)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], context)
+    return {"bits_per_byte": likelihood.bits_per_byte(nats, texts), "eval_bytes": sum(len(t.encode()) for t in texts)}

@@ -1,0 +1,75 @@
+"""Stage `sft`: supervised fine-tuning on replies with TRL's SFTTrainer; loss on the reply and its end token only."""
+
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import chat, data, likelihood, models, sampling, training
+from pipeline.data import Example
+from pipeline.job import Job
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Fine-tune the base model, and measure reply bits per byte before and after, and how often samples end."""
+    config, source, dialogue = job.config.sft, job.config.data.replies, job.config.data.dialogue
+    tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
+    model = models.load_policy(job.inputs["pretrain"])
+    train = data.draw(data.examples(source, "train", dialogue), config.examples, config.seed)
+    held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
+    before = reply_bits_per_byte(model, tokenizer, held_out, config.max_length)
+    rows = [row for row in (tokenised(tokenizer, example) for example in train) if len(row["input_ids"]) <= config.max_length]
+    too_long = len(train) - len(rows)
+    steps = max(1, config.epochs * len(rows) // config.batch_size)
+    tokens = config.epochs * sum(len(row["input_ids"]) for row in rows)
+    job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
+    job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
+    fit(job, model, tokenizer, rows, steps)
+    models.save(model, tokenizer, job.out)
+    model = models.load_policy(job.out, job.device.type)
+    return {
+        "reply_bits_per_byte": reply_bits_per_byte(model, tokenizer, held_out, config.max_length),
+        "reply_bits_per_byte_base": before,
+        "ended_share": ended_share(job, model, tokenizer, held_out),
+        "examples": len(rows),
+        "dropped_too_long": too_long,
+        "template_hash": chat.template_hash(tokenizer),
+        "unusable": data.load(source, "train").unusable,
+    }
+
+
+def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
+    """A training row: the prompt's labels are -100, the reply's and its end token's are themselves."""
+    prompt, reply = chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply)
+    return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+
+
+def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> None:
+    """Train with TRL on rows that are already tokenised, so that TRL neither truncates nor renders them."""
+    config = job.config.sft
+    arguments = SFTConfig(
+        **training.arguments(job, config.batch_size, steps, config.seed),
+        **training.linear_schedule(config.learning_rate, config.warmup, steps),
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        train_sampling_strategy="group_by_length",
+    )
+    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    training.train(trainer, job, config.batch_size, "examples")
+
+
+def reply_bits_per_byte(model: Any, tokenizer: Any, examples: list[Example], max_length: int) -> float:
+    """Held-out bits per byte of people's replies given their rendered prompts; the end token's bits count as well."""
+    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
+    kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= max_length]
+    nats = likelihood.reply_nats(model, [pairs[i] for i in kept], tokenizer.pad_token_id)
+    return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
+
+
+def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
+    """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    generator = sampling.seeded(job.config.sft.seed, model.device)
+    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, generator)
+    return sum(reply.ended for reply in replies) / len(replies)
