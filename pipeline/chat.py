@@ -32,14 +32,18 @@ def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
 
     Special tokens written out in a message are removed from it: text cannot open or close a turn.
     """
-    clean = [message | {"content": _without_special(tokenizer, message["content"])} for message in prompt]
-    rendered = tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template(without_special(tokenizer, prompt), add_generation_prompt=True, tokenize=False)
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 
 def reply_ids(tokenizer: Any, reply: str) -> list[int]:
     """Token ids of a reply with the end-of-turn token; tokenised apart from the prompt, so no merge crosses over."""
     return [*tokenizer.encode(_without_special(tokenizer, reply), add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
+    """The messages with special tokens removed from what they say."""
+    return [message | {"content": _without_special(tokenizer, message["content"])} for message in messages]
 
 
 def _without_special(tokenizer: Any, text: str) -> str:

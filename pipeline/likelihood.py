@@ -56,17 +56,17 @@ def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: i
 
 
 @torch.no_grad()
-def reply_nats(model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64) -> float:
-    """Total negative log-likelihood, in nats, of replies given their prompts, at temperature 1."""
-    total = 0.0
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        prompt, prompt_mask = left_padded([p for p, _ in batch], pad, model.device)
-        reply, reply_mask = right_padded([r for _, r in batch], pad, model.device)
+def replies_logprobs(model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64) -> Tensor:
+    """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    found = torch.zeros(len(pairs))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        prompt, prompt_mask = left_padded([pairs[i][0] for i in batch], pad, model.device)
+        reply, reply_mask = right_padded([pairs[i][1] for i in batch], pad, model.device)
         logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
-        total -= (logprobs * reply_mask).sum().item()
-    return total
+        found[batch] = (logprobs * reply_mask).sum(1).cpu()
+    return found
 
 
 @torch.no_grad()

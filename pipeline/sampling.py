@@ -24,11 +24,14 @@ class Reply:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator) -> list[Reply]:
+def sample(
+    model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator, bar: Any = None
+) -> list[Reply]:
     """One reply to each prompt (token ids), in the order of the prompts.
 
     Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and the log-probabilities
-    are taken from that same distribution. Prompts are batched by length, so that batches hold little padding.
+    are taken from that same distribution. Prompts are batched by length, so that batches hold little padding. `bar` is a
+    progress bar that counts samples.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[Reply | None] = [None] * len(prompts)
@@ -37,10 +40,16 @@ def sample(model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tok
         drawn = _sample_batch(model, [prompts[i] for i in batch], sampling, tokenizer, generator)
         for i, reply in zip(batch, drawn, strict=True):
             replies[i] = reply
+        if bar is not None:
+            bar.update(len(batch))
+    if bar is not None:
+        bar.close()
     return replies
 
 
-def _sample_batch(model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator) -> list[Reply]:
+def _sample_batch(
+    model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator
+) -> list[Reply]:
     replies = [Reply([], [], False) for _ in prompts]
     alive = list(range(len(prompts)))
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)

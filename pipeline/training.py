@@ -32,7 +32,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any
         "data_seed": seed,
         "use_cpu": job.device.type == "cpu",
         "bf16": job.device.bf16,
-        "logging_steps": job.config.runtime.log_every,
+        "logging_steps": min(job.config.runtime.log_every, steps),
         "save_strategy": "steps",
         "save_steps": max(1, steps // (job.config.runtime.checkpoints + 1)),
         "save_total_limit": 2,
@@ -40,6 +40,12 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any
         "disable_tqdm": True,
         "dataloader_pin_memory": job.device.type == "cuda",
     }
+
+
+def require_rows(job: Job, train: list[Any], test: list[Any]) -> None:
+    """Refuse to start a stage whose rows were all dropped for their length."""
+    if not train or not test:
+        raise UserError(f"{job.stage}: no training or no held-out pair fits; raise {job.stage}.max_length")
 
 
 def linear_schedule(learning_rate: float, warmup: float, steps: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def reply_bits_per_byte(model: Any, tokenizer: Any, examples: list[Example], max
     """Held-out bits per byte of people's replies given their rendered prompts; the end token's bits count as well."""
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
     kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= max_length]
-    nats = likelihood.reply_nats(model, [pairs[i] for i in kept], tokenizer.pad_token_id)
+    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id).sum().item()
     return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
 
 

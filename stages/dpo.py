@@ -1,0 +1,88 @@
+"""Stage `dpo`: direct preference optimisation of the SFT model with TRL's DPOTrainer."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+from trl import DPOConfig, DPOTrainer
+
+from pipeline import chat, likelihood, models, preferences, statistics, training
+from pipeline.job import Job
+from pipeline.preferences import Pair
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train against cached reference log-probabilities, and measure the change of held-out log-probabilities."""
+    config = job.config.dpo
+    tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
+    rows, pairs = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "train.jsonl"), config.max_length)
+    test_rows, _ = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "test.jsonl"), config.max_length)
+    training.require_rows(job, rows, test_rows)
+    model = models.load_policy(job.inputs["sft"])
+    steps = max(1, config.epochs * len(rows) // config.batch_size)
+    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    flops = (6 * config.epochs + 2) * models.parameter_count(model) * tokens
+    job.announce(f"{config.epochs * tokens // steps:,} tokens", steps, flops)
+    fit(job, model, tokenizer, on_disk(job, tokenizer, rows, pairs), steps)
+    models.save(model, tokenizer, job.out)
+    policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
+    return metrics(policy, reference, tokenizer.pad_token_id, test_rows, config.beta) | {
+        "pairs": len(rows),
+        "template_hash": chat.template_hash(tokenizer),
+    }
+
+
+def fit(job: Job, model: Any, tokenizer: Any, pairs: Dataset, steps: int) -> None:
+    """Train with TRL, which renders and tokenises the pairs; reference log-probabilities are computed once and kept."""
+    config = job.config.dpo
+    arguments = DPOConfig(
+        **training.arguments(job, config.batch_size, steps, config.seed),
+        **training.linear_schedule(config.learning_rate, config.warmup, steps),
+        gradient_checkpointing=False,
+        beta=config.beta,
+        loss_type=[config.loss_type],
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=True,
+        max_length=None,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,  # keeps the length column for the sampler
+    )
+    trainer = DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
+    training.train(trainer, job, config.batch_size, "pairs")
+
+
+def on_disk(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]], pairs: list[Pair]) -> Dataset:
+    """The pairs as conversations in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
+    folder = job.checkpoints / "pairs"
+    if not (folder / "state.json").exists():
+        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+        columns = [
+            {
+                "prompt": chat.without_special(tokenizer, pair.prompt),
+                "chosen": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.chosen}]),
+                "rejected": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.rejected}]),
+                "length": length,
+            }
+            for pair, length in zip(pairs, lengths, strict=True)
+        ]
+        Dataset.from_list(columns).save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+@torch.no_grad()
+def metrics(policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int]]], beta: float) -> dict[str, Any]:
+    """Accuracy of the implicit reward on held-out pairs, and how the summed log-probabilities moved, in nats per reply."""
+    change = {}
+    for side in ("chosen", "rejected"):
+        pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
+        change[side] = likelihood.replies_logprobs(policy, pairs, pad) - likelihood.replies_logprobs(reference, pairs, pad)
+    right = ((change["chosen"] > change["rejected"]).float() + 0.5 * (change["chosen"] == change["rejected"])).sum().item()
+    return {
+        "accuracy": right / len(rows),
+        "accuracy_ci95": statistics.share_interval(right, len(rows)),
+        "chosen_logprob_change": change["chosen"].mean().item(),
+        "rejected_logprob_change": change["rejected"].mean().item(),
+        "reward_margin": beta * (change["chosen"] - change["rejected"]).mean().item(),
+        "test_pairs": len(rows),
+    }
