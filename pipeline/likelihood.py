@@ -28,13 +28,16 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
+    """Last hidden states [B, R, D] of the text before each reply token; prompts padded left [B, P], replies right [B, R]."""
+    ids, mask = torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1)
+    outputs = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    return outputs.last_hidden_state[:, prompt.size(1) - 1 :]
+
+
 def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
-    """Logits [B, R, V] that predict each reply token; prompts are left-padded [B, P], replies right-padded [B, R]."""
-    ids, mask = torch.cat([prompt, reply], 1), torch.cat([prompt_mask, reply_mask], 1)
-    states = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
-    ).last_hidden_state
-    return model.get_output_embeddings()(states[:, prompt.size(1) - 1 : -1]).float()
+    """Logits [B, R, V] that predict each reply token."""
+    return model.get_output_embeddings()(reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -1,6 +1,5 @@
 """What the stages that use a Trainer share: its arguments, its reports, and continuing after a kill."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,14 @@ COMPLETE = "complete"  # file that marks a checkpoint as wholly written
 
 
 def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any]:
-    """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows over all devices."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(job.config.runtime.micro_batch_size or batch_size, batch_size // devices)
-    if micro == 0 or batch_size % (micro * devices):
-        raise UserError(
-            f"{job.stage}.batch_size={batch_size}: not a multiple of {devices} devices × "
-            f"runtime.micro_batch_size={job.config.runtime.micro_batch_size}"
-        )
+    """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows."""
+    micro = min(job.config.runtime.micro_batch_size or batch_size, batch_size)
+    if batch_size % micro:
+        raise UserError(f"runtime.micro_batch_size={micro}: must divide {job.stage}.batch_size={batch_size}")
     return {
         "output_dir": str(job.checkpoints),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": batch_size // (micro * devices),
+        "gradient_accumulation_steps": batch_size // micro,
         "max_steps": steps,
         "seed": seed,
         "data_seed": seed,

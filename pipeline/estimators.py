@@ -1,0 +1,83 @@
+"""Estimators and losses of PPO as pure functions. B: replies, R: reply tokens (padded on the right).
+
+`mask` [B, R] is 1 on reply tokens, the end token included, and 0 on padding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over tokens where `mask` is 1, a scalar."""
+    return (values * mask).sum() / mask.sum()
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`values` [B, R] divided by their standard deviation over masked tokens; the mean is removed or kept.
+
+    The variance is the unbiased one. Padding stays 0.
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask) * (mask.sum() / (mask.sum() - 1).clamp(min=1))
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """Estimate [B, R] of KL(policy, reference) at tokens drawn from the policy (Schulman 2020, joschu.net/blog/kl-approx).
+
+    k1 = log p - log q, unbiased; k3 = q/p - 1 + log p - log q, unbiased and never negative.
+    """
+    log_ratio = logprobs - reference
+    return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor) -> Tensor:
+    """Rewards [B, R]: -kl_coef times the KL on every token, and the score [B] of the reply on its last token."""
+    rewards = -kl_coef * kl * mask
+    last = mask.sum(1).long() - 1
+    return rewards.scatter_add(1, last[:, None], scores[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both [B, R] (Schulman et al. 2016, arXiv 1506.02438, equation 16).
+
+    values[:, t] is the value of the text before reply token t; after the last token it is 0. Hence the mask of the
+    values is the mask of the reply's tokens, which is the usual value mask shifted by one.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        next_value = values[:, t + 1] if t + 1 < rewards.size(1) else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss per token [B, R], and where clipping took effect (Schulman et al. 2017, equation 7)."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(free, clipped), (clipped > free).float()
+
+
+def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error per token [B, R], with the value held near its old estimate, and where that took effect."""
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    free, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * torch.maximum(free, clipped), (clipped > free).float()
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The KL coefficient after `episodes` replies of mean KL `kl` nats (Ziegler et al. 2019, section 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over masked tokens, a scalar; 1 is a perfect critic."""
+    chosen = mask.bool()
+    return 1 - (returns - values)[chosen].var() / returns[chosen].var().clamp(min=1e-8)

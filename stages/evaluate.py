@@ -1,0 +1,118 @@
+"""Stage `evaluate`: all models of the run reply to the same held-out prompts, judged by what trained none of them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import rewards
+from pipeline import chat, data, likelihood, models, rollouts, sampling, statistics
+from pipeline.artifact import write_lines
+from pipeline.data import Example
+from pipeline.job import Job
+
+MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Sample, judge, and compare with people's own replies; all replies are left in samples.jsonl."""
+    config = job.config.evaluate
+    tokenizer = chat.require_same_template(job.inputs)
+    examples = held_out(job, tokenizer)
+    job.say(f"{job.device} · {len(examples)} held-out prompts, {len(MODELS)} models")
+    reference = models.load_policy(job.inputs["sft"], job.device.type)
+    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
+    bar = job.progress(len(MODELS) * len(examples), "replies")
+    found, replies = {}, {"human": [example.reply for example in examples]}
+    for name, stage in MODELS.items():
+        policy = models.load_policy(job.inputs[stage], job.device.type)
+        sampled = sample(job, policy, tokenizer, examples)
+        replies[name] = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
+        prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+        found[name] = {
+            "ended_share": float(np.mean([reply.ended for reply in sampled])),
+            "kl": kl(job, policy, reference, prompts, sampled, tokenizer.pad_token_id),
+            "reply_bits_per_byte": reply_bits_per_byte(policy, tokenizer, examples),
+            "proxy_mean": proxy(reward_model, prompts, sampled, tokenizer.pad_token_id),
+        }
+        bar.update(len(examples))
+    bar.close()
+    judged = {name: judge(job, examples, texts) for name, texts in replies.items()}
+    for name, (gold, second) in judged.items():
+        found[name] = {
+            "gold_mean": float(np.mean(gold)),
+            "gold_ci95": statistics.mean_interval(gold, config.bootstrap, config.seed),
+            "second_judge_mean": float(np.mean(second)),
+            "length": float(np.mean([len(text) for text in replies[name]])),
+            "distinct_2": distinct_n(replies[name], 2),
+        } | found.get(name, {})
+    rows = [
+        {"prompt": e.prompt, **{name: {"reply": replies[name][i], "gold": judged[name][0][i]} for name in replies}}
+        for i, e in enumerate(examples)
+    ]
+    write_lines(job.out / "samples.jsonl", rows)
+    return {"models": found, "prompts": len(examples), "ppo_gold_mean": found["ppo"]["gold_mean"], "shown": config.samples_shown}
+
+
+def held_out(job: Job, tokenizer: Any) -> list[Example]:
+    """Prompts of the test split that no training split contains, each with a person's reply."""
+    source, dialogue = job.config.data.replies, job.config.data.dialogue
+    trained_on = {data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)}
+    found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
+    room = models.longest(job.inputs["sft"]) - job.config.sampling.max_new_tokens
+    drawn = data.draw(found, 2 * job.config.evaluate.prompts, job.config.evaluate.seed)
+    return [e for e in drawn if len(chat.prompt_ids(tokenizer, e.prompt)) <= room][: job.config.evaluate.prompts]
+
+
+def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example]) -> list[sampling.Reply]:
+    """One reply to each prompt."""
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    generator = sampling.seeded(job.config.evaluate.seed, policy.device)
+    return sampling.sample(policy, prompts, job.config.sampling, tokenizer, generator)
+
+
+@torch.no_grad()
+def kl(job: Job, policy: Any, reference: Any, prompts: list[list[int]], replies: list[sampling.Reply], pad: int) -> float:
+    """KL(policy, SFT model) in nats per reply, at the sampling temperature.
+
+    At each token of the policy's own samples the divergence of the two next-token distributions is summed exactly over
+    the vocabulary, and added up over the reply: unbiased like the mean log ratio, with less variance.
+    """
+    total, temperature = 0.0, job.config.sampling.temperature
+    for start in range(0, len(prompts), 64):
+        prompt, prompt_mask = likelihood.left_padded(prompts[start : start + 64], pad, policy.device)
+        reply, mask = likelihood.right_padded([r.ids for r in replies[start : start + 64]], pad, policy.device)
+        ours, theirs = (
+            (likelihood.reply_logits(model, prompt, prompt_mask, reply, mask) / temperature).log_softmax(-1)
+            for model in (policy, reference)
+        )
+        total += ((ours.exp() * (ours - theirs)).sum(-1) * mask).sum().item()
+    return total / len(prompts)
+
+
+def reply_bits_per_byte(policy: Any, tokenizer: Any, examples: list[Example]) -> float:
+    """Bits per byte of people's replies to the prompts."""
+    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
+    fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= policy.config.max_position_embeddings]
+    nats = -likelihood.replies_logprobs(policy, [pairs[i] for i in fitting], tokenizer.pad_token_id).sum().item()
+    return likelihood.bits_per_byte(nats, [examples[i].reply for i in fitting])
+
+
+def proxy(reward_model: Any, prompts: list[list[int]], replies: list[sampling.Reply], pad: int) -> float:
+    """Mean normalised score of the reward model that PPO was trained on."""
+    raw = torch.tensor(likelihood.scores(reward_model, [p + r.ids for p, r in zip(prompts, replies, strict=True)], pad))
+    return rollouts.normalised(reward_model, raw).mean().item()
+
+
+def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[float], list[float]]:
+    """Scores of each reply by the gold judge and by the second judge."""
+    prompts = [example.prompt[-1]["content"] for example in examples]
+    gold, second = (rewards.load(config)(prompts=prompts, completions=replies) for config in (job.config.evaluate.judge, job.config.evaluate.second_judge))
+    return gold, second
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Different word n-grams as a share of all (Li et al. 2016); 1 is no repetition at all, over all replies together."""
+    words = [text.lower().split() for text in texts]
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))

@@ -1,0 +1,252 @@
+"""Stage `ppo`: proximal policy optimisation of the SFT model against the reward model, written on Accelerate.
+
+For each rollout: sample replies, score them, penalise KL to the reference per token, estimate advantages with the
+critic, and take a few epochs of clipped steps. The numbers in brackets are details that implementations get wrong:
+
+ [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
+ [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
+ [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
+ [4] The reward model scores the text up to its end token; a reply without one gets a fixed penalty (Stiennon et al. 2020).
+ [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
+ [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019).
+ [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020).
+ [8] GAE with gamma 1 and lambda 0.95; rewards are whitened, if asked, without shifting their mean.
+ [9] Advantages are whitened over all reply tokens of the rollout, mean shifted.
+[10] Adam's epsilon is 1e-5; learning rates fall linearly to zero (Huang et al. 2024, arXiv 2403.17031).
+[11] A loss is the mean over the reply tokens of a minibatch, however it is split into forward passes.
+[12] Every random draw comes from (seed, rollout), so that a resumed run draws what the undisturbed one drew.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline import chat, data, estimators, models, rollouts, sampling
+from pipeline.errors import UserError
+from pipeline.job import Job
+from pipeline.rollouts import Rollout
+
+
+MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is null; bounds memory, changes no result
+
+
+@dataclass
+class Ppo:
+    """The four models of PPO, of which `policy` and `critic` are trained, and what all its steps need."""
+
+    job: Job
+    config: Any
+    accelerator: Accelerator
+    tokenizer: Any
+    policy: Any
+    reference: Any
+    critic: Any
+    reward_model: Any
+    policy_optimizer: Any
+    critic_optimizer: Any
+    micro: int  # replies per forward pass
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the policy and save it, with the critic beside it."""
+    config = job.config.ppo
+    ppo = load(job)
+    prompts = prompt_pool(ppo)
+    total = max(1, config.episodes // config.batch_size)
+    announce(ppo, prompts, total)
+    first, kl_coef = resume(ppo)
+    bar = job.progress(total * config.batch_size, "episodes", first * config.batch_size)
+    for number in range(first, total):
+        rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size), number)
+        advantages, returns, metrics = estimate(rollout, kl_coef, config)
+        set_learning_rates(ppo, 1 - number / total)
+        metrics |= update(ppo, rollout, advantages, returns, number)
+        metrics |= {"kl_coef": kl_coef, "episodes": (number + 1) * config.batch_size}
+        kl_coef = next_kl_coef(kl_coef, metrics["kl"], config)
+        job.log(number + 1, metrics)
+        bar.update(config.batch_size)
+        if (number + 1) % max(1, total // (job.config.runtime.checkpoints + 1)) == 0 and number + 1 < total:
+            save_checkpoint(ppo, number + 1, kl_coef)
+    bar.close()
+    models.save(ppo.accelerator.unwrap_model(ppo.policy), ppo.tokenizer, job.out)
+    models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
+    return metrics | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+
+
+def load(job: Job) -> Ppo:
+    """Policy and reference from the SFT artifact [1], critic and reward model from the reward artifact [7]; no dropout [2]."""
+    config = job.config.ppo
+    if config.batch_size % config.minibatches:
+        raise UserError(f"ppo.minibatches={config.minibatches}: must divide ppo.batch_size={config.batch_size}")
+    tokenizer = chat.require_same_template(job.inputs)
+    accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
+    policy, reference = (models.load_policy(job.inputs["sft"], job.device.type) for _ in range(2))
+    critic, reward_model = (models.load_reward_model(job.inputs["reward"], job.device.type) for _ in range(2))
+    adam = {"eps": config.adam_eps, "fused": True}
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, **adam)  # [10]
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, **adam)
+    policy, critic, policy_optimizer, critic_optimizer = accelerator.prepare(
+        policy, critic, policy_optimizer, critic_optimizer
+    )
+    micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
+    return Ppo(
+        job, config, accelerator, tokenizer, policy, reference, critic, reward_model, policy_optimizer, critic_optimizer, micro
+    )
+
+
+def prompt_pool(ppo: Ppo) -> list[list[int]]:
+    """Token ids of the training split's prompts that leave room for a reply, in an order that the seed decides."""
+    found = data.prompts(ppo.job.config.data.replies, "train", ppo.job.config.data.dialogue)
+    wanted = data.draw(found, ppo.config.episodes, ppo.config.seed)
+    room = ppo.policy.config.max_position_embeddings - ppo.job.config.sampling.max_new_tokens
+    ids = [chat.prompt_ids(ppo.tokenizer, example.prompt) for example in wanted]
+    fitting = [prompt for prompt in ids if len(prompt) <= room]
+    if not fitting:
+        raise UserError(f"sampling.max_new_tokens={ppo.job.config.sampling.max_new_tokens}: leaves no room for any prompt")
+    return fitting
+
+
+def announce(ppo: Ppo, prompts: list[list[int]], total: int) -> None:
+    """One line: device, precision, effective batch in tokens, estimated time."""
+    config = ppo.config
+    length = sum(map(len, prompts)) / len(prompts) + ppo.job.config.sampling.max_new_tokens / 2
+    passes = 2 * 6 * config.epochs + 4 * 2  # policy and critic updated; sampled, and scored by three models
+    flops = passes * models.parameter_count(ppo.policy) * length * config.batch_size * total
+    batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
+    ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
+
+
+def batch_of(prompts: list[list[int]], number: int, size: int) -> list[list[int]]:
+    """The prompts of rollout `number`, from the pool in its order, starting over at its end."""
+    return [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+
+
+def roll_out(ppo: Ppo, prompts: list[list[int]], number: int) -> Rollout:
+    """Sample and score replies to a batch of prompts [3] [4] [5]."""
+    seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
+    with ppo.accelerator.autocast():
+        return rollouts.collect(
+            ppo.policy, ppo.reference, ppo.critic, ppo.reward_model, prompts, ppo.job.config.sampling, ppo.tokenizer,
+            sampling.seeded(seed, ppo.accelerator.device), ppo.config.missing_end_penalty, ppo.micro,
+        )  # fmt: skip
+
+
+def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Whitened advantages and returns, both [B, R], and the rollout's metrics."""
+    mask = rollout.mask
+    k1, k3 = (estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask for name in ("k1", "k3"))
+    rewards = estimators.token_rewards(rollout.scores, k1 if config.kl_estimator == "k1" else k3, kl_coef, mask)  # [6]
+    if config.whiten_rewards:
+        rewards = estimators.whiten(rewards, mask, shift_mean=False)
+    advantages, returns = estimators.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)  # [8]
+    metrics = {
+        "score": rollout.scores.mean().item(),
+        "score_std": rollout.scores.std().item(),
+        "reward": rewards.sum(1).mean().item(),
+        "kl": k1.sum(1).mean().item(),
+        "kl_k3": k3.sum(1).mean().item(),
+        "reply_tokens": mask.sum(1).float().mean().item(),
+        "ended_share": rollout.ended.mean().item(),
+        "explained_variance": estimators.explained_variance(rollout.values, returns, mask).item(),
+    }
+    return estimators.whiten(advantages, mask), returns, metrics  # [9]
+
+
+def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
+    """The KL coefficient for the next rollout."""
+    if config.kl_controller == "fixed":
+        return kl_coef
+    return estimators.adapted_kl_coef(kl_coef, kl, config.kl_target, config.batch_size, config.kl_horizon)
+
+
+def set_learning_rates(ppo: Ppo, factor: float) -> None:
+    """Scale both peak learning rates by `factor` [10]."""
+    peaks = {ppo.policy_optimizer: ppo.config.learning_rate, ppo.critic_optimizer: ppo.config.critic_learning_rate}
+    for optimizer, peak in peaks.items():
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
+
+
+def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, number: int) -> dict[str, float]:
+    """`epochs` passes over the rollout in `minibatches` optimiser steps each; mean metrics over all steps."""
+    generator = np.random.default_rng([ppo.config.seed, number])  # [12]
+    steps = []
+    for _ in range(ppo.config.epochs):
+        order = torch.from_numpy(generator.permutation(len(rollout))).to(rollout.scores.device)
+        for rows in order.chunk(ppo.config.minibatches):
+            steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, number >= ppo.config.critic_warmup))
+    means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
+    return means | {"first_ratio_error": steps[0]["ratio_error"]}
+
+
+def minibatch_step(
+    ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, train_policy: bool
+) -> dict[str, float]:
+    """One optimiser step of policy and critic on the replies `rows`, in forward passes of similar lengths [11]."""
+    tokens, found = rollout.mask[rows].sum().item(), []
+    for part in rollouts.by_length(rollout.take(rows), ppo.micro):
+        chosen = rows[part]
+        loss, metrics = losses(ppo, rollout.take(chosen), advantages[chosen], returns[chosen])
+        ppo.accelerator.backward(loss / tokens)
+        found.append(metrics)
+    means = {key: sum(metrics[key] for metrics in found) / tokens for key in found[0] if key != "ratio_error"}
+    trained = [(ppo.critic, ppo.critic_optimizer, "critic_grad_norm")]
+    if train_policy:
+        trained.append((ppo.policy, ppo.policy_optimizer, "grad_norm"))
+    norms = {"grad_norm": 0.0}
+    for model, optimizer, name in trained:
+        norms[name] = float(ppo.accelerator.clip_grad_norm_(model.parameters(), ppo.config.max_grad_norm or float("inf")))
+        optimizer.step()
+    ppo.policy_optimizer.zero_grad()
+    ppo.critic_optimizer.zero_grad()
+    return means | norms | {"ratio_error": max(metrics["ratio_error"] for metrics in found)}
+
+
+def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss summed over the reply tokens of `part`, and sums of the metrics."""
+    config, mask = ppo.config, part.mask
+    advantages, returns = advantages[:, : mask.size(1)], returns[:, : mask.size(1)]
+    with ppo.accelerator.autocast():
+        logprobs, entropy = rollouts.reply_logprobs(ppo.policy, part, ppo.job.config.sampling.temperature)
+        values = rollouts.reply_values(ppo.critic, part)
+    policy, clipped = estimators.policy_losses(logprobs, part.logprobs, advantages, config.clip_range)
+    value, value_clipped = estimators.value_losses(values, part.values, returns, config.value_clip_range)
+    loss = (policy * mask).sum() + config.value_coef * (value * mask).sum()
+    log_ratio = (logprobs - part.logprobs).detach() * mask
+    sums = {
+        "policy_loss": policy, "value_loss": value, "clip_share": clipped, "value_clip_share": value_clipped,
+        "entropy": entropy, "update_kl": torch.expm1(log_ratio) - log_ratio,
+    }  # fmt: skip
+    found = {key: (value.detach() * mask).sum().item() for key, value in sums.items()}
+    return loss, found | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+
+
+def save_checkpoint(ppo: Ppo, number: int, kl_coef: float) -> None:
+    """Write both models, both optimisers and the KL coefficient after `number` rollouts; older checkpoints go then."""
+    folder = ppo.job.checkpoints / f"rollout-{number}"
+    fresh = folder.with_suffix(".part")
+    ppo.accelerator.save_state(str(fresh))
+    (fresh / "state.json").write_text(json.dumps({"rollouts": number, "kl_coef": kl_coef}))
+    fresh.rename(folder)
+    for other in ppo.job.checkpoints.glob("rollout-*"):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def resume(ppo: Ppo) -> tuple[int, float]:
+    """Load the last whole checkpoint, if there is one; returns the rollouts done and the KL coefficient."""
+    for unfinished in ppo.job.checkpoints.glob("rollout-*.part"):
+        shutil.rmtree(unfinished)
+    states = [json.loads(file.read_text()) for file in ppo.job.checkpoints.glob("rollout-*/state.json")]
+    state = max(states, key=lambda s: s["rollouts"], default={"rollouts": 0, "kl_coef": ppo.config.kl_coef})
+    if states:
+        ppo.accelerator.load_state(str(ppo.job.checkpoints / f"rollout-{state['rollouts']}"))
+        ppo.job.say(f"continues after {state['rollouts']:,} rollouts")
+    ppo.job.steps.rewind(state["rollouts"])
+    return state["rollouts"], state["kl_coef"]
