@@ -1,9 +1,9 @@
 """Artifacts: folders named after a fingerprint, that appear whole or not at all.
 
-    runs/artifacts/<stage>-<fingerprint>/       a finished artifact
-    runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
-    runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
-    runs/<run>/<stage>                          a link to the artifact that the run uses
+runs/artifacts/<stage>-<fingerprint>/       a finished artifact
+runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
+runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
+runs/<run>/<stage>                          a link to the artifact that the run uses
 """
 
 import hashlib
@@ -66,7 +66,7 @@ class Artifact:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, move `out` to its final name in one step, and drop the work folder."""
         write_json(self.out / "manifest.json", manifest)
-        os.replace(self.out, self.folder)
+        self.out.replace(self.folder)
         shutil.rmtree(self.work)
 
     def link_into(self, run: Path) -> None:
@@ -74,14 +74,14 @@ class Artifact:
         run.mkdir(parents=True, exist_ok=True)
         link, fresh = run / self.stage, run / f".{self.stage}.{os.getpid()}"
         fresh.symlink_to(os.path.relpath(self.folder, run))
-        os.replace(fresh, link)
+        fresh.replace(link)
 
 
 def write_json(file: Path, content: Any) -> None:
     """Write `content` as JSON so that `file` is never seen half-written."""
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(fresh, file)
+    fresh.replace(file)
 
 
 def read_json(file: Path) -> Any:
@@ -102,4 +102,4 @@ def write_lines(file: Path, rows: list[Any]) -> None:
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     with fresh.open("w") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(fresh, file)
+    fresh.replace(file)

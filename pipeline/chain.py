@@ -158,7 +158,9 @@ def _run(job: Any, entry: Planned) -> None:
         "fingerprint": entry.fingerprint,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
         "parts": entry.parts,
-        "parents": {key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")},
+        "parents": {
+            key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")
+        },
     }
     manifest |= job.finish(metrics, fingerprint=entry.fingerprint)
     entry.artifact.finish(manifest)

@@ -32,7 +32,9 @@ def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
 
     Special tokens written out in a message are removed from it: text cannot open or close a turn.
     """
-    rendered = tokenizer.apply_chat_template(without_special(tokenizer, prompt), add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template(
+        without_special(tokenizer, prompt), add_generation_prompt=True, tokenize=False
+    )
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 

@@ -45,7 +45,9 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
         parser.print_help()
         sys.exit(0)
     if known.command not in COMMANDS:
-        raise UserError(f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        raise UserError(
+            f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
+        )
     return known.command, known.overrides
 
 

@@ -23,8 +23,6 @@ def one_of(*choices: str) -> Any:
     return field(default=MISSING, metadata={"choices": choices})
 
 
-
-
 GROUPS = [
     "model",
     "data",
@@ -342,7 +340,9 @@ def _explain(error: BaseException) -> str:
         error = error.__cause__
         text = f"{error}\n{text}"
     unknown_key = re.search(r"Key '(.+?)' (?:is not in struct|not in '\w+')", text)
-    unknown_choice = re.search(r"Could not find '(.+?)/([^/]+?)'.*?Available options.*?:\n(.+?)(?:\nConfig|$)", text, re.S)
+    unknown_choice = re.search(
+        r"Could not find '(.+?)/([^/]+?)'.*?Available options.*?:\n(.+?)(?:\nConfig|$)", text, re.S
+    )
     unknown_group = re.search(r"Could not override '(.+?)'", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if unknown_choice:

@@ -52,7 +52,9 @@ def _load(source_json: str, split: str) -> Rows:
     taken_away = {name for name in BUCKETS if name != "train" and name not in source.splits}
     if given and split != "train":
         return parsed
-    buckets = {b for name, r in BUCKETS.items() for b in r if name == split or (split == "train" and name not in taken_away)}
+    buckets = {
+        b for name, r in BUCKETS.items() for b in r if name == split or (split == "train" and name not in taken_away)
+    }
     return Rows([row for row in parsed.rows if _bucket(row["key"]) in buckets], parsed.unusable)
 
 
@@ -86,7 +88,7 @@ def _refuse_bad_source(source: DictConfig, total: int, unusable: dict[str, dict[
         reason, worst = max(unusable.items(), key=lambda item: item[1]["count"])
         raise UserError(
             f"{source.path}: {bad} of {total} rows cannot be used as format={source.format}, most often because "
-            f"{reason} (first in line {worst['first_line']}); mend them, or set max_unusable_share above {bad / total:.3f}"
+            f"{reason} (first in line {worst['first_line']}); mend them, or set max_unusable_share > {bad / total:.3f}"
         )
 
 
@@ -95,7 +97,11 @@ def _read(source: DictConfig, split: str) -> list[Row]:
         file = package_file(source.path) if is_package(source.path) else local_files(source.path)[0]
         return [{"id": key, **conversation} for key, conversation in json.loads(file.read_text()).items()]
     if is_package(source.path) or is_local(source.path):
-        files = [package_file(source.path)] if is_package(source.path) else local_files(source.path, source.splits.get(split))
+        files = (
+            [package_file(source.path)]
+            if is_package(source.path)
+            else local_files(source.path, source.splits.get(split))
+        )
         return [row for file in files for row in _read_file(file)]
     return _read_hub(source, split)
 
@@ -116,8 +122,7 @@ def _defect(file: Path) -> str | None:
 
     if ".jsonl" not in file.name:
         return None
-    opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-    with opened as stream:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 if not isinstance(json.loads(line.decode("utf-8")), dict):

@@ -24,7 +24,7 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Estimate [B, R] of KL(policy, reference) at tokens drawn from the policy (Schulman 2020, joschu.net/blog/kl-approx).
+    """Estimate [B, R] of KL(policy, reference) at tokens drawn from the policy (Schulman 2020, "Approximating KL").
 
     k1 = log p - log q, unbiased; k3 = q/p - 1 + log p - log q, unbiased and never negative.
     """
@@ -56,7 +56,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+def policy_losses(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss per token [B, R], and where clipping took effect (Schulman et al. 2017, equation 7)."""
     ratio = torch.exp(logprobs - old_logprobs)
     free = -advantages * ratio
@@ -65,7 +67,7 @@ def policy_losses(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cl
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error per token [B, R], with the value held near its old estimate, and where that took effect."""
+    """Half the squared error per token [B, R], the value held near its old estimate, and where that took effect."""
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(free, clipped), (clipped > free).float()

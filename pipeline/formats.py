@@ -79,7 +79,9 @@ def chitchat(raw: Row, dropped: Counter) -> list[Row]:
             segments[-1].append("\n".join(kept))
         sender = turn[0]["sender"]
     return [
-        {"key": raw["id"], "messages": topic + alternating(turns), "symmetric": True} for turns in segments if len(turns) > 1
+        {"key": raw["id"], "messages": topic + alternating(turns), "symmetric": True}
+        for turns in segments
+        if len(turns) > 1
     ]
 
 

@@ -1,4 +1,7 @@
-"""Log-probabilities, scores and bits per byte of token sequences. B: batch, P: prompt, R: reply, T: tokens, V: vocabulary."""
+"""Log-probabilities, scores and bits per byte of token sequences.
+
+B: batch, P: prompt tokens, R: reply tokens, T: tokens, V: vocabulary, D: width.
+"""
 
 import math
 
@@ -29,7 +32,7 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
-    """Last hidden states [B, R, D] of the text before each reply token; prompts padded left [B, P], replies right [B, R]."""
+    """Hidden states [B, R, D] of the text before each reply token; prompts [B, P] are padded left, replies right."""
     ids, mask = torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1)
     outputs = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return outputs.last_hidden_state[:, prompt.size(1) - 1 :]
@@ -59,7 +62,9 @@ def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: i
 
 
 @torch.no_grad()
-def replies_logprobs(model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64) -> Tensor:
+def replies_logprobs(
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64
+) -> Tensor:
     """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     found = torch.zeros(len(pairs))
@@ -88,7 +93,9 @@ def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_siz
         inputs, mask = right_padded([ids for ids, _ in batch], 0, model.device)
         logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
         nats = -log_probabilities(logits.float(), inputs[:, 1:], 1.0) * mask[:, 1:]
-        total += sum(row[stride - 1 if start else 0 :].sum().item() for row, (_, start) in zip(nats, batch, strict=True))
+        total += sum(
+            row[stride - 1 if start else 0 :].sum().item() for row, (_, start) in zip(nats, batch, strict=True)
+        )
     return total
 
 

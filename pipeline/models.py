@@ -30,9 +30,9 @@ def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     created = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     for name, parameter in created.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")) or name == "lm_head.weight":
-            if not (name == "lm_head.weight" and config.tie_word_embeddings):
-                nn.init.zeros_(parameter)
+        output_layer = name == "lm_head.weight" and not config.tie_word_embeddings
+        if output_layer or name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
+            nn.init.zeros_(parameter)
     return created
 
 
@@ -70,7 +70,7 @@ def load_reward_model(folder: Path, device: str = "cpu") -> nn.Module:
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a model folder that transformers loads by itself: safetensors, tokenizer, chat template, sampling defaults."""
+    """Write a model folder that transformers loads by itself: safetensors, tokenizer and chat template."""
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id

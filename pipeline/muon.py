@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+# coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, "Muon")
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import chat
 from pipeline.artifact import read_lines, write_lines
+from pipeline.errors import UserError
 from pipeline.formats import Message
 
 
@@ -30,11 +31,17 @@ def read(file: Path) -> list[Pair]:
     return [Pair(**row) for row in read_lines(file)]
 
 
-def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> tuple[list[dict[str, list[int]]], list[Pair]]:
-    """Token ids prompt_ids, chosen_ids, rejected_ids of each pair, both replies with their end token, and the pairs kept.
+@dataclass(frozen=True)
+class TokenisedPairs:
+    """Pairs that fit a length limit, each with its tokens: prompt_ids, chosen_ids, rejected_ids."""
 
-    A pair is dropped when its prompt with either reply is longer than `max_length` tokens.
-    """
+    rows: list[dict[str, list[int]]]
+    pairs: list[Pair]
+    dropped: int
+
+
+def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> TokenisedPairs:
+    """Token ids of pairs, both replies with their end token; pairs longer than `max_length` tokens are dropped."""
     rows, kept = [], []
     for pair in pairs:
         prompt = chat.prompt_ids(tokenizer, pair.prompt)
@@ -42,4 +49,12 @@ def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> tuple[list[
         if len(prompt) + max(len(chosen), len(rejected)) <= max_length:
             rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
             kept.append(pair)
-    return rows, kept
+    return TokenisedPairs(rows, kept, len(pairs) - len(kept))
+
+
+def load(folder: Path, tokenizer: Any, max_length: int) -> tuple[TokenisedPairs, TokenisedPairs]:
+    """Training and held-out pairs of a comparisons artifact. Raises `UserError` when none of either fits."""
+    train, test = (tokenised(tokenizer, read(folder / f"{split}.jsonl"), max_length) for split in ("train", "test"))
+    if not train.rows or not test.rows:
+        raise UserError(f"max_length={max_length}: no training or no held-out pair of {folder.name} fits; raise it")
+    return train, test

@@ -40,7 +40,9 @@ def write_report(config: DictConfig) -> Path:
     if not summary["stages"]:
         raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={config.run}")
     write_json(folder / "summary.json", {"run": config.run} | summary["stages"] | {"outdated": summary["outdated"]})
-    page = Environment(loader=PackageLoader("pipeline", "."), autoescape=select_autoescape()).get_template("report.html")
+    page = Environment(loader=PackageLoader("pipeline", "."), autoescape=select_autoescape()).get_template(
+        "report.html"
+    )
     html = page.render(
         run=config.run,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -61,10 +63,16 @@ def write_report(config: DictConfig) -> Path:
 def summarise(folder: Path) -> dict[str, Any]:
     """Each finished stage's metrics, and the stages that were made from an older artifact than the run now links to."""
     manifests = {
-        name: read_json(folder / name / "manifest.json") for name in STAGES if (folder / name / "manifest.json").is_file()
+        name: read_json(folder / name / "manifest.json")
+        for name in STAGES
+        if (folder / name / "manifest.json").is_file()
     }
     outdated = {
-        name: [p for p, made_from in manifest["parents"].items() if p in manifests and manifests[p]["fingerprint"] != made_from]
+        name: [
+            p
+            for p, made_from in manifest["parents"].items()
+            if p in manifests and manifests[p]["fingerprint"] != made_from
+        ]
         for name, manifest in manifests.items()
     }
     metrics = {name: read_json(folder / name / "metrics.json") for name in manifests}
@@ -101,7 +109,9 @@ def stage_rows(stages: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             f"SFT {m['models']['sft']['gold_mean']:.3f}, people {m['models']['human']['gold_mean']:.3f}",
         ),
     }
-    return [(name, *describe[name](stages[name]), f"{stages[name]['seconds']:.0f} s") for name in STAGES if name in stages]
+    return [
+        (name, *describe[name](stages[name]), f"{stages[name]['seconds']:.0f} s") for name in STAGES if name in stages
+    ]
 
 
 def model_rows(stages: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -154,7 +164,7 @@ def samples(folder: Path, stages: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def figures(folder: Path) -> list[dict[str, str]]:
-    """Training curves as HTML fragments; the first one carries the plotting library, so the page needs no network."""
+    """Training curves as HTML; the first one carries the plotting library, so the page needs no network."""
     from plotly import graph_objects, io
 
     found: list[dict[str, str]] = []
@@ -164,14 +174,20 @@ def figures(folder: Path) -> list[dict[str, str]]:
             points = [(row["step"], row[key]) for row in steps if key in row]
             if len(points) < 2:
                 continue
-            figure = graph_objects.Figure(graph_objects.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines"))
+            figure = graph_objects.Figure(
+                graph_objects.Scatter(x=[x for x, _ in points], y=[y for _, y in points], mode="lines")
+            )
             figure.update_layout(
                 title={"text": f"{stage}: {meaning}", "font": {"size": 14}}, height=260, xaxis_title="step",
-                margin={"l": 50, "r": 15, "t": 40, "b": 40}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+                margin={"l": 50, "r": 15, "t": 40, "b": 40},
+                paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
                 font={"color": "#888"}, xaxis={"gridcolor": "#8883"}, yaxis={"gridcolor": "#8883"},
             )  # fmt: skip
             html = io.to_html(
-                figure, full_html=False, include_plotlyjs=not found, config={"displayModeBar": False, "responsive": True}
+                figure,
+                full_html=False,
+                include_plotlyjs=not found,
+                config={"displayModeBar": False, "responsive": True},
             )
             found.append({"stage": stage, "html": html})
     return found

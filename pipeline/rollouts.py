@@ -45,7 +45,8 @@ class Rollout:
 @torch.no_grad()
 def collect(
     policy: nn.Module, reference: nn.Module, critic: nn.Module, reward_model: nn.Module, prompts: list[list[int]],
-    sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator, missing_end_penalty: float | None, micro: int,
+    sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator, missing_end_penalty: float | None,
+    micro: int,
 ) -> Rollout:  # fmt: skip
     """Sample one reply per prompt and score it; `micro` rows per forward pass of the scoring models."""
     replies = sampling.sample(policy, prompts, sampling_config, tokenizer, generator)
@@ -63,7 +64,9 @@ def collect(
     for rows in by_length(rollout, micro):
         part = rollout.take(rows)
         width = part.reply.size(1)
-        rollout.reference_logprobs[rows, :width] = reply_logprobs(reference, part, sampling_config.temperature)[0] * part.mask
+        rollout.reference_logprobs[rows, :width] = (
+            reply_logprobs(reference, part, sampling_config.temperature)[0] * part.mask
+        )
         rollout.values[rows, :width] = reply_values(critic, part) * part.mask
     return rollout
 

@@ -25,13 +25,18 @@ class Reply:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator, bar: Any = None
+    model: nn.Module,
+    prompts: list[list[int]],
+    sampling: DictConfig,
+    tokenizer: Any,
+    generator: torch.Generator,
+    bar: Any = None,
 ) -> list[Reply]:
     """One reply to each prompt (token ids), in the order of the prompts.
 
-    Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and the log-probabilities
-    are taken from that same distribution. Prompts are batched by length, so that batches hold little padding. `bar` is a
-    progress bar that counts samples.
+    Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and their
+    log-probabilities are those of that same distribution. Prompts are batched by length, so that batches hold little
+    padding. `bar` is a progress bar that counts samples.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[Reply | None] = [None] * len(prompts)
@@ -56,7 +61,12 @@ def _sample_batch(
     position, cache = positions(mask), DynamicCache()
     for _ in range(sampling.max_new_tokens):
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]
         tokens, logprobs = draw(logits, sampling.temperature, generator)
         for row, token, logprob in zip(alive, tokens.tolist(), logprobs.tolist(), strict=True):

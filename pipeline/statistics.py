@@ -15,6 +15,11 @@ def mean_interval(values: list[float], resamples: int, seed: int) -> list[float]
     if len(set(values)) < 2:
         return [values[0], values[0]]
     found = stats.bootstrap(
-        (np.asarray(values),), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed), batch=100
+        (np.asarray(values),),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=100,
     ).confidence_interval
     return [float(found.low), float(found.high)]

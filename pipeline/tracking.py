@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class StepLog:
-    """Metrics by step as JSON lines, {"step": 10, "loss": 3.2}; a resumed stage drops what lies after its checkpoint."""
+    """Metrics by step as JSON lines, {"step": 10, "loss": 3.2}; a resumed stage drops what follows its checkpoint."""
 
     def __init__(self, file: Path):
         self.file = file

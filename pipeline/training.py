@@ -37,12 +37,6 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any
     }
 
 
-def require_rows(job: Job, train: list[Any], test: list[Any]) -> None:
-    """Refuse to start a stage whose rows were all dropped for their length."""
-    if not train or not test:
-        raise UserError(f"{job.stage}: no training or no held-out pair fits; raise {job.stage}.max_length")
-
-
 def linear_schedule(learning_rate: float, warmup: float, steps: int) -> dict[str, Any]:
     """Arguments for a learning rate that rises over a share `warmup` of the steps and falls linearly to zero."""
     return {

@@ -1,6 +1,6 @@
 """What "good" means: reward functions by rule and learned, all with TRL's signature.
 
-    f(prompts, completions, **columns) -> list[float | None]    prompts, completions: one text each per row
+f(prompts, completions, **columns) -> list[float | None]    prompts, completions: one text each per row
 """
 
 import functools

@@ -20,7 +20,9 @@ def run(job: Job) -> dict[str, Any]:
     else:
         train, test, metrics = made(job)
     if not train or not test:
-        raise UserError(f"comparisons: {len(train)} training and {len(test)} held-out pairs; lower comparisons.min_gap or add prompts")
+        raise UserError(
+            f"comparisons: {len(train)} training and {len(test)} held-out pairs; lower comparisons.min_gap or ask more"
+        )
     preferences.write(job.out / "train.jsonl", train)
     preferences.write(job.out / "test.jsonl", test)
     job.say(f"{len(train):,} pairs for training, {len(test):,} held out")
@@ -57,14 +59,18 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     test, _ = best_pairs(held_out, judge, config, "samples")
     noisy, flipped = with_label_noise(train + human[: config.human_pairs], config.label_noise, generator)
     gaps = [pair.gap for pair in train]
-    return noisy, test, {
-        "pairs_from_people": len(human[: config.human_pairs]),
-        "kept_share": kept,
-        "kept_share_people": human_kept,
-        "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
-        "labels_flipped": flipped,
-        "samples_without_end": unfinished,
-    }
+    return (
+        noisy,
+        test,
+        {
+            "pairs_from_people": len(human[: config.human_pairs]),
+            "kept_share": kept,
+            "kept_share_people": human_kept,
+            "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
+            "labels_flipped": flipped,
+            "samples_without_end": unfinished,
+        },
+    )
 
 
 def sampled_replies(job: Job) -> tuple[list[list[Example]], list[list[Example]], int]:
@@ -92,13 +98,15 @@ def sampled_replies(job: Job) -> tuple[list[list[Example]], list[list[Example]],
 
 
 def best_pairs(groups: list[list[Example]], judge: Any, config: Any, source: str) -> tuple[list[Pair], float]:
-    """From each group of replies to one prompt the pairs with the largest gaps, and the share of pairs above min_gap."""
+    """From each group of replies to one prompt the pairs with the largest gaps; and the share above min_gap."""
     flat = [example for group in groups for example in group]
     scores = iter(judge(prompts=[e.prompt[-1]["content"] for e in flat], completions=[e.reply for e in flat]))
     pairs, possible, above = [], 0, 0
     for group in groups:
         scored = [(score, e) for e in group if (score := next(scores)) is not None]
-        found = [(abs(a - b), x, y) if a > b else (abs(a - b), y, x) for (a, x), (b, y) in itertools.combinations(scored, 2)]
+        found = [
+            (abs(a - b), x, y) if a > b else (abs(a - b), y, x) for (a, x), (b, y) in itertools.combinations(scored, 2)
+        ]
         good = sorted((f for f in found if f[0] >= config.min_gap and f[1].reply != f[2].reply), key=lambda f: -f[0])
         possible, above = possible + len(found), above + len(good)
         pairs += [Pair(x.prompt, x.reply, y.reply, gap, source) for gap, x, y in good[: config.pairs_per_prompt]]
@@ -109,7 +117,8 @@ def with_label_noise(pairs: list[Pair], share: float, generator: np.random.Gener
     """The pairs with the labels of about a `share` of them exchanged, and how many were."""
     flips = generator.random(len(pairs)) < share
     noisy = [
-        Pair(p.prompt, p.rejected, p.chosen, p.gap, p.source) if flip else p for p, flip in zip(pairs, flips, strict=True)
+        Pair(p.prompt, p.rejected, p.chosen, p.gap, p.source) if flip else p
+        for p, flip in zip(pairs, flips, strict=True)
     ]
     return noisy, int(flips.sum())
 

@@ -8,26 +8,25 @@ from trl import DPOConfig, DPOTrainer
 
 from pipeline import chat, likelihood, models, preferences, statistics, training
 from pipeline.job import Job
-from pipeline.preferences import Pair
+from pipeline.preferences import TokenisedPairs
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train against cached reference log-probabilities, and measure the change of held-out log-probabilities."""
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    rows, pairs = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "train.jsonl"), config.max_length)
-    test_rows, _ = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "test.jsonl"), config.max_length)
-    training.require_rows(job, rows, test_rows)
+    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
     model = models.load_policy(job.inputs["sft"])
-    steps = max(1, config.epochs * len(rows) // config.batch_size)
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    steps = max(1, config.epochs * len(train.rows) // config.batch_size)
+    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in train.rows)
     flops = (6 * config.epochs + 2) * models.parameter_count(model) * tokens
     job.announce(f"{config.epochs * tokens // steps:,} tokens", steps, flops)
-    fit(job, model, tokenizer, on_disk(job, tokenizer, rows, pairs), steps)
+    fit(job, model, tokenizer, on_disk(job, tokenizer, train), steps)
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
-    return metrics(policy, reference, tokenizer.pad_token_id, test_rows, config.beta) | {
-        "pairs": len(rows),
+    return metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta) | {
+        "pairs": len(train.rows),
+        "dropped_too_long": train.dropped + test.dropped,
         "template_hash": chat.template_hash(tokenizer),
     }
 
@@ -52,11 +51,11 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: Dataset, steps: int) -> Non
     training.train(trainer, job, config.batch_size, "pairs")
 
 
-def on_disk(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]], pairs: list[Pair]) -> Dataset:
+def on_disk(job: Job, tokenizer: Any, train: TokenisedPairs) -> Dataset:
     """The pairs as conversations in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
     folder = job.checkpoints / "pairs"
     if not (folder / "state.json").exists():
-        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in train.rows]
         columns = [
             {
                 "prompt": chat.without_special(tokenizer, pair.prompt),
@@ -64,7 +63,7 @@ def on_disk(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]], pairs: l
                 "rejected": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.rejected}]),
                 "length": length,
             }
-            for pair, length in zip(pairs, lengths, strict=True)
+            for pair, length in zip(train.pairs, lengths, strict=True)
         ]
         # sorted, so that the pass over the reference holds little padding; training shuffles
         Dataset.from_list(sorted(columns, key=lambda row: row["length"])).save_to_disk(folder)
@@ -73,12 +72,16 @@ def on_disk(job: Job, tokenizer: Any, rows: list[dict[str, list[int]]], pairs: l
 
 @torch.no_grad()
 def metrics(policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int]]], beta: float) -> dict[str, Any]:
-    """Accuracy of the implicit reward on held-out pairs, and how the summed log-probabilities moved, in nats per reply."""
+    """Accuracy of the implicit reward on held-out pairs, and how log-probabilities moved, in nats per reply."""
     change = {}
     for side in ("chosen", "rejected"):
         pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
-        change[side] = likelihood.replies_logprobs(policy, pairs, pad) - likelihood.replies_logprobs(reference, pairs, pad)
-    right = ((change["chosen"] > change["rejected"]).float() + 0.5 * (change["chosen"] == change["rejected"])).sum().item()
+        change[side] = likelihood.replies_logprobs(policy, pairs, pad) - likelihood.replies_logprobs(
+            reference, pairs, pad
+        )
+    right = (
+        ((change["chosen"] > change["rejected"]).float() + 0.5 * (change["chosen"] == change["rejected"])).sum().item()
+    )
     return {
         "accuracy": right / len(rows),
         "accuracy_ci95": statistics.share_interval(right, len(rows)),

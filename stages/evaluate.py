@@ -51,13 +51,20 @@ def run(job: Job) -> dict[str, Any]:
         for i, e in enumerate(examples)
     ]
     write_lines(job.out / "samples.jsonl", rows)
-    return {"models": found, "prompts": len(examples), "ppo_gold_mean": found["ppo"]["gold_mean"], "shown": config.samples_shown}
+    return {
+        "models": found,
+        "prompts": len(examples),
+        "ppo_gold_mean": found["ppo"]["gold_mean"],
+        "shown": config.samples_shown,
+    }
 
 
 def held_out(job: Job, tokenizer: Any) -> list[Example]:
     """Prompts of the test split that no training split contains, each with a person's reply."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
-    trained_on = {data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)}
+    trained_on = {
+        data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
+    }
     found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
     room = models.longest(job.inputs["sft"]) - job.config.sampling.max_new_tokens
     drawn = data.draw(found, 2 * job.config.evaluate.prompts, job.config.evaluate.seed)
@@ -72,7 +79,9 @@ def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example]) -> li
 
 
 @torch.no_grad()
-def kl(job: Job, policy: Any, reference: Any, prompts: list[list[int]], replies: list[sampling.Reply], pad: int) -> float:
+def kl(
+    job: Job, policy: Any, reference: Any, prompts: list[list[int]], replies: list[sampling.Reply], pad: int
+) -> float:
     """KL(policy, SFT model) in nats per reply, at the sampling temperature.
 
     At each token of the policy's own samples the divergence of the two next-token distributions is summed exactly over
@@ -93,7 +102,11 @@ def kl(job: Job, policy: Any, reference: Any, prompts: list[list[int]], replies:
 def reply_bits_per_byte(policy: Any, tokenizer: Any, examples: list[Example]) -> float:
     """Bits per byte of people's replies to the prompts."""
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
-    fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= policy.config.max_position_embeddings]
+    fitting = [
+        i
+        for i, (prompt, reply) in enumerate(pairs)
+        if len(prompt) + len(reply) <= policy.config.max_position_embeddings
+    ]
     nats = -likelihood.replies_logprobs(policy, [pairs[i] for i in fitting], tokenizer.pad_token_id).sum().item()
     return likelihood.bits_per_byte(nats, [examples[i].reply for i in fitting])
 
@@ -107,12 +120,15 @@ def proxy(reward_model: Any, prompts: list[list[int]], replies: list[sampling.Re
 def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[float], list[float]]:
     """Scores of each reply by the gold judge and by the second judge."""
     prompts = [example.prompt[-1]["content"] for example in examples]
-    gold, second = (rewards.load(config)(prompts=prompts, completions=replies) for config in (job.config.evaluate.judge, job.config.evaluate.second_judge))
+    gold, second = (
+        rewards.load(config)(prompts=prompts, completions=replies)
+        for config in (job.config.evaluate.judge, job.config.evaluate.second_judge)
+    )
     return gold, second
 
 
 def distinct_n(texts: list[str], n: int) -> float:
-    """Different word n-grams as a share of all (Li et al. 2016); 1 is no repetition at all, over all replies together."""
+    """Different word n-grams as a share of all, over all replies together (Li et al. 2016); 1 is no repetition."""
     words = [text.lower().split() for text in texts]
     grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
     return len(set(grams)) / max(1, len(grams))

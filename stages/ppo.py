@@ -6,7 +6,7 @@ critic, and take a few epochs of clipped steps. The numbers in brackets are deta
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
  [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
- [4] The reward model scores the text up to its end token; a reply without one gets a fixed penalty (Stiennon et al. 2020).
+ [4] The reward model scores the text up to its end token; without one a fixed penalty counts (Stiennon et al. 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
  [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019).
  [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020).
@@ -31,7 +31,6 @@ from pipeline import chat, data, estimators, models, rollouts, sampling
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.rollouts import Rollout
-
 
 MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is null; bounds memory, changes no result
 
@@ -80,7 +79,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def load(job: Job) -> Ppo:
-    """Policy and reference from the SFT artifact [1], critic and reward model from the reward artifact [7]; no dropout [2]."""
+    """Policy and reference are the SFT model [1], critic and reward model the reward model [7]; no dropout [2]."""
     config = job.config.ppo
     if config.batch_size % config.minibatches:
         raise UserError(f"ppo.minibatches={config.minibatches}: must divide ppo.batch_size={config.batch_size}")
@@ -96,7 +95,17 @@ def load(job: Job) -> Ppo:
     )
     micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
     return Ppo(
-        job, config, accelerator, tokenizer, policy, reference, critic, reward_model, policy_optimizer, critic_optimizer, micro
+        job,
+        config,
+        accelerator,
+        tokenizer,
+        policy,
+        reference,
+        critic,
+        reward_model,
+        policy_optimizer,
+        critic_optimizer,
+        micro,
     )
 
 
@@ -108,7 +117,9 @@ def prompt_pool(ppo: Ppo) -> list[list[int]]:
     ids = [chat.prompt_ids(ppo.tokenizer, example.prompt) for example in wanted]
     fitting = [prompt for prompt in ids if len(prompt) <= room]
     if not fitting:
-        raise UserError(f"sampling.max_new_tokens={ppo.job.config.sampling.max_new_tokens}: leaves no room for any prompt")
+        raise UserError(
+            f"sampling.max_new_tokens={ppo.job.config.sampling.max_new_tokens}: leaves no room for any prompt"
+        )
     return fitting
 
 
@@ -140,7 +151,9 @@ def roll_out(ppo: Ppo, prompts: list[list[int]], number: int) -> Rollout:
 def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Whitened advantages and returns, both [B, R], and the rollout's metrics."""
     mask = rollout.mask
-    k1, k3 = (estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask for name in ("k1", "k3"))
+    k1, k3 = (
+        estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask for name in ("k1", "k3")
+    )
     rewards = estimators.token_rewards(rollout.scores, k1 if config.kl_estimator == "k1" else k3, kl_coef, mask)  # [6]
     if config.whiten_rewards:
         rewards = estimators.whiten(rewards, mask, shift_mean=False)
@@ -201,7 +214,9 @@ def minibatch_step(
         trained.append((ppo.policy, ppo.policy_optimizer, "grad_norm"))
     norms = {"grad_norm": 0.0}
     for model, optimizer, name in trained:
-        norms[name] = float(ppo.accelerator.clip_grad_norm_(model.parameters(), ppo.config.max_grad_norm or float("inf")))
+        norms[name] = float(
+            ppo.accelerator.clip_grad_norm_(model.parameters(), ppo.config.max_grad_norm or float("inf"))
+        )
         optimizer.step()
     ppo.policy_optimizer.zero_grad()
     ppo.critic_optimizer.zero_grad()

@@ -28,8 +28,13 @@ def run(job: Job) -> dict[str, Any]:
         fit(job, model, rows, steps)
     models.save(model, tokenizer, job.out)
     metrics = held_out_metrics(job, model.eval(), tokenizer, test_texts)
-    metrics["baselines"] = baselines.text_baselines(train_texts, measured_texts(test_texts, tokenizer, config.eval_tokens))
-    return metrics | {"parameters": sum(p.numel() for p in model.parameters()), "train_tokens": steps * config.batch_size * config.context}
+    metrics["baselines"] = baselines.text_baselines(
+        train_texts, measured_texts(test_texts, tokenizer, config.eval_tokens)
+    )
+    return metrics | {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_tokens": steps * config.batch_size * config.context,
+    }
 
 
 def start(job: Job, tokenizer: Any) -> torch.nn.Module:

@@ -16,21 +16,20 @@ def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and measure held-out accuracy."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    rows, train = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "train.jsonl"), config.max_length)
-    test_rows, test = preferences.tokenised(tokenizer, preferences.read(job.inputs["comparisons"] / "test.jsonl"), config.max_length)
-    training.require_rows(job, rows, test_rows)
+    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
     model = with_score_head(job, tokenizer)
-    steps = max(1, config.epochs * len(rows) // config.batch_size)
-    tokens = config.epochs * sum(len(s) for row in rows for s in sequences(row))
+    steps = max(1, config.epochs * len(train.rows) // config.batch_size)
+    tokens = config.epochs * sum(len(s) for row in train.rows for s in sequences(row))
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, rows, steps)
-    normalise(job, model.eval(), tokenizer, test)
+    fit(job, model, tokenizer, train.rows, steps)
+    normalise(job, model.eval(), tokenizer, test.pairs)
     models.save(model, tokenizer, job.out)
-    chosen, rejected = test_scores(model, tokenizer, test_rows)
-    return metrics(chosen, rejected, train, test) | {
+    chosen, rejected = test_scores(model, tokenizer, test.rows)
+    return metrics(chosen, rejected, train.pairs, test.pairs) | {
         "score_mean": model.config.score_mean,
         "score_std": model.config.score_std,
-        "pairs": len(train),
+        "pairs": len(train.pairs),
+        "dropped_too_long": train.dropped + test.dropped,
         "template_hash": chat.template_hash(tokenizer),
     }
 
@@ -91,7 +90,9 @@ def normalise(job: Job, model: torch.nn.Module, tokenizer: Any, test: list[Pair]
 NORMALISED_ON = 256  # prompts
 
 
-def test_scores(model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[list[float], list[float]]:
+def test_scores(
+    model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, list[int]]]
+) -> tuple[list[float], list[float]]:
     """Normalised scores of the chosen and of the rejected replies."""
     both = [s for row in rows for s in sequences(row)]
     raw = likelihood.scores(model, both, tokenizer.pad_token_id)

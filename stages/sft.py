@@ -18,7 +18,11 @@ def run(job: Job) -> dict[str, Any]:
     train = data.draw(data.examples(source, "train", dialogue), config.examples, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     before = reply_bits_per_byte(model, tokenizer, held_out, config.max_length)
-    rows = [row for row in (tokenised(tokenizer, example) for example in train) if len(row["input_ids"]) <= config.max_length]
+    rows = [
+        row
+        for row in (tokenised(tokenizer, example) for example in train)
+        if len(row["input_ids"]) <= config.max_length
+    ]
     too_long = len(train) - len(rows)
     steps = max(1, config.epochs * len(rows) // config.batch_size)
     tokens = config.epochs * sum(len(row["input_ids"]) for row in rows)

@@ -15,7 +15,11 @@ def run(job: Job) -> dict[str, Any]:
     loaded = data.load(job.config.data.text, "train")
     texts = data.texts(loaded.rows)
     job.say(f"byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")
-    tokenizer = from_checkpoint(job.config.model) if job.config.model.checkpoint else train(texts, job.config.tokenizer.vocab_size)
+    tokenizer = (
+        from_checkpoint(job.config.model)
+        if job.config.model.checkpoint
+        else train(texts, job.config.tokenizer.vocab_size)
+    )
     tokenizer.save_pretrained(job.out)
     held_out = data.texts(data.load(job.config.data.text, "test").rows)
     tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False)["input_ids"])

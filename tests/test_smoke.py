@@ -1,0 +1,172 @@
+"""The whole chain on the smoke run: what it leaves, what runs again and why, and what other tools can load."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import chain, cli
+from pipeline.artifact import read_json, read_lines
+from pipeline.config import compose
+from stages import STAGES
+
+
+def stages_that_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    ran = []
+    original = chain.make
+    monkeypatch.setattr(
+        chain, "make", lambda config, entry, planned: ran.append(entry.stage) or original(config, entry, planned)
+    )
+    cli.main(["run", *arguments])
+    return ran
+
+
+def test_every_stage_leaves_the_documented_files(smoke):
+    for stage in STAGES:
+        folder = smoke / "smoke" / stage
+        for name in ("manifest.json", "metrics.json", "config.yaml"):
+            assert (folder / name).is_file(), (stage, name)
+        metrics = read_json(folder / "metrics.json")
+        assert metrics["seconds"] > 0 and metrics["peak_memory_bytes"] > 10**7
+        assert (
+            metrics["fingerprint"]
+            == read_json(folder / "manifest.json")["fingerprint"]
+            == folder.resolve().name.split("-")[1]
+        )
+    assert not list(smoke.glob("artifacts/*.work"))
+
+
+def test_summary_has_the_promised_numbers(smoke):
+    summary = read_json(smoke / "smoke" / "summary.json")
+    assert summary["outdated"] == {}
+    assert set(summary["pretrain"]["baselines"]) == {"1-gram", "2-gram", "3-gram", "4-gram", "bz2", "xz"}
+    for key in ("reply_bits_per_byte", "reply_bits_per_byte_base", "ended_share"):
+        assert key in summary["sft"]
+    for key in ("accuracy", "accuracy_ci95", "accuracy_length_only", "accuracy_bag_of_words"):
+        assert key in summary["reward"]
+    models = summary["evaluate"]["models"]
+    assert set(models) == {"human", "base", "sft", "dpo", "ppo"}
+    for name, values in models.items():
+        wanted = {"gold_mean", "gold_ci95", "second_judge_mean", "length", "distinct_2"}
+        assert wanted | (set() if name == "human" else {"kl", "ended_share", "reply_bits_per_byte"}) <= set(values)
+        assert values["gold_ci95"][0] <= values["gold_mean"] <= values["gold_ci95"][1]
+    assert models["sft"]["kl"] == pytest.approx(0, abs=1e-4) and models["ppo"]["kl"] > 0 and models["dpo"]["kl"] > 0
+
+
+def test_ppo_begins_at_the_reference(smoke):
+    first = read_lines(smoke / "smoke" / "ppo" / "log.jsonl")[0]
+    assert abs(first["kl"]) < 1e-4 and 0 <= first["kl_k3"] < 1e-6 and first["first_ratio_error"] < 1e-4
+
+
+def test_a_second_run_does_nothing(smoke, monkeypatch):
+    started = time.perf_counter()
+    assert stages_that_run(["experiment=smoke", f"runs={smoke}"], monkeypatch) == []
+    assert time.perf_counter() - started < 10
+
+
+def test_a_changed_key_runs_its_stage_and_what_depends_on_it(smoke, monkeypatch, tmp_path):
+    overrides = ["experiment=smoke", f"runs={smoke}", "run=changed"]
+    stages_that_run(overrides, monkeypatch)
+    changed = [*overrides, "ppo.kl_coef=0.2"]
+    rows = {row["stage"]: row for row in chain.status(compose(changed))}
+    assert rows["ppo"]["state"] == "stale" and rows["ppo"]["reason"] == "ppo.kl_coef 0.05 → 0.2"
+    assert rows["evaluate"]["state"] == "stale" and rows["evaluate"]["reason"] == "ppo is stale"
+    assert {row["state"] for stage, row in rows.items() if stage not in ("ppo", "evaluate")} == {"fresh"}
+    assert stages_that_run([*changed, "target=ppo"], monkeypatch) == ["ppo", "evaluate"]
+    assert read_json(smoke / "changed" / "summary.json")["outdated"] == {}
+
+
+def test_model_folders_load_without_our_code(smoke, tmp_path):
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+folder, kind = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+messages = [{"role": "user", "content": "hi"}]
+chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+model, info = auto.from_pretrained(folder, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+if kind == "reward":
+    assert model(**chat).logits.shape == (1, 1)
+else:
+    assert model.generate(**chat, max_new_tokens=4).shape[0] == 1
+assert not any(m.split(".")[0] in ("pipeline", "stages", "rewards") for m in sys.modules)
+"""
+    for stage in ("pretrain", "sft", "dpo", "ppo", "reward"):
+        folder = (smoke / "smoke" / stage).resolve()
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(folder), stage], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert not list(folder.glob("**/*.bin")) and not list(folder.glob("**/*.pt"))
+
+
+def test_offline_wandb_runs_are_grouped_by_run(smoke):
+    folders = list((smoke / "artifacts" / "wandb").glob("wandb/offline-run-*"))
+    assert len(folders) >= len(STAGES)
+
+
+def test_the_report_asks_no_other_host(smoke):
+    page = (smoke / "smoke" / "report.html").read_text()
+    assert '<link rel="stylesheet" href="http' not in page and 'src="http' not in page
+    for stage in STAGES:
+        assert f"<td>{stage}</td>" in page
+
+
+def test_a_partial_run_gives_a_report(smoke, capsys):
+    cli.main(["run", "experiment=smoke", f"runs={smoke}", "run=partial", "target=sft"])
+    assert set(read_json(smoke / "partial" / "summary.json")) == {"run", "outdated", "tokenizer", "pretrain", "sft"}
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_an_outdated_dependent_is_named_in_the_report(smoke):
+    overrides = ["experiment=smoke", f"runs={smoke}", "run=outdated"]
+    cli.main(["run", *overrides])
+    cli.main(["run", *overrides, "target=ppo", "dependents=false", "ppo.kl_coef=0.2"])
+    assert read_json(smoke / "outdated" / "summary.json")["outdated"] == {"evaluate": ["ppo"]}
+    assert "evaluate was made from an earlier ppo" in (smoke / "outdated" / "report.html").read_text()
+
+
+def test_same_seed_same_bits(smoke, tmp_path):
+    """The first three stages, made again in a fresh process with another hash seed, are equal to the bit."""
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "run",
+        "experiment=smoke",
+        "tracker=none",
+        f"runs={tmp_path}",
+        "target=sft",
+    ]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    for name in ("tokenizer/tokenizer.json", "pretrain/model.safetensors", "sft/model.safetensors"):
+        assert (tmp_path / "smoke" / name).read_bytes() == (smoke / "smoke" / name).read_bytes(), name
+
+
+def test_losses_are_the_golden_ones(smoke):
+    """Ten logged steps of every training stage; `python tests/test_smoke.py RUNS` writes them anew."""
+    golden = json.loads(GOLDEN.read_text())
+    for stage, expected in golden.items():
+        assert losses(smoke, stage) == pytest.approx(expected, rel=2e-3, abs=2e-4), stage
+
+
+GOLDEN = Path(__file__).parent / "golden" / "smoke.json"
+
+
+def losses(runs: Path, stage: str) -> list[float]:
+    rows = read_lines(runs / "smoke" / stage / "log.jsonl")
+    return [row["loss" if stage != "ppo" else "policy_loss"] for row in rows][:10]
+
+
+if __name__ == "__main__":
+    runs = Path(sys.argv[1])
+    GOLDEN.write_text(
+        json.dumps({s: losses(runs, s) for s in ("pretrain", "sft", "reward", "dpo", "ppo")}, indent=1) + "\n"
+    )
