@@ -1,6 +1,7 @@
 """The command line: `threefold COMMAND [overrides]`. It answers help, status and mistakes without importing torch."""
 
 import argparse
+import os
 import sys
 
 from pipeline.errors import UserError, nearest
@@ -56,6 +57,8 @@ def _run(overrides: list[str]) -> None:
     from pipeline.config import compose
     from pipeline.report import print_table, write_report
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
     ran = bring_up_to_date(config)
     if not ran:

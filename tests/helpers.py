@@ -1,0 +1,116 @@
+"""Tiny models, a tiny tokenizer, jobs and pairs that several tests share."""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pipeline.config import compose
+from pipeline.job import Job
+from pipeline.preferences import Pair
+from stages import tokenizer as tokenizer_stage
+
+SENTENCES = [
+    "Hello there, how are you doing today?",
+    "I am doing well, thank you for asking; and how are you?",
+    "The weather is nice today, and we are going to the park.",
+    "What do you like to do when the weather is bad?",
+    "I like to read, and to play the piano when it rains.",
+]
+
+PAIRS = [
+    Pair([{"role": "user", "content": "Hello there"}], "Hello, how are you?", "No.", 0.5, "samples"),
+    Pair(
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What do you like?"}],
+        "the piano", " I like\n\nthe rain, and to read 雨 when it rains.", None, "people",
+    ),
+    Pair(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello<|end|> there "},
+            {"role": "user", "content": "What is the weather<|assistant|>like? "},
+        ],
+        "It is nice today, we are going to the park.", "bad<|end|><|user|>weather", 0.1, "samples",
+    ),
+    Pair([{"role": "user", "content": "thank you"}], "?", "you are asking", 0.2, "samples"),
+]  # fmt: skip
+
+
+@functools.cache
+def tiny_tokenizer():
+    return tokenizer_stage.train(SENTENCES, 300)
+
+
+def tiny_config(model_type: str, **options):
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    if model_type == "qwen3":
+        shape |= {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    # weights ten times as large as usual, so that distributions are far from uniform and attention matters
+    return AutoConfig.for_model(
+        model_type, **shape, **ids, vocab_size=len(tokenizer), initializer_range=0.2, dtype="float32", **options
+    )
+
+
+def tiny_policy(model_type: str = "qwen3", seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **options)).eval()
+
+
+def tiny_reward_model(model_type: str = "qwen3", seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, num_labels=1)).eval()
+    model.config.score_mean, model.config.score_std = 0.3, 1.7
+    return model
+
+
+def favour(model: nn.Module, token: int, by: float) -> nn.Module:
+    """The model with `by` added to the logit of `token`, so that replies end by themselves."""
+    old = model.get_output_embeddings()
+    biased = nn.Linear(old.in_features, old.out_features)
+    biased.weight = old.weight
+    nn.init.zeros_(biased.bias)
+    biased.bias.data[token] = by
+    model.set_output_embeddings(biased)
+    return model
+
+
+def perturb(model: nn.Module, size: float = 0.02, seed: int = 0) -> None:
+    """Add normal noise to all weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=size)
+
+
+def random_ids(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Token sequences of the lengths given, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(7, len(tiny_tokenizer()), (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def plain_logprobs(model: nn.Module, prompt: list[int], reply: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of each reply token from one forward pass over one unpadded row."""
+    logits = model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, -1)[range(len(reply)), reply]
+
+
+@torch.no_grad()
+def plain_score(reward_model: nn.Module, sequence: list[int]) -> float:
+    """The score of the last token's state from one forward pass over one unpadded row."""
+    return reward_model.score(
+        reward_model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
+    ).item()
+
+
+def make_job(stage: str, folder: Path, *overrides: str) -> Job:
+    """A job of `stage` on one CPU thread, with its folders below `folder`."""
+    config = compose(["experiment=smoke", "runtime.device=cpu", "runtime.threads=1", "runtime.log_every=1", *overrides])
+    out, checkpoints = folder / "out", folder / "checkpoints"
+    for created in (out, checkpoints):
+        created.mkdir(parents=True)
+    return Job(stage, config, {}, out, checkpoints)

@@ -1,0 +1,223 @@
+"""The configuration: every choice composes, every key is documented and read, every mistake is answered on one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+
+import conf
+from pipeline.config import Config, check, compose, keys
+from pipeline.errors import UserError
+from stages import STAGES
+
+ROOT = Path(__file__).parent.parent
+CONF = Path(conf.__file__).parent
+FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
+PLACES = {"reward": ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")}
+REQUIRED = {"hf": ["model.checkpoint=somewhere"]}
+
+
+def leaves(node, path=""):
+    """Dotted path → value; a dictionary that is a value itself (columns, splits, args) is a leaf."""
+    if not isinstance(node, dict) or path.rsplit(".", 1)[-1] in ("columns", "splits", "args"):
+        return {path: node}
+    return {k: v for name in node for k, v in leaves(node[name], f"{path}.{name}".lstrip(".")).items()}
+
+
+def choices():
+    for file in FILES:
+        group = file.parent.name
+        if group not in ("", "stage"):
+            yield from ((file, place) for place in PLACES.get(group, (group,)))
+
+
+@pytest.mark.parametrize(("file", "place"), choices(), ids=lambda value: str(value))
+def test_every_choice_composes_to_what_its_file_says(file, place):
+    group = file.parent.name
+    override = f"{group}={file.stem}" if group == place else f"{group}@{place}={file.stem}"
+    config = OmegaConf.to_container(compose([override, *REQUIRED.get(file.stem, [])]))
+    written = yaml.safe_load((CONF / file).read_text())
+    written.pop("defaults", None)
+    below = "" if group == "experiment" else f"{place}."
+    composed = leaves(config)
+    for key, value in leaves(written).items():
+        if value != "???" and "${" not in str(value):
+            assert composed[below + key] == value, key
+
+
+def test_every_stage_file_is_part_of_every_run():
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    listed = next(entry["stage"] for entry in defaults if isinstance(entry, dict) and "stage" in entry)
+    assert sorted(listed) == sorted(file.stem for file in FILES if file.parent.name == "stage")
+    assert set(STAGES) <= set(listed)
+
+
+def test_keys_are_exactly_those_of_the_composed_configuration():
+    assert sorted(leaves(OmegaConf.to_container(compose(["data=hh"])))) == sorted(keys())
+
+
+def key_lines(file):
+    """(dotted key, whether the line above is a comment) for each line of a YAML file that starts with a key."""
+    path, above = [], ""
+    for line in (CONF / file).read_text().splitlines():
+        if found := re.match(r"( *)(\w+):", line):
+            path = [*path[: len(found[1]) // 2], found[2]]
+            yield ".".join(path), above.strip().startswith("#")
+        above = line
+
+
+DOCUMENTED = [f for f in FILES if f.parent.name != "experiment"]
+
+
+@pytest.mark.parametrize("file", DOCUMENTED, ids=str)
+def test_every_key_has_a_comment(file):
+    # the sources of a data file have the same keys, and so do the model files: said once in the group is enough
+    said_elsewhere = set()
+    if file.parent.name in ("data", "model"):
+        siblings = [f for f in FILES if f.parent == file.parent]
+        said_elsewhere = {key.rsplit(".", 1)[-1] for f in siblings for key, said in key_lines(f) if said}
+    hydras_own = ("defaults", "hydra")
+    silent = [
+        key
+        for key, said in key_lines(file)
+        if not said and key.rsplit(".", 1)[-1] not in said_elsewhere and key.split(".")[0] not in hydras_own
+    ]
+    assert silent == []
+
+
+def test_every_data_source_and_group_of_the_data_files_has_its_own_comment():
+    for file in (f for f in FILES if f.parent.name == "data"):
+        assert [key for key, said in key_lines(file) if "." not in key and not said] == []
+
+
+def reading(name, *files):
+    return [file.name for file in files if re.search(rf"\.{name}\b|[\"']{name}[\"']", file.read_text())]
+
+
+SOURCES = [f for room in ("pipeline", "stages", "rewards") for f in (ROOT / room).glob("*.py") if f.name != "config.py"]
+
+
+@pytest.mark.parametrize("key", keys())
+def test_every_key_is_read(key):
+    section, _, name = key.rpartition(".")
+    stage = ROOT / "stages" / f"{section}.py"
+    assert reading(name, stage) if stage.exists() else reading(name, *SOURCES)
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if key.startswith(("runtime.", "tracker."))])
+def test_every_runtime_and_tracker_key_is_read_from_its_section(key):
+    assert any(re.search(rf"\b{re.escape(key)}\b", file.read_text()) for file in SOURCES)
+
+
+CRASHES = "compose lets an error that is neither Hydra's nor OmegaConf's through as a traceback"
+
+MISTAKES = [
+    ("ppo.kl_cof=1", "ppo.kl_cof", "nearest: ppo.kl_coef"),
+    ("kl_coef=1", "kl_coef", "nearest: ppo.kl_coef"),
+    ("modle=tiny", "modle", "nearest: model"),
+    ("trackr.mode=offline", "trackr", "nearest: tracker"),
+    ("data.text.formt=text", "data.text.formt", "nearest: data.text.format"),
+    ("comparisons.judge.funtion=a:b", "comparisons.judge.funtion", "nearest: comparisons.judge.function"),
+    ("reward@evaluate.jugde=vader", "reward@evaluate.jugde", "nearest: reward@evaluate.judge"),
+    ("+new.key=1", "new", "not a configuration key"),
+    ("+ppo.new=1", "ppo.new", "not a configuration key"),
+    ("model=tyny", "model=tyny", "nearest: tiny"),
+    ("experiment=dmo", "experiment=dmo", "nearest: demo"),
+    ("runtime=slow", "runtime=slow", "default"),
+    ("reward@comparisons.judge=vadr", "reward=vadr", "nearest: vader"),
+    ("ppo.kl_coef=high", "ppo.kl_coef", "'high'"),
+    ("ppo.seed=1.5", "ppo.seed", "Integer"),
+    ("ppo.seed=null", "ppo.seed", "not Optional"),
+    ("dependents=maybe", "dependents", "bool"),
+    ("evaluate.judge=textblob", "evaluate.judge", "textblob"),
+    ("ppo.kl_coef=-0.1", "ppo.kl_coef=-0.1", "at least 0"),
+    ("ppo.gamma=1.01", "ppo.gamma=1.01", "at most 1"),
+    ("evaluate.prompts=1", "evaluate.prompts=1", "at least 2"),
+    ("comparisons.label_noise=0.6", "comparisons.label_noise=0.6", "at most 0.5"),
+    ("data.text.max_unusable_share=2", "data.text.max_unusable_share=2", "at most 1"),
+    ("ppo.kl_estimator=k2", "ppo.kl_estimator=k2", "one of k1, k3"),
+    ("precision=fp16", "precision=fp16", "nearest: bf16"),
+    ("runtime.device=gpu", "runtime.device=gpu", "auto, cpu, cuda"),
+    ("data.replies.format=message", "data.replies.format=message", "nearest: messages"),
+    ("model=hf", "model.checkpoint", "has no value"),
+    ("run=???", "run", "has no value"),
+    ("ppo.kl_coef", "ppo.kl_coef", "missing EQUAL"),
+    ("ppo.kl_coef=1,2", "ppo.kl_coef=1,2", "Ambiguous"),
+    ("ppo.kl_coef=${seeed}", "seeed", "not found"),
+    pytest.param("ppo.kl_coef=[", "ppo.kl_coef", "", marks=pytest.mark.xfail(strict=True, reason="key not named")),
+    pytest.param(
+        "pppo.kl_coef=1",
+        "pppo.kl_coef",
+        "nearest: ppo.kl_coef",
+        marks=pytest.mark.xfail(strict=True, reason="only the section is named, and ppo.seed suggested"),
+    ),
+    pytest.param("~ppo", "ppo", "", marks=pytest.mark.xfail(strict=True, reason="a deleted section is not noticed")),
+    pytest.param(
+        "ppo.kl_coef=nan", "ppo.kl_coef=nan", "", marks=pytest.mark.xfail(strict=True, reason="nan passes every limit")
+    ),
+    *(
+        pytest.param(override, name, "", marks=pytest.mark.xfail(strict=True, reason=CRASHES))
+        for override, name in (
+            ("model=null", "model"),
+            ("experiment=null", "experiment"),
+            ("tracker=3", "tracker"),
+            ("data.preferences.path=x", "data.preferences"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "name", "hint"), MISTAKES)
+def test_a_mistake_is_answered_on_one_line_that_names_the_key(override, name, hint):
+    with pytest.raises(UserError) as caught:
+        compose([override])
+    said = str(caught.value)
+    assert name in said and hint in said
+    assert "\n" not in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["ppo.gamma=1", "ppo.gamma=0", "ppo.kl_coef=0", "comparisons.label_noise=0.5", "sft.batch_size=1", "seed=0"],
+)
+def test_limits_are_inclusive(override):
+    key, value = override.split("=")
+    assert OmegaConf.select(compose([override]), key) == float(value)
+
+
+def test_check_names_a_key_that_the_schema_lacks():
+    with pytest.raises(UserError, match=r"sead is not a configuration key \(nearest: seed\)"):
+        check(DictConfig({"sead": 1}), Config)
+
+
+def test_the_seed_reaches_every_stage_and_a_stage_can_have_its_own():
+    config = compose(["seed=7", "ppo.seed=9"])
+    seeds = {name: config[name].seed for name in STAGES if "seed" in config[name]}
+    assert seeds.pop("ppo") == 9
+    assert set(seeds) == {"pretrain", "sft", "comparisons", "reward", "dpo", "evaluate"}
+    assert set(seeds.values()) == {7}
+
+
+def test_a_value_on_the_command_line_wins_over_the_experiment():
+    assert compose(["experiment=smoke"]).ppo.episodes == 64
+    assert compose(["experiment=smoke", "ppo.episodes=32"]).ppo.episodes == 32
+
+
+def test_a_judge_can_be_exchanged_in_one_place_alone():
+    config = compose(["reward@evaluate.judge=length", "evaluate.judge.args.cap=50"])
+    assert config.evaluate.judge == {"function": "rewards.length:length", "args": {"cap": 50}}
+    assert config.comparisons.judge.function == "rewards.sentiment:vader"
+
+
+def test_a_composed_configuration_cannot_be_changed():
+    with pytest.raises(ReadonlyConfigError):
+        compose([]).ppo.kl_coef = 1.0
+
+
+def test_the_preference_data_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("THREEFOLD_DATA", "/elsewhere")
+    config = compose(["experiment=hh"])
+    assert {config.data[name].path for name in ("text", "replies", "preferences")} == {"/elsewhere/hh-rlhf"}

@@ -1,0 +1,331 @@
+"""The losses that stages train on, TRL's with our arguments and PPO's own, against one unpadded row at a time."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import (
+    PAIRS,
+    SENTENCES,
+    favour,
+    make_job,
+    perturb,
+    plain_logprobs,
+    plain_score,
+    random_ids,
+    tiny_policy,
+    tiny_reward_model,
+    tiny_tokenizer,
+)  # fmt: skip
+
+from pipeline import chat, preferences, training
+from pipeline.artifact import read_lines
+from pipeline.data import Example
+from stages import dpo, ppo, reward, sft
+
+EXAMPLES = [
+    Example([{"role": "user", "content": SENTENCES[i % 5][: 4 + 7 * i]}], SENTENCES[(i + 1) % 5][: 1 + 53 * i % 40])
+    for i in range(8)
+]
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+@pytest.fixture
+def trainer_of(monkeypatch):
+    """The trainer that a stage's `fit` is about to train with."""
+
+    def build(fit, *arguments):
+        built = []
+        monkeypatch.setattr(training, "train", lambda trainer, *_: built.append(trainer))
+        fit(*arguments)
+        return built[0]
+
+    return build
+
+
+def first_step(job, fit, *arguments) -> dict[str, float]:
+    """What the Trainer logs of its only optimiser step."""
+    fit(job, *arguments, 1)
+    return read_lines(job.out / "log.jsonl")[0]
+
+
+# ------------------------------------------------------------------------------------------------ supervised fine-tuning
+
+
+def sft_rows() -> list[dict[str, list[int]]]:
+    return [sft.tokenised(tiny_tokenizer(), example) for example in EXAMPLES]
+
+
+def test_sft_trains_on_the_reply_and_its_end_token_only(tmp_path, trainer_of):
+    tokenizer, job = tiny_tokenizer(), make_job("sft", tmp_path, "sft.batch_size=8")
+    batch = next(iter(trainer_of(sft.fit, job, tiny_policy(), tokenizer, sft_rows(), 1).get_train_dataloader()))
+    found = set()
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+        assert (labels[length:] == -100).all() and (ids[length:] == tokenizer.pad_token_id).all()
+        trained_on = labels != -100
+        assert torch.equal(labels[trained_on], ids[trained_on])
+        assert labels[length - 1] == tokenizer.eos_token_id != tokenizer.pad_token_id
+        found.add((tuple(ids[:length][~trained_on[:length]].tolist()), tuple(labels[trained_on].tolist())))
+    prompts_and_replies = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in EXAMPLES]
+    assert found == {(tuple(prompt), tuple(reply)) for prompt, reply in prompts_and_replies}
+    assert all(prompt.count(tokenizer.bos_token_id) == 1 for prompt, _ in prompts_and_replies)
+
+
+def test_sft_loss_is_the_mean_over_reply_tokens(tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_policy()
+    logprobs = [
+        plain_logprobs(model, chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply))
+        for e in EXAMPLES
+    ]
+    logged = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows())
+    assert logged["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- gradient accumulation
+
+
+def tokenised(pairs: list[preferences.Pair]) -> preferences.TokenisedPairs:
+    return preferences.tokenised(tiny_tokenizer(), pairs, 512)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fit", "model", "rows"),
+    [
+        ("sft", sft.fit, tiny_policy, lambda job: sft_rows()),
+        ("reward", reward.fit, tiny_reward_model, lambda job: tokenised(PAIRS * 2).rows),
+        ("dpo", dpo.fit, tiny_policy, lambda job: dpo.on_disk(job, tiny_tokenizer(), tokenised(PAIRS * 2))),
+    ],
+)
+def test_loss_and_gradient_do_not_depend_on_accumulation(tmp_path, stage, fit, model, rows):
+    logged = []
+    for micro in ("null", "2"):
+        job = make_job(stage, tmp_path / micro, f"{stage}.batch_size=8", f"runtime.micro_batch_size={micro}")
+        logged.append(first_step(job, fit, model(), tiny_tokenizer(), rows(job)))
+    whole, split = logged
+    assert split["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    assert whole["grad_norm"] > 0.01
+
+
+# ------------------------------------------------------------------------------------------------------------ reward model
+
+
+@pytest.fixture
+def reward_trainer(tmp_path, trainer_of):
+    job = make_job("reward", tmp_path, f"reward.batch_size={len(PAIRS)}")
+    return trainer_of(reward.fit, job, tiny_reward_model(), tiny_tokenizer(), tokenised(PAIRS).rows, 1)
+
+
+def scores_by_hand(model) -> list[tuple[float, float]]:
+    """Scores of (chosen, rejected) of each pair, one row at a time."""
+    tokenizer, found = tiny_tokenizer(), []
+    for pair in PAIRS:
+        prompt = chat.prompt_ids(tokenizer, pair.prompt)
+        found.append(
+            tuple(plain_score(model, prompt + chat.reply_ids(tokenizer, r)) for r in (pair.chosen, pair.rejected))
+        )
+    return found
+
+
+def test_reward_loss_is_bradley_terry_with_centring(reward_trainer):
+    batch = next(iter(reward_trainer.get_train_dataloader()))
+    scores = scores_by_hand(reward_trainer.model)
+    bradley_terry = sum(-log_sigmoid(c - r) for c, r in scores) / len(scores)
+    centring = sum((c + r) ** 2 for c, r in scores) / len(scores)
+    assert 0.01 * centring > 1e-3  # large enough to be missed
+    loss = reward_trainer.compute_loss(reward_trainer.model, batch).item()
+    assert loss == pytest.approx(bradley_terry + 0.01 * centring, abs=1e-5)
+
+
+def test_margin_shifts_the_reward_loss(reward_trainer):
+    margins = [0.5, 2.0, 0.1, 0.0]
+    rows = [row | {"margin": m} for row, m in zip(reward_trainer.train_dataset, margins, strict=True)]
+    scores = scores_by_hand(reward_trainer.model)
+    expected = sum(-log_sigmoid(c - r - m) + 0.01 * (c + r) ** 2 for (c, r), m in zip(scores, margins, strict=True)) / 4
+    loss = reward_trainer.compute_loss(reward_trainer.model, reward_trainer.data_collator(rows)).item()
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_both_replies_of_a_reward_batch_end_with_the_end_token(reward_trainer):
+    batch = next(iter(reward_trainer.get_train_dataloader()))
+    last = batch["attention_mask"].sum(1) - 1
+    assert batch["input_ids"][range(8), last].tolist() == [tiny_tokenizer().eos_token_id] * 8
+
+
+# --------------------------------------------------------------------------------------------------------------------- DPO
+
+
+@pytest.fixture
+def dpo_trainer(tmp_path, trainer_of):
+    job = make_job("dpo", tmp_path, f"dpo.batch_size={len(PAIRS)}", "dpo.beta=0.1")
+    rows = dpo.on_disk(job, tiny_tokenizer(), tokenised(PAIRS))
+    return trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), rows, 1)
+
+
+def implicit_rewards(model, reference, beta: float) -> list[tuple[float, float]]:
+    """beta times the change of summed log-probability, of (chosen, rejected) of each pair."""
+    tokenizer, found = tiny_tokenizer(), []
+    for pair in PAIRS:
+        prompt = chat.prompt_ids(tokenizer, pair.prompt)
+        replies = [chat.reply_ids(tokenizer, reply) for reply in (pair.chosen, pair.rejected)]
+        change = [plain_logprobs(model, prompt, r).sum() - plain_logprobs(reference, prompt, r).sum() for r in replies]
+        found.append(tuple(beta * c.item() for c in change))
+    return found
+
+
+def test_dpo_starts_at_ln_2_with_no_reward(dpo_trainer):
+    batch = next(iter(dpo_trainer.get_train_dataloader()))
+    loss = dpo_trainer.compute_loss(dpo_trainer.model, batch).item()
+    assert loss == pytest.approx(math.log(2), abs=1e-5)
+    metrics = dpo_trainer._metrics["train" if dpo_trainer.model.training else "eval"]
+    for name in ("rewards/chosen", "rewards/rejected"):
+        assert metrics[name] == [pytest.approx(0, abs=1e-5)]
+    assert metrics["logps/chosen"] != metrics["logps/rejected"]
+
+
+def test_dpo_loss_of_a_changed_model_is_minus_log_sigmoid(dpo_trainer):
+    reference = copy.deepcopy(dpo_trainer.model)
+    perturb(dpo_trainer.model, 0.05)
+    rewards = implicit_rewards(dpo_trainer.model, reference, 0.1)
+    expected = sum(-log_sigmoid(chosen - rejected) for chosen, rejected in rewards) / len(rewards)
+    assert abs(expected - math.log(2)) > 0.01
+    loss = dpo_trainer.compute_loss(dpo_trainer.model, next(iter(dpo_trainer.get_train_dataloader()))).item()
+    assert loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_dpo_tokens_are_those_of_the_other_stages(dpo_trainer):
+    rows = tokenised(PAIRS).rows
+    rows.sort(key=lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert [{name: row[name] for name in names} for row in dpo_trainer.train_dataset] == rows
+
+
+def test_cached_reference_logprobs_are_the_live_ones(dpo_trainer):
+    for row in dpo_trainer.train_dataset:
+        for side in ("chosen", "rejected"):
+            live = plain_logprobs(dpo_trainer.model, row["prompt_ids"], row[f"{side}_ids"]).sum().item()
+            assert row[f"ref_{side}_logps"] == pytest.approx(live, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------- PPO
+
+
+def make_ppo(folder, micro: int) -> ppo.Ppo:
+    """PPO with tiny models. Plain gradient descent at rate 1 and no clipping: parameters move by their gradient."""
+    job = make_job(
+        "ppo", folder, "ppo.batch_size=12", "ppo.max_grad_norm=0", "sampling.max_new_tokens=10", "ppo.minibatches=2"
+    )
+    policy = favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0)
+    critic, accelerator = tiny_reward_model(), Accelerator(cpu=True, mixed_precision="no")
+    descend = partial(torch.optim.SGD, lr=1.0)
+    prepared = accelerator.prepare(policy, critic, descend(policy.parameters()), descend(critic.parameters()))
+    models = {"reference": copy.deepcopy(policy), "reward_model": copy.deepcopy(critic)}
+    names = dict(zip(("policy", "critic", "policy_optimizer", "critic_optimizer"), prepared, strict=True))
+    return ppo.Ppo(
+        job=job,
+        config=job.config.ppo,
+        accelerator=accelerator,
+        tokenizer=tiny_tokenizer(),
+        micro=micro,
+        **models,
+        **names,
+    )
+
+
+PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
+
+
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("micro", [2, 5])
+def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
+    whole, split = make_ppo(tmp_path / "whole", 12), make_ppo(tmp_path / "split", micro)
+    rollout = ppo.roll_out(whole, PROMPTS, 0)
+    advantages, returns, _ = ppo.estimate(rollout, 0.05, whole.config)
+    rows = torch.tensor([7, 0, 3, 11, 4, 8, 2, 10])
+    found = []
+    for made in (whole, split):
+        for model in (made.policy, made.critic):
+            perturb(model, 0.02)  # ratios other than 1, so that clipping takes effect
+        before = [flat(made.policy), flat(made.critic)]
+        metrics = ppo.minibatch_step(made, rollout, advantages, returns, rows, True)
+        found.append((metrics, flat(made.policy) - before[0], flat(made.critic) - before[1]))
+        assert all(not p.grad.any() if p.grad is not None else True for p in made.policy.parameters())
+    (metrics, *gradients), (split_metrics, *split_gradients) = found
+    assert metrics["clip_share"] > 0 and metrics["value_clip_share"] > 0
+    assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    for ours, theirs in zip(gradients, split_gradients, strict=True):
+        assert ours.norm() > 0.01
+        assert (ours - theirs).norm() < 1e-4 * ours.norm()
+
+
+def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
+    made = make_ppo(tmp_path, 3)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
+    perturb(made.policy, 0.02)
+    rows = [7, 0, 3, 11, 4]
+    objective, tokens = 0.0, 0
+    for row in rows:
+        reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
+        new = plain_logprobs(made.policy, PROMPTS[row], reply, made.job.config.sampling.temperature)
+        for t in range(len(reply)):
+            ratio, advantage = math.exp(new[t] - rollout.logprobs[row, t]), advantages[row, t].item()
+            objective += min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            tokens += 1
+    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), True)
+    assert metrics["policy_loss"] == pytest.approx(-objective / tokens, abs=1e-4)
+
+
+def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
+    made = make_ppo(tmp_path, 4)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
+    assert rollout.mask.sum(1).unique().numel() > 2  # lengths differ
+    assert (rollout.logprobs - rollout.reference_logprobs).abs().max() < 1e-4
+    assert abs(metrics["kl"]) < 1e-4 and 0 <= metrics["kl_k3"] < 1e-6
+    updated = ppo.update(made, rollout, advantages, returns, 0)
+    assert updated["first_ratio_error"] < 1e-4 < updated["ratio_error"]
+
+
+def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(tmp_path):
+    made, other = make_ppo(tmp_path / "made", 12), make_ppo(tmp_path / "other", 5)
+    perturb(made.policy, 0.02)
+    perturb(other.policy, 0.02)
+    rollout, split = ppo.roll_out(made, PROMPTS, 3), ppo.roll_out(other, PROMPTS, 3)
+    assert torch.equal(rollout.reply, split.reply)
+    for name in ("logprobs", "reference_logprobs", "values", "scores"):
+        torch.testing.assert_close(getattr(rollout, name), getattr(split, name), atol=1e-4, rtol=1e-4)
+    assert set(rollout.ended.tolist()) == {0.0, 1.0}
+    for row, prompt in enumerate(PROMPTS):
+        reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
+        for model, logprobs in ((made.policy, rollout.logprobs), (made.reference, rollout.reference_logprobs)):
+            expected = plain_logprobs(model, prompt, reply, made.job.config.sampling.temperature)
+            torch.testing.assert_close(logprobs[row, : len(reply)], expected, atol=1e-4, rtol=1e-4)
+        score = (plain_score(made.reward_model, prompt + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
+        assert rollout.scores[row].item() == pytest.approx(score, abs=1e-4)
+
+
+def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
+    made = make_ppo(tmp_path, 12)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
+    before = [flat(made.policy), flat(made.critic)]
+    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), False)
+    assert torch.equal(flat(made.policy), before[0]) and not torch.equal(flat(made.critic), before[1])
+    assert metrics["grad_norm"] == 0 < metrics["critic_grad_norm"]
+    after = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), True)
+    fresh = make_ppo(tmp_path / "fresh", 12)
+    assert after["grad_norm"] == pytest.approx(
+        ppo.minibatch_step(fresh, rollout, advantages, returns, torch.arange(12), True)["grad_norm"], rel=1e-4
+    )  # no policy gradient is left over from the warm-up

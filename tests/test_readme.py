@@ -1,0 +1,102 @@
+"""What README and docs name exists: commands, paths, keys, metrics."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifact import read_json, read_lines
+from pipeline.config import compose, keys
+from stages import STAGES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+METRICS = (ROOT / "docs" / "metrics.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z][a-z-]*)", README))))
+def test_every_make_command_of_the_readme_exists(target):
+    assert target in make_targets()
+
+
+def test_every_make_target_is_in_the_readme_and_in_its_own_list():
+    for target in make_targets() - {"help", "install"}:
+        assert f"make {target}" in README, target
+    for target in make_targets():
+        assert re.search(rf"^{target}:.*## \S", MAKEFILE, re.MULTILINE), f"{target} has no line in `make`"
+
+
+@pytest.mark.parametrize("arguments", re.findall(r'ARGS="([^"]+)"', README))
+def test_every_override_of_the_readme_composes(arguments):
+    compose(arguments.split())
+
+
+@pytest.mark.parametrize(
+    "key",
+    sorted(set(re.findall(r"`((?:data|model|sampling|evaluate|comparisons|ppo|pretrain|sft)\.[a-z_.]+)[=`]", README))),
+)
+def test_every_key_of_the_readme_exists(key):
+    metrics = [f"{stage}.{name}" for stage in STAGES for name in documented(stage)]
+    assert key in keys() or any(known.startswith(f"{key}.") for known in keys()) or key in metrics
+
+
+def test_every_path_of_the_tree_exists():
+    tree = README.split("## The tree")[1].split("## Limits")[0]
+    folder = Path()
+    for line in tree.splitlines():
+        columns = re.split(r"\s{3,}", line.strip(), maxsplit=1)[0] if line.startswith("    ") else ""
+        names = columns.split()
+        if not names:
+            continue
+        if not line.startswith("      "):
+            folder = ROOT / names[0] if names[0].endswith("/") else ROOT
+            parent = ROOT
+        else:
+            parent = folder
+        for name in names:
+            assert (parent / name).exists(), f"{name} in: {line}"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
+def test_every_link_of_the_readme_exists(link):
+    assert (ROOT / link).exists()
+
+
+def documented(section: str) -> set[str]:
+    found = re.search(rf"^### {section}\n(.*?)(?=^##|\Z)", METRICS, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"^\| `([^`]+)` \|", found.group(1), re.MULTILINE)) if found else set()
+
+
+COMMON = {"seconds", "peak_memory_bytes", "fingerprint", "template_hash", "unusable"}
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("ppo", "evaluate")])
+def test_results_equal_their_documentation(stage, smoke):
+    written = set(read_json(smoke / "smoke" / stage / "metrics.json")) - COMMON
+    assert written == documented(stage) - {"dropped_held_out_prompt"}
+
+
+def test_ppo_results_are_the_last_step_and_the_prompts(smoke):
+    written = set(read_json(smoke / "smoke" / "ppo" / "metrics.json")) - COMMON
+    assert written == documented("ppo steps") | {"prompts"}
+
+
+def test_evaluation_results_equal_their_documentation(smoke):
+    metrics = read_json(smoke / "smoke" / "evaluate" / "metrics.json")
+    values = {f"models.<name>.{key}" for model in metrics.pop("models").values() for key in model}
+    assert (values | set(metrics)) - COMMON == documented("evaluate")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "ppo"])
+def test_logged_steps_equal_their_documentation(stage, smoke):
+    written = {key for row in read_lines(smoke / "smoke" / stage / "log.jsonl") for key in row} - {"step"}
+    assert written == documented(f"{stage} steps")
+
+
+def test_the_make_default_lists_the_targets():
+    assert ".DEFAULT_GOAL := help" in MAKEFILE
