@@ -102,9 +102,8 @@ def plain_logprobs(model: nn.Module, prompt: list[int], reply: list[int], temper
 @torch.no_grad()
 def plain_score(reward_model: nn.Module, sequence: list[int]) -> float:
     """The score of the last token's state from one forward pass over one unpadded row."""
-    return reward_model.score(
-        reward_model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0, -1]
-    ).item()
+    states = reward_model.base_model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
+    return reward_model.score(states[-1]).item()
 
 
 def make_job(stage: str, folder: Path, *overrides: str) -> Job:

@@ -118,26 +118,21 @@ MISTAKES = [
     ("ppo.kl_cof=1", "ppo.kl_cof", "nearest: ppo.kl_coef"),
     ("kl_coef=1", "kl_coef", "nearest: ppo.kl_coef"),
     ("modle=tiny", "modle", "nearest: model"),
-    ("trackr.mode=offline", "trackr", "nearest: tracker"),
     ("data.text.formt=text", "data.text.formt", "nearest: data.text.format"),
     ("comparisons.judge.funtion=a:b", "comparisons.judge.funtion", "nearest: comparisons.judge.function"),
     ("reward@evaluate.jugde=vader", "reward@evaluate.jugde", "nearest: reward@evaluate.judge"),
     ("+new.key=1", "new", "not a configuration key"),
-    ("+ppo.new=1", "ppo.new", "not a configuration key"),
     ("model=tyny", "model=tyny", "nearest: tiny"),
     ("experiment=dmo", "experiment=dmo", "nearest: demo"),
     ("runtime=slow", "runtime=slow", "default"),
     ("reward@comparisons.judge=vadr", "reward=vadr", "nearest: vader"),
     ("ppo.kl_coef=high", "ppo.kl_coef", "'high'"),
     ("ppo.seed=1.5", "ppo.seed", "Integer"),
-    ("ppo.seed=null", "ppo.seed", "not Optional"),
     ("dependents=maybe", "dependents", "bool"),
     ("evaluate.judge=textblob", "evaluate.judge", "textblob"),
     ("ppo.kl_coef=-0.1", "ppo.kl_coef=-0.1", "at least 0"),
     ("ppo.gamma=1.01", "ppo.gamma=1.01", "at most 1"),
-    ("evaluate.prompts=1", "evaluate.prompts=1", "at least 2"),
     ("comparisons.label_noise=0.6", "comparisons.label_noise=0.6", "at most 0.5"),
-    ("data.text.max_unusable_share=2", "data.text.max_unusable_share=2", "at most 1"),
     ("ppo.kl_estimator=k2", "ppo.kl_estimator=k2", "one of k1, k3"),
     ("precision=fp16", "precision=fp16", "nearest: bf16"),
     ("runtime.device=gpu", "runtime.device=gpu", "auto, cpu, cuda"),
@@ -179,13 +174,16 @@ def test_a_mistake_is_answered_on_one_line_that_names_the_key(override, name, hi
     assert "\n" not in said and len(said) < 300
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["ppo.gamma=1", "ppo.gamma=0", "ppo.kl_coef=0", "comparisons.label_noise=0.5", "sft.batch_size=1", "seed=0"],
-)
-def test_limits_are_inclusive(override):
-    key, value = override.split("=")
-    assert OmegaConf.select(compose([override]), key) == float(value)
+def test_limits_are_inclusive():
+    limits = {
+        "ppo.gamma": 1,
+        "ppo.gae_lambda": 0,
+        "ppo.kl_coef": 0,
+        "comparisons.label_noise": 0.5,
+        "sft.batch_size": 1,
+    }
+    config = compose([f"{key}={value}" for key, value in limits.items()])
+    assert {key: OmegaConf.select(config, key) for key in limits} == limits
 
 
 def test_check_names_a_key_that_the_schema_lacks():

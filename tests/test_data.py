@@ -85,8 +85,8 @@ DEFECTS = [
     ("prompt_completion", {"prompt": [], "completion": "a"}, "prompt is empty"),
     ("prompt_completion", {"prompt": " ", "completion": "a"}, "prompt is empty"),
     ("prompt_completion", {"prompt": 3, "completion": "a"}, "prompt is not a list of messages with role and content"),
-    ("prompt_completion", {"prompt": [{"role": "user"}], "completion": "a"}, "prompt is not a list of messages with"),
-    ("prompt_completion", {"prompt": [said("bot", "q")], "completion": "a"}, "prompt has a role other than system,"),
+    ("prompt_completion", {"prompt": [{"role": "user"}], "completion": "a"}, "prompt is not a list of messages"),
+    ("prompt_completion", {"prompt": [said("bot", "q")], "completion": "a"}, "prompt has a role other than"),
     ("prompt_completion", {"prompt": [said("user", None)], "completion": "a"}, "content is not text"),
     ("prompt_completion", {"prompt": "q"}, "no column completion"),
     ("prompt_completion", {"prompt": "q", "completion": ""}, "completion is empty"),
@@ -100,11 +100,15 @@ DEFECTS = [
     ("preference", {"prompt": "q", "chosen": "a"}, "no column rejected"),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": " a "}, "chosen equals rejected"),
     ("preference_dialogues", {"rejected": TURNS}, "no column chosen"),
-    ("preference_dialogues", {"chosen": "q and a", "rejected": TURNS}, "chosen does not alternate Human: and Assist"),
-    ("preference_dialogues", {"chosen": f"hey{TURNS}", "rejected": TURNS}, "chosen does not alternate Human: and"),
-    ("preference_dialogues", {"chosen": f"{TURNS}\n\nHuman: q", "rejected": TURNS}, "chosen does not end with an assis"),
-    ("preference_dialogues", {"chosen": TURNS, "rejected": "\n\nHuman: q\n\nAssistant: "}, "rejected does not end with"),
-    ("preference_dialogues", {"chosen": TURNS, "rejected": "\n\nHuman: x\n\nAssistant: a"}, "chosen and rejected do not"),
+    ("preference_dialogues", {"chosen": "q and a", "rejected": TURNS}, "chosen does not alternate"),
+    ("preference_dialogues", {"chosen": f"hey{TURNS}", "rejected": TURNS}, "chosen does not alternate"),
+    ("preference_dialogues", {"chosen": f"{TURNS}\n\nHuman: q", "rejected": TURNS}, "chosen does not end with"),
+    ("preference_dialogues", {"chosen": TURNS, "rejected": "\n\nHuman: q\n\nAssistant: "}, "rejected does not end"),
+    (
+        "preference_dialogues",
+        {"chosen": TURNS, "rejected": "\n\nHuman: x\n\nAssistant: a"},
+        "chosen and rejected do not share",
+    ),
     ("preference_dialogues", {"chosen": TURNS, "rejected": TURNS}, "chosen equals rejected"),
 ]
 
@@ -340,14 +344,22 @@ def test_a_message_that_is_unfit_is_left_out_and_counted(message, reason, tmp_pa
     assert data.load(found, "train").unusable == {f"message dropped: {reason}": {"count": 1}}
 
 
-@pytest.mark.parametrize("message", ["Scunthorpe is nice", "3 < 4 and 5 > 4", "at 5 @ the corner", "a [note] here"])
+@pytest.mark.parametrize("message", ["Scunthorpe is nice", "3 < 4, I <3 it", "at 5 @ the corner", "a [note] here"])
 def test_a_message_that_only_looks_unfit_is_kept(message, tmp_path):
     (row,) = everything(conversations(tmp_path, [("x", "Hello there"), ("y", message)]))
     assert spoken(row) == ["Hello there", message]
 
 
 def test_a_conversation_is_cut_where_a_whole_turn_falls_away(tmp_path):
-    turns = [("x", "one"), ("y", "two"), ("x", "www.a.example"), ("y", "four"), ("x", "five"), ("y", "shit"), ("x", "7")]
+    turns = [
+        ("x", "one"),
+        ("y", "two"),
+        ("x", "www.a.example"),
+        ("y", "four"),
+        ("x", "five"),
+        ("y", "shit"),
+        ("x", "7"),
+    ]
     found = conversations(tmp_path, turns)
     assert [spoken(row) for row in everything(found)] == [["one", "two"], ["four", "five"]]
     counts = {reason: entry["count"] for reason, entry in data.load(found, "train").unusable.items()}
@@ -375,7 +387,16 @@ def test_every_reply_of_a_conversation_follows_one_to_three_turns_just_before_it
 
 
 def test_only_the_assistants_turns_are_replies_of_other_dialogues(tmp_path):
-    rows = [{"messages": [said("user", "u" * 9), said("assistant", "a" * 9), said("user", "v" * 9), said("assistant", "b" * 9)]}]
+    rows = [
+        {
+            "messages": [
+                said("user", "u" * 9),
+                said("assistant", "a" * 9),
+                said("user", "v" * 9),
+                said("assistant", "b" * 9),
+            ]
+        }
+    ]
     found = source(lines(tmp_path / "rows.jsonl", rows), "messages")
     examples = [e for split in ("train", "validation", "test") for e in data.examples(found, split, DIALOGUE)]
     assert [(len(e.prompt), e.reply) for e in examples] == [(1, "a" * 9), (3, "b" * 9)]
@@ -394,7 +415,9 @@ def test_limits_of_prompts_and_replies_are_inclusive(prompt, reply, kept, tmp_pa
 
 def test_plain_text_gives_no_replies(tmp_path):
     with pytest.raises(UserError, match=r"data\.replies needs rows with prompts and replies"):
-        data.examples(source(lines(tmp_path / "rows.jsonl", [{"text": f"text {i}"} for i in range(9)])), "train", DIALOGUE)
+        data.examples(
+            source(lines(tmp_path / "rows.jsonl", [{"text": f"text {i}"} for i in range(9)])), "train", DIALOGUE
+        )
 
 
 def test_texts_are_turns_without_system_messages(tmp_path):
@@ -435,7 +458,12 @@ def test_prompts_are_the_same_only_with_the_same_roles_and_words():
         return data.prompt_key([said(*m) for m in messages])
 
     assert key(("user", "a b")) == key(("user", "a b"))
-    different = [key(("user", "a b")), key(("assistant", "a b")), key(("user", "a"), ("user", "b")), key(("user", "a\nb"))]
+    different = [
+        key(("user", "a b")),
+        key(("assistant", "a b")),
+        key(("user", "a"), ("user", "b")),
+        key(("user", "a\nb")),
+    ]
     assert len(set(different)) == 4
 
 
@@ -453,8 +481,8 @@ def test_alternating_turns_end_with_the_assistant():
 
 def test_the_package_of_real_conversations_gives_disjoint_prompts_in_every_split():
     config = compose(["experiment=smoke"]).data
-    # 7,168 conversations; 104,204 of their replies are in the limits with the topic and one turn as context, 51,329
-    # with the topic and three turns (counted apart from this project); each has one to three here, and some are unfit
+    # an independent count of its 7,168 conversations: 104,204 replies are in the limits with one turn of context,
+    # 51,329 with three; here each has one to three, and unfit messages are gone
     examples = {s: data.examples(config.replies, s, config.dialogue) for s in ("train", "validation", "test")}
     assert 75_000 < sum(map(len, examples.values())) < 104_204
     prompts = {
@@ -479,6 +507,8 @@ def test_human_comparisons_load_with_what_was_left_out(monkeypatch):
     usable = len(raw["train"]) - sum(entry["count"] for entry in loaded["train"].unusable.values())
     assert len(loaded["train"].rows) + len(loaded["validation"].rows) == usable >= 0.99 * len(raw["train"])
     assert len(loaded["test"].rows) == len(raw["test"]) == 200
-    for row, source_row in zip(loaded["test"].rows, raw["test"], strict=True):
-        assert source_row["chosen"].endswith(row["chosen"]) and source_row["rejected"].rstrip().endswith(row["rejected"])
-        assert row["prompt"][0]["role"] == "user" == row["prompt"][-1]["role"]
+    # only numbers of rows in what a failure prints: the texts are offensive in part
+    pairs = list(zip(loaded["test"].rows, raw["test"], strict=True))
+    for side in ("chosen", "rejected"):
+        assert [i for i, (row, given) in enumerate(pairs) if not given[side].rstrip().endswith(row[side])] == []
+    assert {(row["prompt"][0]["role"], row["prompt"][-1]["role"]) for row, _ in pairs} == {("user", "user")}

@@ -65,9 +65,8 @@ def test_score_does_not_depend_on_more_padding(model_type):
     expected = [plain_score(reward_model, sequence) for sequence in PROMPTS]
     ids, mask = likelihood.right_padded(PROMPTS, tiny_tokenizer().pad_token_id, "cpu", length=40)
     with torch.no_grad():
-        assert reward_model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist() == pytest.approx(
-            expected, abs=1e-4
-        )
+        found = reward_model(input_ids=ids, attention_mask=mask).logits[:, 0]
+    assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_critics_values_of_a_reply_are_scores_of_its_beginnings(model_type):

@@ -1,8 +1,6 @@
 """The losses that stages train on, TRL's with our arguments and PPO's own, against one unpadded row at a time."""
 
-import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -19,13 +17,14 @@ from helpers import (
     tiny_policy,
     tiny_reward_model,
     tiny_tokenizer,
-)  # fmt: skip
+)
 
 from pipeline import chat, preferences, training
 from pipeline.artifact import read_lines
 from pipeline.data import Example
 from stages import dpo, ppo, reward, sft
 
+# eight prompts and replies of different lengths
 EXAMPLES = [
     Example([{"role": "user", "content": SENTENCES[i % 5][: 4 + 7 * i]}], SENTENCES[(i + 1) % 5][: 1 + 53 * i % 40])
     for i in range(8)
@@ -55,7 +54,7 @@ def first_step(job, fit, *arguments) -> dict[str, float]:
     return read_lines(job.out / "log.jsonl")[0]
 
 
-# ------------------------------------------------------------------------------------------------ supervised fine-tuning
+# Supervised fine-tuning
 
 
 def sft_rows() -> list[dict[str, list[int]]]:
@@ -81,15 +80,13 @@ def test_sft_trains_on_the_reply_and_its_end_token_only(tmp_path, trainer_of):
 
 def test_sft_loss_is_the_mean_over_reply_tokens(tmp_path):
     tokenizer, model = tiny_tokenizer(), tiny_policy()
-    logprobs = [
-        plain_logprobs(model, chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply))
-        for e in EXAMPLES
-    ]
-    logged = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows())
-    assert logged["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=1e-4)
+    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in EXAMPLES]
+    logprobs = [plain_logprobs(model, prompt, reply) for prompt, reply in pairs]
+    step = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows())
+    assert step["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------- gradient accumulation
+# Gradient accumulation
 
 
 def tokenised(pairs: list[preferences.Pair]) -> preferences.TokenisedPairs:
@@ -105,17 +102,17 @@ def tokenised(pairs: list[preferences.Pair]) -> preferences.TokenisedPairs:
     ],
 )
 def test_loss_and_gradient_do_not_depend_on_accumulation(tmp_path, stage, fit, model, rows):
-    logged = []
+    steps = []
     for micro in ("null", "2"):
         job = make_job(stage, tmp_path / micro, f"{stage}.batch_size=8", f"runtime.micro_batch_size={micro}")
-        logged.append(first_step(job, fit, model(), tiny_tokenizer(), rows(job)))
-    whole, split = logged
+        steps.append(first_step(job, fit, model(), tiny_tokenizer(), rows(job)))
+    whole, split = steps
     assert split["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
     assert whole["grad_norm"] > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------ reward model
+# Reward model
 
 
 @pytest.fixture
@@ -129,9 +126,8 @@ def scores_by_hand(model) -> list[tuple[float, float]]:
     tokenizer, found = tiny_tokenizer(), []
     for pair in PAIRS:
         prompt = chat.prompt_ids(tokenizer, pair.prompt)
-        found.append(
-            tuple(plain_score(model, prompt + chat.reply_ids(tokenizer, r)) for r in (pair.chosen, pair.rejected))
-        )
+        replies = [chat.reply_ids(tokenizer, reply) for reply in (pair.chosen, pair.rejected)]
+        found.append(tuple(plain_score(model, prompt + reply) for reply in replies))
     return found
 
 
@@ -160,7 +156,7 @@ def test_both_replies_of_a_reward_batch_end_with_the_end_token(reward_trainer):
     assert batch["input_ids"][range(8), last].tolist() == [tiny_tokenizer().eos_token_id] * 8
 
 
-# --------------------------------------------------------------------------------------------------------------------- DPO
+# DPO
 
 
 @pytest.fixture
@@ -181,24 +177,30 @@ def implicit_rewards(model, reference, beta: float) -> list[tuple[float, float]]
     return found
 
 
+def logged(trainer) -> dict[str, list[float]]:
+    """What TRL has noted of each batch for its log."""
+    return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
 def test_dpo_starts_at_ln_2_with_no_reward(dpo_trainer):
     batch = next(iter(dpo_trainer.get_train_dataloader()))
     loss = dpo_trainer.compute_loss(dpo_trainer.model, batch).item()
     assert loss == pytest.approx(math.log(2), abs=1e-5)
-    metrics = dpo_trainer._metrics["train" if dpo_trainer.model.training else "eval"]
+    metrics = logged(dpo_trainer)
     for name in ("rewards/chosen", "rewards/rejected"):
         assert metrics[name] == [pytest.approx(0, abs=1e-5)]
     assert metrics["logps/chosen"] != metrics["logps/rejected"]
 
 
 def test_dpo_loss_of_a_changed_model_is_minus_log_sigmoid(dpo_trainer):
-    reference = copy.deepcopy(dpo_trainer.model)
-    perturb(dpo_trainer.model, 0.05)
-    rewards = implicit_rewards(dpo_trainer.model, reference, 0.1)
+    perturb(dpo_trainer.model, 0.1)
+    rewards = implicit_rewards(dpo_trainer.model, tiny_policy(), 0.1)
     expected = sum(-log_sigmoid(chosen - rejected) for chosen, rejected in rewards) / len(rewards)
     assert abs(expected - math.log(2)) > 0.01
     loss = dpo_trainer.compute_loss(dpo_trainer.model, next(iter(dpo_trainer.get_train_dataloader()))).item()
     assert loss == pytest.approx(expected, abs=1e-4)
+    for name, side in zip(("rewards/chosen", "rewards/rejected"), zip(*rewards, strict=True), strict=True):
+        assert logged(dpo_trainer)[name] == [pytest.approx(sum(side) / len(side), abs=1e-4)]
 
 
 def test_dpo_tokens_are_those_of_the_other_stages(dpo_trainer):
@@ -215,28 +217,29 @@ def test_cached_reference_logprobs_are_the_live_ones(dpo_trainer):
             assert row[f"ref_{side}_logps"] == pytest.approx(live, abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------------- PPO
+# PPO
 
 
 def make_ppo(folder, micro: int) -> ppo.Ppo:
     """PPO with tiny models. Plain gradient descent at rate 1 and no clipping: parameters move by their gradient."""
-    job = make_job(
-        "ppo", folder, "ppo.batch_size=12", "ppo.max_grad_norm=0", "sampling.max_new_tokens=10", "ppo.minibatches=2"
-    )
-    policy = favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0)
-    critic, accelerator = tiny_reward_model(), Accelerator(cpu=True, mixed_precision="no")
-    descend = partial(torch.optim.SGD, lr=1.0)
-    prepared = accelerator.prepare(policy, critic, descend(policy.parameters()), descend(critic.parameters()))
-    models = {"reference": copy.deepcopy(policy), "reward_model": copy.deepcopy(critic)}
-    names = dict(zip(("policy", "critic", "policy_optimizer", "critic_optimizer"), prepared, strict=True))
+    options = ["ppo.batch_size=12", "ppo.minibatches=2", "ppo.max_grad_norm=0", "sampling.max_new_tokens=10"]
+    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
+    policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
+    critic, reward_model = tiny_reward_model(), tiny_reward_model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (policy, critic)]
+    policy, critic, policy_optimizer, critic_optimizer = accelerator.prepare(policy, critic, *optimizers)
     return ppo.Ppo(
         job=job,
         config=job.config.ppo,
         accelerator=accelerator,
         tokenizer=tiny_tokenizer(),
+        policy=policy,
+        reference=reference,
+        critic=critic,
+        reward_model=reward_model,
+        policy_optimizer=policy_optimizer,
+        critic_optimizer=critic_optimizer,
         micro=micro,
-        **models,
-        **names,
     )
 
 
@@ -260,7 +263,7 @@ def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
         before = [flat(made.policy), flat(made.critic)]
         metrics = ppo.minibatch_step(made, rollout, advantages, returns, rows, True)
         found.append((metrics, flat(made.policy) - before[0], flat(made.critic) - before[1]))
-        assert all(not p.grad.any() if p.grad is not None else True for p in made.policy.parameters())
+        assert all(p.grad is None or not p.grad.any() for p in made.policy.parameters())
     (metrics, *gradients), (split_metrics, *split_gradients) = found
     assert metrics["clip_share"] > 0 and metrics["value_clip_share"] > 0
     assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
@@ -324,8 +327,9 @@ def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
     metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), False)
     assert torch.equal(flat(made.policy), before[0]) and not torch.equal(flat(made.critic), before[1])
     assert metrics["grad_norm"] == 0 < metrics["critic_grad_norm"]
-    after = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), True)
-    fresh = make_ppo(tmp_path / "fresh", 12)
-    assert after["grad_norm"] == pytest.approx(
-        ppo.minibatch_step(fresh, rollout, advantages, returns, torch.arange(12), True)["grad_norm"], rel=1e-4
-    )  # no policy gradient is left over from the warm-up
+    # no policy gradient is left over from the warm-up
+    after, fresh = (
+        ppo.minibatch_step(each, rollout, advantages, returns, torch.arange(12), True)["grad_norm"]
+        for each in (made, make_ppo(tmp_path / "fresh", 12))
+    )
+    assert after == pytest.approx(fresh, rel=1e-4)

@@ -38,10 +38,8 @@ def test_orthogonalising_keeps_the_singular_vectors():
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
 def test_matrices_orthogonalised_together_equal_each_by_itself(shape):
-    matrices = (
-        torch.randn(4, *shape, generator=torch.Generator().manual_seed(2))
-        * torch.tensor([1e-3, 1, 10, 1e3])[:, None, None]
-    )
+    sizes = torch.tensor([1e-3, 1, 10, 1e3])[:, None, None]
+    matrices = sizes * torch.randn(4, *shape, generator=torch.Generator().manual_seed(2))
     together = orthogonalise(matrices)
     for i in range(4):
         torch.testing.assert_close(together[i], orthogonalise(matrices[i : i + 1])[0], atol=1e-5, rtol=1e-5)
@@ -124,11 +122,8 @@ def test_every_parameter_has_one_optimiser(model_type, tied):
     assert sorted(names[id(p)] for p in [*matrices, *others]) == sorted(names.values())
     for p in matrices:
         assert any(part in names[id(p)] for part in ("attn", "mlp")) and p.ndim == 2
-    outer = [
-        name
-        for name in names.values()
-        if any(part in name for part in ("embed", "lm_head", "norm", "ln_", "wte", "wpe", "bias"))
-    ]
+    kinds = ("embed", "lm_head", "norm", "ln_", "wte", "wpe", "bias")
+    outer = [name for name in names.values() if any(kind in name for kind in kinds)]
     assert sorted(names[id(p)] for p in others) == sorted(outer)
 
 
