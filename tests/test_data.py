@@ -328,7 +328,7 @@ def test_a_conversation_is_its_topic_and_turns_that_end_with_the_assistant(tmp_p
     ("message", "reason"),
     [
         ("see https://a.example/b", "address or markup"),
-        ("see www.a.example", "address or markup"),
+        ("see WWW.A.example", "address or markup"),
         ("write to me@mail.example", "address or markup"),
         ("<b>bold</b>", "address or markup"),
         ("[here](there)", "address or markup"),

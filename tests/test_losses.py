@@ -274,6 +274,7 @@ def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
 
 def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
     made = make_ppo(tmp_path, 3)
+    perturb(made.reference, 0.1, seed=5)  # the ratio is to the policy that sampled, not to the reference
     rollout = ppo.roll_out(made, PROMPTS, 0)
     advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
     perturb(made.policy, 0.02)
@@ -288,6 +289,21 @@ def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
             tokens += 1
     metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), True)
     assert metrics["policy_loss"] == pytest.approx(-objective / tokens, abs=1e-4)
+
+
+def test_ppo_reward_is_the_score_less_the_kl_penalty(tmp_path):
+    made = make_ppo(tmp_path, 12)
+    perturb(made.reference, 0.1, seed=5)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
+    assert metrics["kl"] > 0.1 and metrics["kl_k3"] > 0.1
+    assert metrics["reward"] == pytest.approx(metrics["score"] - 0.05 * metrics["kl"], abs=1e-5)
+    for row in range(len(PROMPTS)):
+        t = int(rollout.mask[row].sum()) - 1  # at the last token the return is the reward itself
+        penalty = 0.05 * (rollout.logprobs[row, t] - rollout.reference_logprobs[row, t])
+        assert returns[row, t].item() == pytest.approx((rollout.scores[row] - penalty).item(), abs=1e-5)
+    real = advantages[rollout.mask.bool()]
+    assert real.mean().item() == pytest.approx(0, abs=1e-5) and real.std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
