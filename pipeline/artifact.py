@@ -40,6 +40,8 @@ class Artifact:
     def running(self) -> bool:
         """Whether a process is making it now."""
         lock = self.lock()
+        if not Path(lock.lock_file).exists():
+            return False
         try:
             with lock.acquire(timeout=0):
                 return False
@@ -54,7 +56,6 @@ class Artifact:
 
     def lock(self) -> FileLock:
         """The lock that its maker holds; the system releases it when the process ends, however it ends."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{self.folder}.lock")
 
     def open(self) -> None:
@@ -73,6 +74,7 @@ class Artifact:
         """Point `run`/<stage> at this artifact, replacing an older link in one step."""
         run.mkdir(parents=True, exist_ok=True)
         link, fresh = run / self.stage, run / f".{self.stage}.{os.getpid()}"
+        fresh.unlink(missing_ok=True)
         fresh.symlink_to(os.path.relpath(self.folder, run))
         fresh.replace(link)
 

@@ -84,7 +84,11 @@ def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
         manifest = read_json(artifact.folder / "manifest.json")
         metric = STAGES[planned.stage].metric
         value = read_json(artifact.folder / "metrics.json").get(metric)
-        return row | {"state": "fresh", "made": manifest["created"], "metric": f"{metric} {value:.4g}" if value else ""}
+        return row | {
+            "state": "fresh",
+            "made": manifest["created"],
+            "metric": f"{metric} {value:.4g}" if value is not None else "",
+        }
     if artifact.running:
         return row | {"state": "running"}
     if artifact.failure:
@@ -129,6 +133,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
     from pipeline.job import Job
 
     artifact = entry.artifact
+    artifact.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = artifact.lock()
     if artifact.running:
         print(f"{entry.stage}: another process is making it; waiting for that", flush=True)
@@ -141,7 +146,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
         try:
             _run(job, entry)
         except Exception as error:
-            (artifact.work / "failed.txt").write_text(f"{error or type(error).__name__}".splitlines()[0] + "\n")
+            (artifact.work / "failed.txt").write_text((str(error) or type(error).__name__).splitlines()[0] + "\n")
             (artifact.work / "traceback.txt").write_text(traceback.format_exc())
             raise
         finally:

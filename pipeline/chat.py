@@ -1,6 +1,7 @@
 """Prompts and replies as tokens: one way of rendering for training, sampling and scoring."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
 
 
 def _without_special(tokenizer: Any, text: str) -> str:
-    for token in tokenizer.all_special_tokens:
-        text = text.replace(token, "")
+    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    found = [mark for mark in marks if mark in text]
+    while found:  # removing one may write another
+        for mark in found:
+            text = text.replace(mark, "")
+        found = [mark for mark in marks if mark in text]
     return text
 
 
@@ -63,7 +68,10 @@ def reply_text(tokenizer: Any, ids: list[int]) -> str:
 
 def template_hash(tokenizer: Any) -> str:
     """Digest of vocabulary, merges, special tokens and chat template: models with one hash speak the same language."""
-    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or "", str(tokenizer.special_tokens_map)]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {"padding", "truncation"}  # of the last call, not of the language
+    language = {key: value for key, value in backend.items() if key not in state}
+    content = [json.dumps(language, sort_keys=True), tokenizer.chat_template or "", str(tokenizer.special_tokens_map)]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 

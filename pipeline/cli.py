@@ -69,6 +69,7 @@ def _run(overrides: list[str]) -> None:
 
 def _status(overrides: list[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pipeline.chain import status
@@ -76,7 +77,7 @@ def _status(overrides: list[str]) -> None:
 
     table = Table("stage", "state", "reason", "fingerprint", "made", "main metric", box=None, header_style="bold")
     for row in status(compose(overrides)):
-        table.add_row(row["stage"], row["state"], row["reason"], row["fingerprint"], row["made"], row["metric"])
+        table.add_row(row["stage"], row["state"], escape(row["reason"]), row["fingerprint"], row["made"], row["metric"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -4,6 +4,7 @@ Values and comments live in `conf/`; here stand the types and limits that every 
 module imports torch, so that a wrong key is answered in a second.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -277,8 +278,6 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=Config)
     try:
@@ -286,8 +285,8 @@ def compose(overrides: list[str]) -> DictConfig:
             config = hydra_compose("config", overrides=overrides)
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
+    except Exception as error:  # Hydra answers some wrong overrides with errors of Python's own
+        raise UserError(_explain(error, overrides)) from error
     if missing:
         raise UserError(f"{missing[0]} has no value: set it, for example {missing[0]}=VALUE")
     check(config, Config)
@@ -298,6 +297,9 @@ def compose(overrides: list[str]) -> DictConfig:
 def check(config: DictConfig, schema: type, prefix: str = "") -> None:
     """Hold every key and value below `config` to `schema` and its limits; raises `UserError` naming the key."""
     known = {entry.name: entry for entry in fields(schema)}
+    for name in known:
+        if name not in config:
+            raise UserError(f"{prefix}{name} was deleted, but is needed; give it a value instead")
     for name in config:
         key = f"{prefix}{name}"
         if name not in known:
@@ -313,6 +315,8 @@ def _check_value(key: str, value: Any, limits: Any) -> None:
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
     if choices and value not in choices:
         raise UserError(f"{key}={value}: must be one of {', '.join(choices)}{nearest(str(value), choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value}: must be a finite number")
     if low is not None and value < low:
         raise UserError(f"{key}={value}: must be at least {low}")
     if high is not None and value > high:
@@ -333,7 +337,7 @@ def _dataclass_of(kind: Any) -> type | None:
     return next((c for c in candidates if is_dataclass(c)), None)
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, overrides: list[str]) -> str:
     """Hydra's and OmegaConf's errors on one line, with the nearest existing name."""
     text = str(error)
     while error.__cause__ is not None:
@@ -350,7 +354,13 @@ def _explain(error: BaseException) -> str:
         return f"{group}={choice}: no such choice{nearest(choice, options)}; there are {', '.join(options)}"
     if unknown_key or unknown_group:
         name = (full_key or unknown_key or unknown_group)[1]
+        name = next(
+            (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
+        )
         return f"{name} is not a configuration key{nearest(name, GROUPS + keys())}"
     if full_key:
         return f"{full_key[1]}: {text.splitlines()[0]}"
-    return " ".join(text.split()).split(" See https://hydra")[0]
+    message = " ".join(text.split()).split(" See https://hydra")[0]
+    return (
+        f"{' '.join(overrides)}: {message}" if not any(o.partition("=")[0] in message for o in overrides) else message
+    )

@@ -5,9 +5,12 @@ Splits are made by content, not by chance: a row belongs to the test split when
 """
 
 import functools
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ class Rows:
     """The usable rows of one split, and what was left out: reason → {"count", "first_line"}."""
 
     rows: list[Row]
-    unusable: dict[str, dict[str, int]] = field(default_factory=dict)
+    unusable: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def load(source: DictConfig, split: str) -> Rows:
@@ -67,20 +70,20 @@ def _parse(source_json: str, given_split: str) -> Rows:
     """All rows of what the source itself calls `given_split` (all of it where it has no splits)."""
     source = OmegaConf.create(json.loads(source_json))
     parse, rows = FORMATS[source.format], []
-    unusable: dict[str, dict[str, int]] = {}
+    unusable: dict[str, dict[str, Any]] = {}
     dropped: Counter = Counter()
     raws = _read(source, given_split)
-    for line, raw in enumerate(raws, start=1):
+    for where, line, raw in raws:
         renamed = raw | {ours: raw[theirs] for ours, theirs in source.columns.items() if theirs in raw}
         try:
             rows += parse(renamed, dropped)
         except UnusableRowError as reason:
-            unusable.setdefault(str(reason), {"count": 0, "first_line": line})["count"] += 1
+            unusable.setdefault(str(reason), {"count": 0, "first_line": line, "file": where})["count"] += 1
     _refuse_bad_source(source, len(raws), unusable)
     return Rows(rows, unusable | {f"message dropped: {why}": {"count": n} for why, n in sorted(dropped.items())})
 
 
-def _refuse_bad_source(source: DictConfig, total: int, unusable: dict[str, dict[str, int]]) -> None:
+def _refuse_bad_source(source: DictConfig, total: int, unusable: dict[str, dict[str, Any]]) -> None:
     if not total:
         raise UserError(f"{source.path}: no rows")
     bad = sum(entry["count"] for entry in unusable.values())
@@ -88,14 +91,15 @@ def _refuse_bad_source(source: DictConfig, total: int, unusable: dict[str, dict[
         reason, worst = max(unusable.items(), key=lambda item: item[1]["count"])
         raise UserError(
             f"{source.path}: {bad} of {total} rows cannot be used as format={source.format}, most often because "
-            f"{reason} (first in line {worst['first_line']}); mend them, or set max_unusable_share > {bad / total:.3f}"
+            f"{reason} (first in {worst['file']}, line {worst['first_line']}); "
+            f"mend them, or set max_unusable_share > {bad / total:.3f}"
         )
 
 
-def _read(source: DictConfig, split: str) -> list[Row]:
+def _read(source: DictConfig, split: str) -> list[tuple[str, int, Row]]:
+    """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
     if source.format == "chitchat":
-        file = package_file(source.path) if is_package(source.path) else local_files(source.path)[0]
-        return [{"id": key, **conversation} for key, conversation in json.loads(file.read_text()).items()]
+        return _read_chitchat(package_file(source.path) if is_package(source.path) else local_files(source.path)[0])
     if is_package(source.path) or is_local(source.path):
         files = (
             [package_file(source.path)]
@@ -103,27 +107,54 @@ def _read(source: DictConfig, split: str) -> list[Row]:
             else local_files(source.path, source.splits.get(split))
         )
         return [row for file in files for row in _read_file(file)]
-    return _read_hub(source, split)
+    return [(source.path, number, row) for number, row in enumerate(_read_hub(source, split), start=1)]
 
 
-def _read_file(file: Path) -> list[Row]:
+def _read_chitchat(file: Path) -> list[tuple[str, int, Row]]:
+    try:
+        conversations = json.loads(file.read_text())
+        named = [{"id": key, **conversation} for key, conversation in conversations.items()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{file}: not a chitchat-dataset file (one JSON object of conversations); set format"
+        ) from error
+    return [(file.name, number, conversation) for number, conversation in enumerate(named, start=1)]
+
+
+def _read_file(file: Path) -> list[tuple[str, int, Row]]:
     from datasets import load_dataset
 
     suffix = Path(file.name.removesuffix(".gz")).suffix
     try:
-        return load_dataset(BUILDERS[suffix], data_files=str(file), split="train").to_list()
+        rows = load_dataset(BUILDERS[suffix], data_files=str(file), split="train").to_list()
     except Exception as error:
-        raise UserError(f"{file}: {_defect(file) or str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: {_defect(file) or reason}") from error
+    if suffix == ".txt":  # blank lines separate texts
+        return [(file.name, line, row) for line, row in enumerate(rows, start=1) if row["text"].strip()]
+    return [(file.name, line, row) for line, row in zip(_line_numbers(file, suffix, len(rows)), rows, strict=True)]
+
+
+def _line_numbers(file: Path, suffix: str, rows: int) -> Iterable[int]:
+    """The line of each row: blank lines of JSON lines hold none, nor does the header of CSV."""
+    if suffix == ".jsonl":
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            return [number for number, line in enumerate(stream, start=1) if line.strip()]
+    return range(2, rows + 2) if suffix == ".csv" else range(1, rows + 1)
 
 
 def _defect(file: Path) -> str | None:
     """Where a JSON-lines file is broken, with the line's number; None when the lines themselves are well-formed."""
-    import gzip
-
+    if file.suffix == ".gz" and not _whole_gzip(file):
+        return "is not a whole gzip file; copy it again"
+    if not file.stat().st_size:
+        return "is empty"
     if ".jsonl" not in file.name:
         return None
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
             try:
                 if not isinstance(json.loads(line.decode("utf-8")), dict):
                     return f"line {number} is not a JSON object; every line must be one"
@@ -134,6 +165,16 @@ def _defect(file: Path) -> str | None:
     return None
 
 
+def _whole_gzip(file: Path) -> bool:
+    try:
+        with gzip.open(file) as stream:
+            while stream.read(2**20):
+                pass
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
+
+
 def _read_hub(source: DictConfig, split: str) -> list[Row]:
     from datasets import load_dataset
 
@@ -141,7 +182,7 @@ def _read_hub(source: DictConfig, split: str) -> list[Row]:
     try:
         return load_dataset(source.path, source.config_name, revision=source.revision, split=name).to_list()
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source.path}: neither a file or folder here nor loadable from the hub ({reason})") from error
 
 
@@ -213,6 +254,12 @@ def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Exampl
             seen.add(key)
             found.append(example)
     return found
+
+
+def training_examples(source: DictConfig, dialogue: DictConfig) -> list[Example]:
+    """Every example of the training split whose prompt occurs in no held-out split."""
+    held_out = {prompt_key(e.prompt) for split in ("validation", "test") for e in examples(source, split, dialogue)}
+    return [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
 
 
 def replies_by_prompt(found: list[Example]) -> dict[str, list[Example]]:

@@ -43,7 +43,8 @@ def messages(raw: Row, dropped: Counter) -> list[Row]:
     found = _messages_of(raw, "messages")
     if not any(m["role"] == "assistant" for m in found):
         raise UnusableRowError("no assistant turn")
-    return [{"key": _key(found[:1]), "messages": found, "symmetric": False}]
+    opening = next(m for m in found if m["role"] != "system")
+    return [{"key": opening["content"], "messages": found, "symmetric": False}]
 
 
 def preference(raw: Row, dropped: Counter) -> list[Row]:
@@ -66,6 +67,8 @@ def chitchat(raw: Row, dropped: Counter) -> list[Row]:
     Messages with an address, markup or profanity are left out and counted; where a whole turn falls away the
     conversation is cut, so that no reply follows a context that it did not follow.
     """
+    if not {"id", "messages"} <= raw.keys():
+        raise UnusableRowError("not a conversation of chitchat-dataset")
     topic = [{"role": "system", "content": raw["prompt"]}] if raw.get("prompt") else []
     segments: list[list[str]] = [[]]
     sender = None

@@ -100,6 +100,8 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars, which know no slower pace for a log file
 
 
 def _duration(seconds: float) -> str:

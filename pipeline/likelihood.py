@@ -45,7 +45,8 @@ def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: T
 
 def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Log-probability [B, R] of each token of `ids` [B, R] under `logits` [B, R, V] at `temperature`."""
-    return -F.cross_entropy((logits / temperature).transpose(1, 2), ids, reduction="none")
+    logits = logits if temperature == 1 else logits / temperature
+    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
 
 
 @torch.no_grad()
@@ -91,10 +92,11 @@ def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_siz
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         inputs, mask = right_padded([ids for ids, _ in batch], 0, model.device)
-        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
-        nats = -log_probabilities(logits.float(), inputs[:, 1:], 1.0) * mask[:, 1:]
+        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits
+        nats = -log_probabilities(logits.float(), inputs.roll(-1, 1), 1.0)[:, :-1] * mask[:, 1:]
         total += sum(
-            row[stride - 1 if start else 0 :].sum().item() for row, (_, start) in zip(nats, batch, strict=True)
+            row[context - stride - 1 if start else 0 :].sum().item()
+            for row, (_, start) in zip(nats, batch, strict=True)
         )
     return total
 

@@ -37,7 +37,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, matrix_lr: float, lr: float, bf16: bool):
         matrices, others = split_parameters(model)
         muon = {"params": matrices, "lr": matrix_lr, "muon": True}
-        adamw = {"params": others, "lr": lr, "muon": False}
+        adamw = {"params": others, "lr": lr, "muon": False, "fused": True}  # fused: its state is loaded beside it
         super().__init__([muon, adamw], {})
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 

@@ -39,6 +39,14 @@ class TokenisedPairs:
     pairs: list[Pair]
     dropped: int
 
+    def take(self, order: list[int]) -> "TokenisedPairs":
+        """The pairs numbered in `order`, in that order."""
+        return TokenisedPairs([self.rows[i] for i in order], [self.pairs[i] for i in order], self.dropped)
+
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt with the longer reply, for each pair."""
+        return [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in self.rows]
+
 
 def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> TokenisedPairs:
     """Token ids of pairs, both replies with their end token; pairs longer than `max_length` tokens are dropped."""

@@ -1,12 +1,13 @@
 """Where data and code come from, and digests of their content for fingerprints. Imports nothing heavy."""
 
+import ast
 import functools
 import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
@@ -36,6 +37,8 @@ def package_file(path: str) -> Path:
 def local_files(path: str, pattern: str | None = None) -> list[Path]:
     """The data files of a local source: the file itself, or those in the folder that match `pattern`, sorted."""
     root = Path(path).expanduser()
+    if root.is_file() and pattern:
+        raise UserError(f"{path}: is one file, so it cannot have splits; name its folder, or leave splits out")
     if root.is_file():
         return [root]
     if not root.is_dir():
@@ -55,6 +58,10 @@ def source_parts(source: Any) -> dict[str, Any]:
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
     if is_package(source.path):
         return parts | {"content": file_digest(package_file(source.path))}
+    if source.splits and "train" not in source.splits:
+        raise UserError(
+            f"{source.path}: splits names {', '.join(source.splits)} but not train; name every split you have"
+        )
     if is_local(source.path):
         patterns = source.splits.values() or [None]
         files = sorted({f for pattern in patterns for f in local_files(source.path, pattern)})
@@ -68,7 +75,7 @@ def function_digest(path: str) -> str:
 
 
 def function_file(path: str) -> Path:
-    """The source file of `module:function`. Raises `UserError` when there is none."""
+    """The source file of `module:function`. Raises `UserError` when there is no such file, or no such name in it."""
     module, _, name = path.partition(":")
     try:
         spec = importlib.util.find_spec(module) if module and name else None
@@ -76,7 +83,21 @@ def function_file(path: str) -> Path:
         spec = None
     if spec is None or not spec.origin:
         raise UserError(f"{path}: no such reward function; write it as module:function of an importable module")
+    defined = _names_defined(Path(spec.origin))
+    if name not in defined:
+        raise UserError(f"{path}: {module} defines no {name}{nearest(name, defined)}")
     return Path(spec.origin)
+
+
+def _names_defined(file: Path) -> set[str]:
+    """Names that a Python file defines or imports at its top level; the file is read, not run."""
+    names = set()
+    for node in ast.parse(file.read_bytes()).body:
+        names |= {getattr(node, "name", "")}
+        names |= {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -107,7 +107,9 @@ def _reachable() -> bool:
 
     address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=2).close()
+        socket.create_connection(
+            (address.hostname, address.port or (80 if address.scheme == "http" else 443)), timeout=2
+        ).close()
     except OSError:
         return False
     return True

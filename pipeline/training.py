@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,6 +29,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any
         "use_cpu": job.device.type == "cpu",
         "bf16": job.device.bf16,
         "logging_steps": min(job.config.runtime.log_every, steps),
+        "train_sampling_strategy": "sequential",
         "save_strategy": "steps",
         "save_steps": max(1, steps // (job.config.runtime.checkpoints + 1)),
         "save_total_limit": 2,
@@ -35,6 +37,27 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int) -> dict[str, Any
         "disable_tqdm": True,
         "dataloader_pin_memory": job.device.type == "cuda",
     }
+
+
+def in_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
+    """Row numbers for all epochs in the order of training: shuffled, with rows of similar length in one batch.
+
+    The trainers read their rows in this order, so that it depends on the seed alone: their own samplers draw from the
+    global random state, which a resumed run has not advanced in the same way. A last
+    batch that is not full is left out.
+    """
+    generator, order = np.random.default_rng(seed), []
+    for _ in range(epochs):
+        shuffled = generator.permutation(len(lengths))
+        pools = [shuffled[i : i + POOL * batch_size] for i in range(0, len(shuffled), POOL * batch_size)]
+        by_length = np.concatenate([pool[np.argsort(np.asarray(lengths)[pool], kind="stable")] for pool in pools])
+        batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        whole = [batch for batch in batches if len(batch) == batch_size] or batches
+        order += [int(row) for i in generator.permutation(len(whole)) for row in whole[i]]
+    return order
+
+
+POOL = 16  # batches that are sorted by length together
 
 
 def linear_schedule(learning_rate: float, warmup: float, steps: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ f(prompts, completions, **columns) -> list[float | None]    prompts, completions
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,4 +21,7 @@ def load(config: Any) -> RewardFunction:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{config.function}: no such reward function ({error})") from error
+    for name in config.args:
+        if name not in inspect.signature(function).parameters:
+            raise UserError(f"{config.function}: has no argument {name}; see its args in the configuration")
     return functools.partial(function, **config.args) if config.args else function

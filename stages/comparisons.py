@@ -53,7 +53,7 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
     judge = rewards.load(config.judge)
     sampled, held_out, unfinished = sampled_replies(job)
-    people = data.replies_by_prompt(data.examples(job.config.data.replies, "train", job.config.data.dialogue))
+    people = data.replies_by_prompt(data.training_examples(job.config.data.replies, job.config.data.dialogue))
     train, kept = best_pairs(sampled, judge, config, "samples")
     human, human_kept = best_pairs(list(people.values()), judge, config, "people")
     test, _ = best_pairs(held_out, judge, config, "samples")
@@ -107,7 +107,9 @@ def best_pairs(groups: list[list[Example]], judge: Any, config: Any, source: str
         found = [
             (abs(a - b), x, y) if a > b else (abs(a - b), y, x) for (a, x), (b, y) in itertools.combinations(scored, 2)
         ]
-        good = sorted((f for f in found if f[0] >= config.min_gap and f[1].reply != f[2].reply), key=lambda f: -f[0])
+        good = sorted(
+            (f for f in found if f[0] >= config.min_gap and f[0] > 0 and f[1].reply != f[2].reply), key=lambda f: -f[0]
+        )
         possible, above = possible + len(found), above + len(good)
         pairs += [Pair(x.prompt, x.reply, y.reply, gap, source) for gap, x, y in good[: config.pairs_per_prompt]]
     return pairs, above / max(1, possible)

@@ -17,11 +17,11 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
     model = models.load_policy(job.inputs["sft"])
-    steps = max(1, config.epochs * len(train.rows) // config.batch_size)
-    tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in train.rows)
-    flops = (6 * config.epochs + 2) * models.parameter_count(model) * tokens
-    job.announce(f"{config.epochs * tokens // steps:,} tokens", steps, flops)
-    fit(job, model, tokenizer, on_disk(job, tokenizer, train), steps)
+    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed))
+    steps = max(1, len(ordered.rows) // config.batch_size)
+    tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in ordered.rows)
+    job.announce(f"{tokens // steps:,} tokens", steps, (6 + 2) * models.parameter_count(model) * tokens)
+    fit(job, model, tokenizer, on_disk(job, tokenizer, ordered), steps)
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     return metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta) | {
@@ -43,9 +43,6 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: Dataset, steps: int) -> Non
         label_smoothing=config.label_smoothing,
         precompute_ref_log_probs=True,
         max_length=None,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
-        remove_unused_columns=False,  # keeps the length column for the sampler
     )
     trainer = DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
     training.train(trainer, job, config.batch_size, "pairs")
@@ -55,18 +52,15 @@ def on_disk(job: Job, tokenizer: Any, train: TokenisedPairs) -> Dataset:
     """The pairs as conversations in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
     folder = job.checkpoints / "pairs"
     if not (folder / "state.json").exists():
-        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in train.rows]
         columns = [
             {
                 "prompt": chat.without_special(tokenizer, pair.prompt),
                 "chosen": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.chosen}]),
                 "rejected": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.rejected}]),
-                "length": length,
             }
-            for pair, length in zip(train.pairs, lengths, strict=True)
+            for pair in train.pairs
         ]
-        # sorted, so that the pass over the reference holds little padding; training shuffles
-        Dataset.from_list(sorted(columns, key=lambda row: row["length"])).save_to_disk(folder)
+        Dataset.from_list(columns).save_to_disk(folder)
     return load_from_disk(folder)
 
 

@@ -18,10 +18,11 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
     model = with_score_head(job, tokenizer)
-    steps = max(1, config.epochs * len(train.rows) // config.batch_size)
-    tokens = config.epochs * sum(len(s) for row in train.rows for s in sequences(row))
+    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed))
+    steps = max(1, len(ordered.rows) // config.batch_size)
+    tokens = sum(len(s) for row in ordered.rows for s in sequences(row))
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, train.rows, steps)
+    fit(job, model, tokenizer, ordered.rows, steps)
     normalise(job, model.eval(), tokenizer, test.pairs)
     models.save(model, tokenizer, job.out)
     chosen, rejected = test_scores(model, tokenizer, test.rows)
@@ -62,12 +63,8 @@ def fit(job: Job, model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, l
         gradient_checkpointing=False,
         center_rewards_coefficient=config.center_coef or None,
         max_length=None,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
-        remove_unused_columns=False,  # keeps the length column for the sampler
     )
     columns = [dict(zip(("chosen_ids", "rejected_ids"), sequences(row), strict=True)) for row in rows]
-    columns = [row | {"length": max(len(row["chosen_ids"]), len(row["rejected_ids"]))} for row in columns]
     trainer = RewardTrainer(model, arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer)
     training.train(trainer, job, config.batch_size, "pairs")
 

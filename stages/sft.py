@@ -15,7 +15,7 @@ def run(job: Job) -> dict[str, Any]:
     config, source, dialogue = job.config.sft, job.config.data.replies, job.config.data.dialogue
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
     model = models.load_policy(job.inputs["pretrain"])
-    train = data.draw(data.examples(source, "train", dialogue), config.examples, config.seed)
+    train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     before = reply_bits_per_byte(model, tokenizer, held_out, config.max_length)
     rows = [
@@ -24,11 +24,12 @@ def run(job: Job) -> dict[str, Any]:
         if len(row["input_ids"]) <= config.max_length
     ]
     too_long = len(train) - len(rows)
-    steps = max(1, config.epochs * len(rows) // config.batch_size)
-    tokens = config.epochs * sum(len(row["input_ids"]) for row in rows)
+    order = training.in_order([len(row["input_ids"]) for row in rows], config.batch_size, config.epochs, config.seed)
+    steps = max(1, len(order) // config.batch_size)
+    tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, rows, steps)
+    fit(job, model, tokenizer, [rows[i] for i in order], steps)
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
@@ -57,7 +58,6 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        train_sampling_strategy="group_by_length",
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     training.train(trainer, job, config.batch_size, "examples")

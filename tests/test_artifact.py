@@ -117,7 +117,6 @@ def test_a_link_is_there_at_every_moment_while_it_is_replaced(tmp_path):
     assert not missed and seen <= {"aaa", "bbb"} and seen
 
 
-@pytest.mark.xfail(strict=True, raises=FileExistsError, reason="process ids come again, in containers soon")
 def test_a_link_half_made_by_a_killed_process_of_the_same_id_is_no_obstacle(tmp_path):
     artifact = made(tmp_path, "aaa")
     (tmp_path / "demo").mkdir()

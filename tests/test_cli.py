@@ -101,7 +101,6 @@ def test_status_shows_every_stage(capsys, tmp_path):
     assert [row.split() for row in rows] == [[name, "missing", planned[name].fingerprint] for name in STAGES]
 
 
-@pytest.mark.xfail(strict=True, reason="rich reads square brackets in a reason as markup: lost, or a MarkupError")
 @pytest.mark.parametrize("reason", ["cannot read [/data/rows.jsonl]", "shape [b, t] expected"])
 def test_status_shows_a_reason_as_it_was_written(reason, capsys, tmp_path):
     artifact = chain.plan(compose(["experiment=smoke", f"runs={tmp_path}"]))["tokenizer"].artifact

@@ -152,7 +152,6 @@ def test_a_saved_optimiser_continues_to_the_same_bits():
 
 # the Trainer loads the optimiser on the CPU and leaves it to load_state_dict to move it; fused AdamW needs its step
 # counter beside the parameter (pytorch/pytorch#104767). The device `meta` stands for a GPU here.
-@pytest.mark.xfail(reason="AdamW's step counter stays on the CPU when a GPU run resumes", strict=True)
 def test_loaded_state_lies_beside_its_parameter():
     model = tiny_policy()
     optimizer = MuonAdamW(model, matrix_lr=0.02, lr=0.01, bf16=False)

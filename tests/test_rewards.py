@@ -52,7 +52,6 @@ def test_arguments_of_the_configuration_are_bound():
     assert load("rewards.length:length", cap=20)(prompts=[""], completions=["a" * 10]) == [0.5]
 
 
-@pytest.mark.xfail(strict=True, reason="a misspelt argument disappears among the extra columns")
 def test_an_argument_that_the_function_lacks_is_refused():
     with pytest.raises(UserError, match="kap"):
         load("rewards.length:length", kap=20)

@@ -161,11 +161,7 @@ def test_auto_with_a_key_and_a_host_that_answers_is_online(monkeypatch, no_key, 
     [
         ("https://wandb.example", ("wandb.example", 443)),
         ("http://wandb.example:8080", ("wandb.example", 8080)),
-        pytest.param(
-            "http://wandb.example",
-            ("wandb.example", 80),
-            marks=pytest.mark.xfail(strict=True, reason="443 is asked whatever the scheme"),
-        ),
+        ("http://wandb.example", ("wandb.example", 80)),
     ],
 )
 def test_the_host_is_asked_at_the_port_of_its_address(address, asked, monkeypatch):
