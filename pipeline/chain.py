@@ -47,8 +47,7 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
         parts |= _flatten(key, OmegaConf.select(config, key))
     for key in stage.sources:
         source = OmegaConf.select(config, key)
-        found = None if source is None else source_parts(source)
-        parts |= _flatten(key, OmegaConf.create(found) if found else None)
+        parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)
     for key in stage.functions:
         parts[f"{key}.source"] = function_digest(OmegaConf.select(config, key).function)
     checkpoint = parts.get("model.checkpoint")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifact import read_json
 from pipeline.errors import UserError
 from pipeline.formats import Message
 
@@ -50,7 +51,9 @@ def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
 
 
 def _without_special(tokenizer: Any, text: str) -> str:
-    marks = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    template = tokenizer.chat_template or ""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special or str(token) in template]
+    marks = {*tokenizer.all_special_tokens, *added}
     found = [mark for mark in marks if mark in text]
     while found:  # removing one may write another
         for mark in found:
@@ -76,8 +79,12 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def require_same_template(folders: dict[str, Path]) -> Any:
-    """The tokenizer that all `folders` share. Raises `UserError` naming two that differ."""
+    """The tokenizer that all artifacts share, and were made with. Raises `UserError` naming the one that differs."""
     tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        recorded = read_json(folder / "metrics.json")["template_hash"]
+        if recorded != template_hash(tokenizers[name]):
+            raise UserError(f"{name}: the tokenizer in {folder} is not the one it was made with; remove the folder")
     (first, tokenizer), *others = tokenizers.items()
     for name, other in others:
         if template_hash(other) != template_hash(tokenizer):

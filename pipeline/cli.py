@@ -17,6 +17,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with status 2 after one line on bad input, 130 when interrupted."""
     try:
+        sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         command, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
         globals()[f"_{command}"](overrides)
     except UserError as error:

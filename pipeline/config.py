@@ -1,28 +1,17 @@
-"""The schema of the configuration, and how overrides become one checked configuration.
+"""How overrides become one checked configuration.
 
-Values and comments live in `conf/`; here stand the types and limits that every value is held to. Nothing in this
-module imports torch, so that a wrong key is answered in a second.
+Nothing in this module imports torch, so that a wrong key is answered in a second.
 """
 
 import math
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from pipeline.errors import UserError, nearest
-
-
-def number(low: float | None = None, high: float | None = None) -> Any:
-    """A required number in [low, high]; `low` and `high` are inclusive, None is no limit."""
-    return field(default=MISSING, metadata={"low": low, "high": high})
-
-
-def one_of(*choices: str) -> Any:
-    """A required string from `choices`."""
-    return field(default=MISSING, metadata={"choices": choices})
-
+from pipeline.schema import Config
 
 GROUPS = [
     "model",
@@ -33,241 +22,6 @@ GROUPS = [
     "reward@evaluate.judge",
     "reward@evaluate.second_judge",
 ]
-
-
-@dataclass
-class RuntimeConfig:
-    """How this machine runs a stage; nothing here changes what the stage computes beyond rounding."""
-
-    device: str = one_of("auto", "cpu", "cuda")
-    threads: int | None = number(1)
-    micro_batch_size: int | None = number(1)
-    checkpoints: int = number(1)
-    log_every: int = number(1)
-
-
-@dataclass
-class ModelConfig:
-    """The architecture to pretrain, or the checkpoint to start from."""
-
-    checkpoint: str | None = MISSING
-    revision: str | None = MISSING
-    gguf_file: str | None = MISSING
-    trust_remote_code: bool = MISSING
-    model_type: str | None = MISSING
-    hidden_size: int | None = number(1)
-    intermediate_size: int | None = number(1)
-    num_hidden_layers: int | None = number(1)
-    num_attention_heads: int | None = number(1)
-    num_key_value_heads: int | None = number(1)
-    head_dim: int | None = number(1)
-    max_position_embeddings: int | None = number(8)
-    tie_word_embeddings: bool = MISSING
-
-
-@dataclass
-class SourceConfig:
-    """One data source: where its rows are and how to read them."""
-
-    path: str = MISSING
-    config_name: str | None = None
-    revision: str | None = None
-    format: str = one_of("text", "prompt_completion", "messages", "preference", "preference_dialogues", "chitchat")
-    columns: dict[str, str] = field(default_factory=dict)
-    splits: dict[str, str] = field(default_factory=dict)
-    max_unusable_share: float = field(default=0.01, metadata={"low": 0.0, "high": 1.0})
-
-
-@dataclass
-class DialogueConfig:
-    """How prompts and replies are cut out of conversations."""
-
-    context_turns: int = number(1)
-    prompt_max_chars: int = number(1)
-    reply_min_chars: int = number(1)
-    reply_max_chars: int = number(1)
-
-
-@dataclass
-class DataConfig:
-    """The sources of a run. `preferences: null` lets the comparisons stage make its own pairs."""
-
-    text: SourceConfig = field(default_factory=SourceConfig)
-    replies: SourceConfig = field(default_factory=SourceConfig)
-    preferences: SourceConfig | None = MISSING
-    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
-
-
-@dataclass
-class TokenizerConfig:
-    """Stage `tokenizer`."""
-
-    vocab_size: int = number(262)
-
-
-@dataclass
-class PretrainConfig:
-    """Stage `pretrain`."""
-
-    tokens: int = number(0)
-    context: int = number(8)
-    batch_size: int = number(1)
-    matrix_learning_rate: float = number(0.0)
-    learning_rate: float = number(0.0)
-    warmup: float = number(0.0, 1.0)
-    decay: float = number(0.0, 1.0)
-    max_grad_norm: float = number(0.0)
-    eval_tokens: int = number(1)
-    seed: int = number(0)
-
-
-@dataclass
-class SftConfig:
-    """Stage `sft`."""
-
-    examples: int = number(1)
-    epochs: int = number(1)
-    batch_size: int = number(1)
-    learning_rate: float = number(0.0)
-    warmup: float = number(0.0, 1.0)
-    max_length: int = number(8)
-    eval_examples: int = number(1)
-    seed: int = number(0)
-
-
-@dataclass
-class SamplingConfig:
-    """How every stage samples replies; one setting, so that sampled and scored log-probabilities agree."""
-
-    temperature: float = number(0.01)
-    max_new_tokens: int = number(1)
-    batch_size: int = number(1)
-
-
-@dataclass
-class RewardFunctionConfig:
-    """A reward function by import path; `args` are passed to it by keyword."""
-
-    function: str = MISSING
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class ComparisonsConfig:
-    """Stage `comparisons`."""
-
-    prompts: int = number(1)
-    eval_prompts: int = number(1)
-    samples_per_prompt: int = number(2)
-    pairs_per_prompt: int = number(1)
-    human_pairs: int = number(0)
-    min_gap: float = number(0.0)
-    label_noise: float = number(0.0, 0.5)
-    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
-    seed: int = number(0)
-
-
-@dataclass
-class RewardConfig:
-    """Stage `reward`."""
-
-    epochs: int = number(1)
-    batch_size: int = number(1)
-    learning_rate: float = number(0.0)
-    warmup: float = number(0.0, 1.0)
-    center_coef: float = number(0.0)
-    max_length: int = number(8)
-    seed: int = number(0)
-
-
-@dataclass
-class DpoConfig:
-    """Stage `dpo`."""
-
-    beta: float = number(0.0)
-    loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
-    label_smoothing: float = number(0.0, 0.5)
-    epochs: int = number(1)
-    batch_size: int = number(1)
-    learning_rate: float = number(0.0)
-    warmup: float = number(0.0, 1.0)
-    max_length: int = number(8)
-    seed: int = number(0)
-
-
-@dataclass
-class PpoConfig:
-    """Stage `ppo`."""
-
-    episodes: int = number(1)
-    batch_size: int = number(1)
-    minibatches: int = number(1)
-    epochs: int = number(1)
-    learning_rate: float = number(0.0)
-    critic_learning_rate: float = number(0.0)
-    critic_warmup: int = number(0)
-    adam_eps: float = number(0.0)
-    max_grad_norm: float = number(0.0)
-    gamma: float = number(0.0, 1.0)
-    gae_lambda: float = number(0.0, 1.0)
-    clip_range: float = number(0.0)
-    value_clip_range: float = number(0.0)
-    value_coef: float = number(0.0)
-    kl_controller: str = one_of("fixed", "adaptive")
-    kl_coef: float = number(0.0)
-    kl_target: float = number(0.0)
-    kl_horizon: int = number(1)
-    kl_estimator: str = one_of("k1", "k3")
-    whiten_rewards: bool = MISSING
-    missing_end_penalty: float | None = MISSING
-    seed: int = number(0)
-
-
-@dataclass
-class EvaluateConfig:
-    """Stage `evaluate`."""
-
-    prompts: int = number(2)
-    samples_shown: int = number(0)
-    bootstrap: int = number(100)
-    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
-    second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
-    seed: int = number(0)
-
-
-@dataclass
-class TrackerConfig:
-    """Where metrics go besides the run folder."""
-
-    kind: str = one_of("wandb", "none")
-    project: str = MISSING
-    entity: str | None = MISSING
-    mode: str = one_of("auto", "online", "offline")
-
-
-@dataclass
-class Config:
-    """The whole configuration; `conf/config.yaml` and its groups fill it."""
-
-    run: str = MISSING
-    runs: str = MISSING
-    target: str | None = MISSING
-    dependents: bool = MISSING
-    seed: int = number(0)
-    precision: str = one_of("auto", "fp32", "bf16")
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    comparisons: ComparisonsConfig = field(default_factory=ComparisonsConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    dpo: DpoConfig = field(default_factory=DpoConfig)
-    ppo: PpoConfig = field(default_factory=PpoConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -282,7 +36,7 @@ def compose(overrides: list[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = hydra_compose("config", overrides=overrides)
+            config = hydra_compose("config", overrides=[_addable(override) for override in overrides])
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
     except Exception as error:  # Hydra answers some wrong overrides with errors of Python's own
@@ -290,6 +44,7 @@ def compose(overrides: list[str]) -> DictConfig:
     if missing:
         raise UserError(f"{missing[0]} has no value: set it, for example {missing[0]}=VALUE")
     check(config, Config)
+    check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -321,6 +76,38 @@ def _check_value(key: str, value: Any, limits: Any) -> None:
         raise UserError(f"{key}={value}: must be at least {low}")
     if high is not None and value > high:
         raise UserError(f"{key}={value}: must be at most {high}")
+
+
+def check_together(config: DictConfig) -> None:
+    """Hold values to each other; raises `UserError` naming the key to change."""
+    for source in ("text", "replies"):
+        if config.data[source].path is None:
+            raise UserError(f"data.{source}.path has no value: set it to a file, a folder or a name on the hub")
+    if config.run in ("", "artifacts") or "/" in config.run:
+        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another without slashes")
+    if config.ppo.batch_size % config.ppo.minibatches:
+        raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
+    limits = config.data.dialogue
+    if limits.reply_min_chars > limits.reply_max_chars:
+        raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
+    model = config.model
+    if model.max_position_embeddings:
+        for key in ("pretrain.context", "sampling.max_new_tokens"):
+            if OmegaConf.select(config, key) > model.max_position_embeddings:
+                raise UserError(f"{key}: is above model.max_position_embeddings={model.max_position_embeddings}")
+    if model.hidden_size and not model.head_dim and model.hidden_size % (model.num_attention_heads or 1):
+        raise UserError(f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size")
+    if (model.num_attention_heads or 1) % (model.num_key_value_heads or 1):
+        raise UserError(f"model.num_key_value_heads={model.num_key_value_heads}: must divide num_attention_heads")
+
+
+def _addable(override: str) -> str:
+    """An override that gives a mapping to a key that holds one adds its entries, as people expect of columns={a: b}."""
+    key, _, value = override.partition("=")
+    return f"++{override}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
+
+
+MAPPINGS = ("columns", "splits", "args")
 
 
 def keys(schema: type = Config, prefix: str = "") -> list[str]:

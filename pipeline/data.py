@@ -7,6 +7,7 @@ Splits are made by content, not by chance: a row belongs to the test split when
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import zlib
 from collections import Counter, defaultdict
@@ -130,9 +131,17 @@ def _read_file(file: Path) -> list[tuple[str, int, Row]]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file}: {_defect(file) or reason}") from error
-    if suffix == ".txt":  # blank lines separate texts
-        return [(file.name, line, row) for line, row in enumerate(rows, start=1) if row["text"].strip()]
+    if suffix == ".txt":
+        return [(file.name, line, {"text": text}) for line, text in _paragraphs([row["text"] for row in rows])]
     return [(file.name, line, row) for line, row in zip(_line_numbers(file, suffix, len(rows)), rows, strict=True)]
+
+
+def _paragraphs(lines: list[str]) -> Iterable[tuple[int, str]]:
+    """Texts between blank lines, each with the number of its first line."""
+    for blank, group in itertools.groupby(enumerate(lines, start=1), key=lambda numbered: not numbered[1].strip()):
+        if not blank:
+            numbers, said = zip(*group, strict=True)
+            yield numbers[0], "\n".join(said)
 
 
 def _line_numbers(file: Path, suffix: str, rows: int) -> Iterable[int]:
@@ -253,6 +262,10 @@ def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Exampl
         if (key := prompt_key(example.prompt)) not in seen:
             seen.add(key)
             found.append(example)
+    if not found:
+        raise UserError(
+            f"{source.path}: no prompt in its {split} split; give more rows, or set splits and data.dialogue"
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 """The device, threads and precision that a stage runs with, its memory, and a guess at its speed."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -32,6 +33,7 @@ class Device:
 
 def set_up(runtime: DictConfig, precision: str) -> Device:
     """Choose the device, set torch's threads, and return what was chosen. Raises `UserError` for a missing GPU."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device; several would silently share a Trainer's batch
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device=cuda: torch sees no GPU here; use runtime.device=auto or cpu")
     kind = "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -77,7 +79,8 @@ def estimated_seconds(flops: float) -> float:
 def reset_peak_memory() -> None:
     """Start measuring peak memory anew; on systems other than Linux the peak is that of the whole process."""
     if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # forbidden in some containers: the peak is the whole process's then, too
+            Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

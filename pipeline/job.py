@@ -49,10 +49,10 @@ class Job:
         """One line for the person who watches."""
         tqdm.write(f"{self.stage:<12} {text}")
 
-    def announce(self, batch: str, steps: int, flops: float) -> None:
-        """State device, precision, effective batch and estimated time; `flops` is the whole stage's arithmetic."""
+    def announce(self, batch: str, steps: int | None, flops: float) -> None:
+        """State device, precision, effective batch or amount of work, and estimated time from the stage's `flops`."""
         about = f", about {_duration(device.estimated_seconds(flops))}" if self.device.type == "cpu" else ""
-        self.say(f"{self.device} · {batch} × {steps:,} steps{about}")
+        self.say(f"{self.device} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
     def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
         """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left."""

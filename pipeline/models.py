@@ -84,8 +84,3 @@ def parameter_count(model: nn.Module) -> int:
     total = sum(p.numel() for p in model.parameters())
     tied = getattr(model.config, "tie_word_embeddings", False)
     return total if tied else total - model.get_input_embeddings().weight.numel()
-
-
-def longest(folder: Path) -> int:
-    """The longest sequence, in tokens, that the model of an artifact takes."""
-    return AutoConfig.from_pretrained(folder).max_position_embeddings

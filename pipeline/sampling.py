@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from pipeline.errors import UserError
 from pipeline.likelihood import left_padded, positions
 
 
@@ -50,6 +51,15 @@ def sample(
     if bar is not None:
         bar.close()
     return replies
+
+
+def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) -> list[int]:
+    """Numbers of the prompts (token ids) that leave room for a reply. Raises `UserError` when none does."""
+    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    found = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not found:
+        raise UserError(f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for any prompt")
+    return found
 
 
 def _sample_batch(

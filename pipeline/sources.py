@@ -56,6 +56,8 @@ def source_parts(source: Any) -> dict[str, Any]:
     The path of a local file is no part of it: the same content elsewhere is the same data.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
+    if source.splits and (is_package(source.path) or source.format == "chitchat"):
+        raise UserError(f"{source.path}: is one file, so it cannot have splits; leave splits out")
     if is_package(source.path):
         return parts | {"content": file_digest(package_file(source.path))}
     if source.splits and "train" not in source.splits:

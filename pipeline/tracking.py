@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.errors import UserError
+
 
 class StepLog:
     """Metrics by step as JSON lines, {"step": 10, "loss": 3.2}; a resumed stage drops what follows its checkpoint."""
@@ -90,6 +92,10 @@ class WandbRun:
 
 def _mode(asked: str) -> str:
     """`asked`, with auto resolved: online only with a key and a host that answers within two seconds."""
+    if asked == "online" and not _has_key():
+        raise UserError(
+            "tracker.mode=online: no W&B key; run `wandb login`, set WANDB_API_KEY, or use tracker.mode=auto"
+        )
     if asked != "auto":
         return asked
     return "online" if _has_key() and _reachable() else "offline"

@@ -61,7 +61,7 @@ STAGES = {
         metric="score",
     ),
     "evaluate": Stage(
-        parents=("pretrain", "sft", "reward", "dpo", "ppo"),
+        parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
         keys=("evaluate", "sampling", "data.dialogue", "precision"),
         sources=("data.replies",),
         functions=("evaluate.judge", "evaluate.second_judge"),

@@ -15,7 +15,7 @@ from pipeline.preferences import Pair
 
 def run(job: Job) -> dict[str, Any]:
     """Write train.jsonl and test.jsonl, disjoint by prompt."""
-    if job.config.data.preferences is not None:
+    if job.config.data.preferences.path is not None:
         train, test, metrics = given(job)
     else:
         train, test, metrics = made(job)
@@ -83,18 +83,25 @@ def sampled_replies(job: Job) -> tuple[list[list[Example]], list[list[Example]],
     model = models.load_policy(job.inputs["sft"], job.device.type)
     train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
-    asked = [example.prompt for example in train + held_out for _ in range(config.samples_per_prompt)]
-    job.say(f"{job.device} · {len(asked):,} samples for {len(train) + len(held_out):,} prompts")
-    replies = sampling.sample(
-        model, [chat.prompt_ids(tokenizer, prompt) for prompt in asked], job.config.sampling, tokenizer,
-        sampling.seeded(config.seed, model.device), job.progress(len(asked), "samples"),
-    )  # fmt: skip
+    train, held_out = (with_room(found, tokenizer, model, job.config.sampling) for found in (train, held_out))
+    asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
+    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
+    flops = 2 * models.parameter_count(model) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
+    job.announce(f"{len(asked):,} samples for {len(train) + len(held_out):,} prompts", None, flops)
+    bar, generator = job.progress(len(asked), "samples"), sampling.seeded(config.seed, model.device)
+    replies = sampling.sample(model, ids, job.config.sampling, tokenizer, generator, bar)
     answered = [
-        Example(prompt, chat.reply_text(tokenizer, reply.ids)) if reply.ended else None
-        for prompt, reply in zip(asked, replies, strict=True)
+        Example(example.prompt, chat.reply_text(tokenizer, reply.ids)) if reply.ended else None
+        for example, reply in zip(asked, replies, strict=True)
     ]
     groups = [[e for e in group if e and e.reply] for group in batched(answered, config.samples_per_prompt)]
     return groups[: len(train)], groups[len(train) :], sum(not reply.ended for reply in replies)
+
+
+def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:
+    """The examples whose prompts leave room for a reply."""
+    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in found]
+    return [found[i] for i in sampling.with_room(ids, model, limits)]
 
 
 def best_pairs(groups: list[list[Example]], judge: Any, config: Any, source: str) -> tuple[list[Pair], float]:

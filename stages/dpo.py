@@ -7,6 +7,7 @@ from datasets import Dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer
 
 from pipeline import chat, likelihood, models, preferences, statistics, training
+from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.preferences import TokenisedPairs
 
@@ -21,7 +22,7 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(1, len(ordered.rows) // config.batch_size)
     tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in ordered.rows)
     job.announce(f"{tokens // steps:,} tokens", steps, (6 + 2) * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, on_disk(job, tokenizer, ordered), steps)
+    fit(job, model, tokenizer, ordered, steps)
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     return metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta) | {
@@ -31,8 +32,11 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def fit(job: Job, model: Any, tokenizer: Any, pairs: Dataset, steps: int) -> None:
-    """Train with TRL, which renders and tokenises the pairs; reference log-probabilities are computed once and kept."""
+def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> None:
+    """Train with TRL, which renders and tokenises the pairs; reference log-probabilities are computed once and kept.
+
+    Raises `UserError` where TRL's tokens differ from those of the other stages.
+    """
     config = job.config.dpo
     arguments = DPOConfig(
         **training.arguments(job, config.batch_size, steps, config.seed),
@@ -44,7 +48,12 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: Dataset, steps: int) -> Non
         precompute_ref_log_probs=True,
         max_length=None,
     )
-    trainer = DPOTrainer(model, args=arguments, train_dataset=pairs, processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model, args=arguments, train_dataset=on_disk(job, tokenizer, pairs), processing_class=tokenizer
+    )
+    for theirs, ours in zip(trainer.train_dataset, pairs.rows, strict=True):
+        if any(theirs[name] != ours[name] for name in ours):
+            raise UserError("dpo: this model's chat template writes text after the end token, which DPO would train on")
     training.train(trainer, job, config.batch_size, "pairs")
 
 

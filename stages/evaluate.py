@@ -1,4 +1,4 @@
-"""Stage `evaluate`: all models of the run reply to the same held-out prompts, judged by what trained none of them."""
+"""Stage `evaluate`: all models of the run reply to the same held-out prompts, judged by two judges."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ import torch
 
 import rewards
 from pipeline import chat, data, likelihood, models, rollouts, sampling, statistics
-from pipeline.artifact import write_lines
+from pipeline.artifact import read_lines, write_lines
 from pipeline.data import Example
+from pipeline.errors import UserError
 from pipeline.job import Job
 
 MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}
@@ -17,10 +18,10 @@ MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}
 def run(job: Job) -> dict[str, Any]:
     """Sample, judge, and compare with people's own replies; all replies are left in samples.jsonl."""
     config = job.config.evaluate
-    tokenizer = chat.require_same_template(job.inputs)
-    examples = held_out(job, tokenizer)
-    job.say(f"{job.device} · {len(examples)} held-out prompts, {len(MODELS)} models")
+    tokenizer = chat.require_same_template({name: job.inputs[name] for name in (*MODELS.values(), "reward")})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
+    examples = held_out(job, tokenizer, reference)
+    announce(job, len(examples), reference)
     reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
     bar = job.progress(len(MODELS) * len(examples), "replies")
     found, replies = {}, {"human": [example.reply for example in examples]}
@@ -40,9 +41,9 @@ def run(job: Job) -> dict[str, Any]:
     judged = {name: judge(job, examples, texts) for name, texts in replies.items()}
     for name, (gold, second) in judged.items():
         found[name] = {
-            "gold_mean": float(np.mean(gold)),
-            "gold_ci95": statistics.mean_interval(gold, config.bootstrap, config.seed),
-            "second_judge_mean": float(np.mean(second)),
+            "gold_mean": float(np.mean(applicable(gold, "judge"))),
+            "gold_ci95": statistics.mean_interval(applicable(gold, "judge"), config.bootstrap, config.seed),
+            "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
             "length": float(np.mean([len(text) for text in replies[name]])),
             "distinct_2": distinct_n(replies[name], 2),
         } | found.get(name, {})
@@ -59,16 +60,24 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def held_out(job: Job, tokenizer: Any) -> list[Example]:
-    """Prompts of the test split that no training split contains, each with a person's reply."""
+def announce(job: Job, prompts: int, model: Any) -> None:
+    """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
+    replies = len(MODELS) * prompts
+    flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
+    job.announce(f"{replies:,} replies of {len(MODELS)} models to {prompts} held-out prompts", None, flops)
+
+
+def held_out(job: Job, tokenizer: Any, model: Any) -> list[Example]:
+    """Prompts of the test split that no training split and no comparison contains, each with a person's reply."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained_on = {
         data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
     }
+    trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
     found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
-    room = models.longest(job.inputs["sft"]) - job.config.sampling.max_new_tokens
     drawn = data.draw(found, 2 * job.config.evaluate.prompts, job.config.evaluate.seed)
-    return [e for e in drawn if len(chat.prompt_ids(tokenizer, e.prompt)) <= room][: job.config.evaluate.prompts]
+    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
+    return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][: job.config.evaluate.prompts]
 
 
 def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example]) -> list[sampling.Reply]:
@@ -117,7 +126,7 @@ def proxy(reward_model: Any, prompts: list[list[int]], replies: list[sampling.Re
     return rollouts.normalised(reward_model, raw).mean().item()
 
 
-def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[float], list[float]]:
+def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[float | None], list[float | None]]:
     """Scores of each reply by the gold judge and by the second judge."""
     prompts = [example.prompt[-1]["content"] for example in examples]
     gold, second = (
@@ -125,6 +134,14 @@ def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[f
         for config in (job.config.evaluate.judge, job.config.evaluate.second_judge)
     )
     return gold, second
+
+
+def applicable(scores: list[float | None], judge: str) -> list[float]:
+    """The scores that are not None. Raises `UserError` when the judge applies to no reply."""
+    found = [score for score in scores if score is not None]
+    if not found:
+        raise UserError(f"evaluate.{judge}: applies to none of the replies; choose a judge that does")
+    return found
 
 
 def distinct_n(texts: list[str], n: int) -> float:

@@ -28,7 +28,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline import chat, data, estimators, models, rollouts, sampling
-from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.rollouts import Rollout
 
@@ -81,8 +80,6 @@ def run(job: Job) -> dict[str, Any]:
 def load(job: Job) -> Ppo:
     """Policy and reference are the SFT model [1], critic and reward model the reward model [7]; no dropout [2]."""
     config = job.config.ppo
-    if config.batch_size % config.minibatches:
-        raise UserError(f"ppo.minibatches={config.minibatches}: must divide ppo.batch_size={config.batch_size}")
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     policy, reference = (models.load_policy(job.inputs["sft"], job.device.type) for _ in range(2))
@@ -113,14 +110,8 @@ def prompt_pool(ppo: Ppo) -> list[list[int]]:
     """Token ids of the training split's prompts that leave room for a reply, in an order that the seed decides."""
     found = data.prompts(ppo.job.config.data.replies, "train", ppo.job.config.data.dialogue)
     wanted = data.draw(found, ppo.config.episodes, ppo.config.seed)
-    room = ppo.policy.config.max_position_embeddings - ppo.job.config.sampling.max_new_tokens
     ids = [chat.prompt_ids(ppo.tokenizer, example.prompt) for example in wanted]
-    fitting = [prompt for prompt in ids if len(prompt) <= room]
-    if not fitting:
-        raise UserError(
-            f"sampling.max_new_tokens={ppo.job.config.sampling.max_new_tokens}: leaves no room for any prompt"
-        )
-    return fitting
+    return [ids[i] for i in sampling.with_room(ids, ppo.policy, ppo.job.config.sampling)]
 
 
 def announce(ppo: Ppo, prompts: list[list[int]], total: int) -> None:

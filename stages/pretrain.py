@@ -16,12 +16,13 @@ from pipeline.muon import MuonAdamW
 def run(job: Job) -> dict[str, Any]:
     """Train the model (or take the checkpoint), save it, and compare it with n-grams and compressors."""
     config = job.config.pretrain
-    tokenizer = chat.load_tokenizer(job.inputs["tokenizer"])
+    tokenizer = chat.require_same_template({"tokenizer": job.inputs["tokenizer"]})
     train_texts, test_texts = (data.texts(data.load(job.config.data.text, split).rows) for split in ("train", "test"))
     model = start(job, tokenizer)
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
-        rows = PackedRows(packed(train_texts, tokenizer, job.checkpoints / "tokens.bin"), config.context)
+        shuffled = data.draw(train_texts, len(train_texts), config.seed)
+        rows = PackedRows(packed(shuffled, tokenizer, job.checkpoints / "tokens.bin"), config.context)
         job.announce(
             f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
         )
@@ -33,6 +34,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     return metrics | {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "template_hash": chat.template_hash(tokenizer),
         "train_tokens": steps * config.batch_size * config.context,
     }
 

@@ -74,8 +74,7 @@ def normalise(job: Job, model: torch.nn.Module, tokenizer: Any, test: list[Pair]
     policy = models.load_policy(job.inputs["sft"], job.device.type)
     distinct = list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
     prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in distinct]
-    room = policy.config.max_position_embeddings - job.config.sampling.max_new_tokens
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
     generator = sampling.seeded(job.config.reward.seed, policy.device)
     replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, generator)
     full = [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]

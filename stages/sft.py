@@ -7,6 +7,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import chat, data, likelihood, models, sampling, training
 from pipeline.data import Example
+from pipeline.errors import UserError
 from pipeline.job import Job
 
 
@@ -14,7 +15,7 @@ def run(job: Job) -> dict[str, Any]:
     """Fine-tune the base model, and measure reply bits per byte before and after, and how often samples end."""
     config, source, dialogue = job.config.sft, job.config.data.replies, job.config.data.dialogue
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
-    model = models.load_policy(job.inputs["pretrain"])
+    model = models.load_policy(job.inputs["pretrain"], job.device.type)
     train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     before = reply_bits_per_byte(model, tokenizer, held_out, config.max_length)
@@ -24,6 +25,8 @@ def run(job: Job) -> dict[str, Any]:
         if len(row["input_ids"]) <= config.max_length
     ]
     too_long = len(train) - len(rows)
+    if not rows:
+        raise UserError(f"sft.max_length={config.max_length}: none of {len(train):,} examples is that short")
     order = training.in_order([len(row["input_ids"]) for row in rows], config.batch_size, config.epochs, config.seed)
     steps = max(1, len(order) // config.batch_size)
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
@@ -74,6 +77,7 @@ def reply_bits_per_byte(model: Any, tokenizer: Any, examples: list[Example], max
 def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
     """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
     generator = sampling.seeded(job.config.sft.seed, model.device)
     replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, generator)
     return sum(reply.ended for reply in replies) / len(replies)

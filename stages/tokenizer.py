@@ -22,6 +22,10 @@ def run(job: Job) -> dict[str, Any]:
     )
     tokenizer.save_pretrained(job.out)
     held_out = data.texts(data.load(job.config.data.text, "test").rows)
+    if not texts or not held_out:
+        raise UserError(
+            f"data.text: {len(texts)} texts for training and {len(held_out)} held out; give more texts, or set splits"
+        )
     tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False)["input_ids"])
     return {
         "vocab_size": len(tokenizer),

@@ -114,7 +114,12 @@ def test_every_file_of_a_folder_counts(tmp_path):
 def test_given_splits_without_train_are_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match="splits names test but not train"):
         text_source(tmp_path / "a/test.jsonl", "{}")
-        fingerprints(f"data.text.path={tmp_path}/a", "+data.text.splits.test=test.jsonl", names=["tokenizer"])
+        fingerprints(
+            f"data.text.path={tmp_path}/a",
+            "data.text.format=text",
+            "+data.text.splits.test=test.jsonl",
+            names=["tokenizer"],
+        )
 
 
 def test_a_checkpoint_counts_by_content_not_by_place(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 from tokenizers import AddedToken
 
 from pipeline import chat
+from pipeline.artifact import write_json
 from pipeline.errors import UserError
 from stages.tokenizer import train
 
@@ -123,7 +124,15 @@ def test_the_template_hash_changes_with_template_vocabulary_and_special_tokens(t
 
 def saved(tokenizer, folder):
     tokenizer.save_pretrained(folder)
+    write_json(folder / "metrics.json", {"template_hash": chat.template_hash(tokenizer)})
     return folder
+
+
+def test_a_tokenizer_changed_after_training_is_refused(tokenizer, tmp_path):
+    folder = saved(tokenizer, tmp_path / "sft")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match=r"sft: the tokenizer in .* is not the one it was made with"):
+        chat.require_same_template({"sft": folder})
 
 
 def test_models_of_one_tokenizer_share_it(tokenizer, tmp_path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline.config import SourceConfig
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.preferences import Pair
+from pipeline.schema import SourceConfig
 from stages.comparisons import best_pairs, given, with_label_noise
 
 SCORES = {"bad": 0.0, "poor": 0.2, "fine": 0.5, "good": 0.9, "great": 1.0, "mute": None}

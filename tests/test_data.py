@@ -11,9 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import data
-from pipeline.config import DialogueConfig, SourceConfig, compose
+from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.formats import FORMATS, UnusableRowError, alternating
+from pipeline.schema import DialogueConfig, SourceConfig
 
 HH = Path(__file__).parent.parent.parent / "shared/data/hh-rlhf"
 DIALOGUE = OmegaConf.structured(
@@ -239,7 +240,7 @@ def write_parquet(file):
     [
         ("rows.csv", write_csv),
         ("rows.parquet", write_parquet),
-        ("rows.txt", lambda file: file.write_text('one, two\nthree "four"\n')),
+        ("rows.txt", lambda file: file.write_text('one, two\n\nthree "four"\n')),
         ("rows.json", lambda file: file.write_text(json.dumps([{"text": "one, two"}, {"text": 'three "four"'}]))),
         ("rows.jsonl", lambda file: lines(file, [{"text": "one, two"}, {"text": 'three "four"'}])),
     ],
@@ -419,7 +420,18 @@ def test_a_prompt_of_a_held_out_split_is_none_of_training(tmp_path):
     found = conversations(tmp_path, [("x", "Hello there, friend"), ("y", "Good evening to you")], count=200)
     sizes = {split: len(data.examples(found, split, DIALOGUE)) for split in ("train", "validation", "test")}
     assert min(sizes.values()) > 0
-    assert [len(data.prompts(found, split, DIALOGUE)) for split in ("train", "validation", "test")] == [0, 0, 1]
+    assert len(data.prompts(found, "test", DIALOGUE)) == 1
+    for split in ("train", "validation"):
+        with pytest.raises(UserError, match=f"no prompt in its {split} split"):
+            data.prompts(found, split, DIALOGUE)
+
+
+def test_paragraphs_of_a_text_file_are_texts_with_their_first_line(tmp_path):
+    (tmp_path / "book.txt").write_text("\n\none\ntwo\n \nthree\n")
+    assert [(line, row["text"]) for _, line, row in data._read_file(tmp_path / "book.txt")] == [
+        (3, "one\ntwo"),
+        (6, "three"),
+    ]
 
 
 def test_prompts_are_distinct_with_their_first_reply(tmp_path):

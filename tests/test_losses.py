@@ -98,7 +98,7 @@ def tokenised(pairs: list[preferences.Pair]) -> preferences.TokenisedPairs:
     [
         ("sft", sft.fit, tiny_policy, lambda job: sft_rows()),
         ("reward", reward.fit, tiny_reward_model, lambda job: tokenised(PAIRS * 2).rows),
-        ("dpo", dpo.fit, tiny_policy, lambda job: dpo.on_disk(job, tiny_tokenizer(), tokenised(PAIRS * 2))),
+        ("dpo", dpo.fit, tiny_policy, lambda job: tokenised(PAIRS * 2)),
     ],
 )
 def test_loss_and_gradient_do_not_depend_on_accumulation(tmp_path, stage, fit, model, rows):
@@ -162,8 +162,7 @@ def test_both_replies_of_a_reward_batch_end_with_the_end_token(reward_trainer):
 @pytest.fixture
 def dpo_trainer(tmp_path, trainer_of):
     job = make_job("dpo", tmp_path, f"dpo.batch_size={len(PAIRS)}", "dpo.beta=0.1")
-    rows = dpo.on_disk(job, tiny_tokenizer(), tokenised(PAIRS))
-    return trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), rows, 1)
+    return trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), 1)
 
 
 def implicit_rewards(model, reference, beta: float) -> list[tuple[float, float]]:

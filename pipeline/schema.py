@@ -1,0 +1,251 @@
+"""The schema of the configuration: the types and limits that every value is held to. Values and comments: `conf/`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def number(low: float | None = None, high: float | None = None) -> Any:
+    """A required number in [low, high]; `low` and `high` are inclusive, None is no limit."""
+    return field(default=MISSING, metadata={"low": low, "high": high})
+
+
+def one_of(*choices: str) -> Any:
+    """A required string from `choices`."""
+    return field(default=MISSING, metadata={"choices": choices})
+
+
+@dataclass
+class RuntimeConfig:
+    """How this machine runs a stage; nothing here changes what the stage computes beyond rounding."""
+
+    device: str = one_of("auto", "cpu", "cuda")
+    threads: int | None = number(1)
+    micro_batch_size: int | None = number(1)
+    checkpoints: int = number(1)
+    log_every: int = number(1)
+
+
+@dataclass
+class ModelConfig:
+    """The architecture to pretrain, or the checkpoint to start from."""
+
+    checkpoint: str | None = MISSING
+    revision: str | None = MISSING
+    gguf_file: str | None = MISSING
+    trust_remote_code: bool = MISSING
+    model_type: str | None = MISSING
+    hidden_size: int | None = number(1)
+    intermediate_size: int | None = number(1)
+    num_hidden_layers: int | None = number(1)
+    num_attention_heads: int | None = number(1)
+    num_key_value_heads: int | None = number(1)
+    head_dim: int | None = number(1)
+    max_position_embeddings: int | None = number(8)
+    tie_word_embeddings: bool = MISSING
+
+
+@dataclass
+class SourceConfig:
+    """One data source: where its rows are and how to read them."""
+
+    path: str | None = MISSING
+    config_name: str | None = None
+    revision: str | None = None
+    format: str = one_of("text", "prompt_completion", "messages", "preference", "preference_dialogues", "chitchat")
+    columns: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    max_unusable_share: float = field(default=0.01, metadata={"low": 0.0, "high": 1.0})
+
+
+@dataclass
+class DialogueConfig:
+    """How prompts and replies are cut out of conversations."""
+
+    context_turns: int = number(1)
+    prompt_max_chars: int = number(1)
+    reply_min_chars: int = number(1)
+    reply_max_chars: int = number(1)
+
+
+@dataclass
+class DataConfig:
+    """The sources of a run. Without a path for `preferences` the comparisons stage makes its own pairs."""
+
+    text: SourceConfig = field(default_factory=SourceConfig)
+    replies: SourceConfig = field(default_factory=SourceConfig)
+    preferences: SourceConfig = field(default_factory=SourceConfig)
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+
+
+@dataclass
+class TokenizerConfig:
+    """Stage `tokenizer`."""
+
+    vocab_size: int = number(262)
+
+
+@dataclass
+class PretrainConfig:
+    """Stage `pretrain`."""
+
+    tokens: int = number(0)
+    context: int = number(8)
+    batch_size: int = number(1)
+    matrix_learning_rate: float = number(0.0)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    decay: float = number(0.0, 1.0)
+    max_grad_norm: float = number(0.0)
+    eval_tokens: int = number(1)
+    seed: int = number(0)
+
+
+@dataclass
+class SftConfig:
+    """Stage `sft`."""
+
+    examples: int = number(1)
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    max_length: int = number(8)
+    eval_examples: int = number(1)
+    seed: int = number(0)
+
+
+@dataclass
+class SamplingConfig:
+    """How every stage samples replies; one setting, so that sampled and scored log-probabilities agree."""
+
+    temperature: float = number(0.01)
+    max_new_tokens: int = number(1)
+    batch_size: int = number(1)
+
+
+@dataclass
+class RewardFunctionConfig:
+    """A reward function by import path; `args` are passed to it by keyword."""
+
+    function: str = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ComparisonsConfig:
+    """Stage `comparisons`."""
+
+    prompts: int = number(1)
+    eval_prompts: int = number(1)
+    samples_per_prompt: int = number(2)
+    pairs_per_prompt: int = number(1)
+    human_pairs: int = number(0)
+    min_gap: float = number(0.0)
+    label_noise: float = number(0.0, 0.5)
+    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    seed: int = number(0)
+
+
+@dataclass
+class RewardConfig:
+    """Stage `reward`."""
+
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    center_coef: float = number(0.0)
+    max_length: int = number(8)
+    seed: int = number(0)
+
+
+@dataclass
+class DpoConfig:
+    """Stage `dpo`."""
+
+    beta: float = number(0.0)
+    loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
+    label_smoothing: float = number(0.0, 0.5)
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    max_length: int = number(8)
+    seed: int = number(0)
+
+
+@dataclass
+class PpoConfig:
+    """Stage `ppo`."""
+
+    episodes: int = number(1)
+    batch_size: int = number(1)
+    minibatches: int = number(1)
+    epochs: int = number(1)
+    learning_rate: float = number(0.0)
+    critic_learning_rate: float = number(0.0)
+    critic_warmup: int = number(0)
+    adam_eps: float = number(0.0)
+    max_grad_norm: float = number(0.0)
+    gamma: float = number(0.0, 1.0)
+    gae_lambda: float = number(0.0, 1.0)
+    clip_range: float = number(0.0)
+    value_clip_range: float = number(0.0)
+    value_coef: float = number(0.0)
+    kl_controller: str = one_of("fixed", "adaptive")
+    kl_coef: float = number(0.0)
+    kl_target: float = number(0.0)
+    kl_horizon: int = number(1)
+    kl_estimator: str = one_of("k1", "k3")
+    whiten_rewards: bool = MISSING
+    missing_end_penalty: float | None = MISSING
+    seed: int = number(0)
+
+
+@dataclass
+class EvaluateConfig:
+    """Stage `evaluate`."""
+
+    prompts: int = number(2)
+    samples_shown: int = number(0)
+    bootstrap: int = number(100)
+    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    seed: int = number(0)
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides the run folder."""
+
+    kind: str = one_of("wandb", "none")
+    project: str = MISSING
+    entity: str | None = MISSING
+    mode: str = one_of("auto", "online", "offline")
+
+
+@dataclass
+class Config:
+    """The whole configuration; `conf/config.yaml` and its groups fill it."""
+
+    run: str = MISSING
+    runs: str = MISSING
+    target: str | None = MISSING
+    dependents: bool = MISSING
+    seed: int = number(0)
+    precision: str = one_of("auto", "fp32", "bf16")
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    comparisons: ComparisonsConfig = field(default_factory=ComparisonsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
