@@ -87,6 +87,10 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another without slashes")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
+    if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
+        raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
+    if config.dpo.label_smoothing >= 0.5:
+        raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
     limits = config.data.dialogue
     if limits.reply_min_chars > limits.reply_max_chars:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")

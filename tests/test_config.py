@@ -149,6 +149,7 @@ MISTAKES = [
             ("model=null", "model"),
             ("experiment=null", "experiment"),
             ("tracker=3", "tracker"),
+            ("dpo.label_smoothing=0.1", "dpo.label_smoothing"),
             ("run=artifacts", "run"),
             ("run=a/b", "run"),
             ("ppo.minibatches=3", "ppo.minibatches"),

@@ -19,10 +19,12 @@ from helpers import (
     tiny_tokenizer,
 )
 
-from pipeline import chat, preferences, training
-from pipeline.artifact import read_lines
+from pipeline import chat, models, preferences, sampling, training
+from pipeline.artifact import read_lines, write_json
 from pipeline.data import Example
+from pipeline.errors import UserError
 from stages import dpo, ppo, reward, sft
+from stages import tokenizer as tokenizer_stage
 
 # eight prompts and replies of different lengths
 EXAMPLES = [
@@ -141,6 +143,33 @@ def test_reward_loss_is_bradley_terry_with_centring(reward_trainer):
     assert loss == pytest.approx(bradley_terry + 0.01 * centring, abs=1e-5)
 
 
+def test_the_score_head_starts_small_and_the_body_is_the_sft_model(tmp_path):
+    job = make_job("reward", tmp_path)
+    policy = tiny_policy()
+    models.save(policy, tiny_tokenizer(), tmp_path / "sft")
+    job.inputs["sft"] = tmp_path / "sft"
+    model = reward.with_score_head(job, tiny_tokenizer())
+    width = model.config.hidden_size
+    assert model.score.weight.shape == (1, width) and model.score.bias is None
+    assert 0.3 < model.score.weight.std().item() * (width + 1) ** 0.5 < 2
+    body = policy.base_model.state_dict()
+    assert all(torch.equal(body[name], value) for name, value in model.base_model.state_dict().items())
+
+
+def test_stored_normalisation_gives_mean_0_and_deviation_1(tmp_path):
+    job = make_job("reward", tmp_path, "sampling.max_new_tokens=6")
+    models.save(favour(tiny_policy(), tiny_tokenizer().eos_token_id, 2.0), tiny_tokenizer(), tmp_path / "sft")
+    job.inputs["sft"], model = tmp_path / "sft", tiny_reward_model()
+    reward.normalise(job, model, tiny_tokenizer(), PAIRS)
+    policy = models.load_policy(tmp_path / "sft")
+    prompts = [chat.prompt_ids(tiny_tokenizer(), pair.prompt) for pair in PAIRS]
+    generator = sampling.seeded(job.config.reward.seed, "cpu")
+    replies = sampling.sample(policy, prompts, job.config.sampling, tiny_tokenizer(), generator)
+    raw = [plain_score(model, prompt + reply.ids) for prompt, reply in zip(prompts, replies, strict=True)]
+    scores = torch.tensor([(score - model.config.score_mean) / model.config.score_std for score in raw])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_margin_shifts_the_reward_loss(reward_trainer):
     margins = [0.5, 2.0, 0.1, 0.0]
     rows = [row | {"margin": m} for row, m in zip(reward_trainer.train_dataset, margins, strict=True)]
@@ -200,6 +229,37 @@ def test_dpo_loss_of_a_changed_model_is_minus_log_sigmoid(dpo_trainer):
     assert loss == pytest.approx(expected, abs=1e-4)
     for name, side in zip(("rewards/chosen", "rewards/rejected"), zip(*rewards, strict=True), strict=True):
         assert logged(dpo_trainer)[name] == [pytest.approx(sum(side) / len(side), abs=1e-4)]
+
+
+def dpo_loss(kind: str, chosen: float, rejected: float, pair: preferences.Pair, beta: float, noise: float) -> float:
+    """One pair's loss from its two rewards, beta times the change of log-probability."""
+    delta = chosen - rejected
+    if kind == "hinge":
+        return max(0.0, 1 - delta)
+    if kind == "robust":
+        return (-(1 - noise) * log_sigmoid(delta) + noise * log_sigmoid(-delta)) / (1 - 2 * noise)
+    lengths = [len(chat.reply_ids(tiny_tokenizer(), reply)) for reply in (pair.chosen, pair.rejected)]
+    return (chosen / beta / lengths[0] - rejected / beta / lengths[1] - 1 / (2 * beta)) ** 2
+
+
+@pytest.mark.parametrize(("kind", "noise"), [("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+def test_dpo_losses_of_other_kinds(tmp_path, trainer_of, kind, noise):
+    options = [f"dpo.batch_size={len(PAIRS)}", "dpo.beta=0.1", f"dpo.loss_type={kind}", f"dpo.label_smoothing={noise}"]
+    job = make_job("dpo", tmp_path, *options)
+    trainer = trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), 1)
+    perturb(trainer.model, 0.1)
+    rewards = implicit_rewards(trainer.model, tiny_policy(), 0.1)
+    expected = sum(dpo_loss(kind, *r, pair, 0.1, noise) for r, pair in zip(rewards, PAIRS, strict=True)) / len(PAIRS)
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_dpo_refuses_a_template_that_writes_after_the_end_token(tmp_path, trainer_of):
+    tokenizer = tokenizer_stage.train(SENTENCES, 300)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|>\n'")
+    job = make_job("dpo", tmp_path, f"dpo.batch_size={len(PAIRS)}")
+    with pytest.raises(UserError, match="writes text after the end token"):
+        trainer_of(dpo.fit, job, tiny_policy(), tokenizer, preferences.tokenised(tokenizer, PAIRS, 512), 1)
 
 
 def test_dpo_tokens_are_those_of_the_other_stages(dpo_trainer):
@@ -347,3 +407,26 @@ def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
         for each in (made, make_ppo(tmp_path / "fresh", 12))
     )
     assert after == pytest.approx(fresh, rel=1e-4)
+
+
+def test_policy_starts_from_sft_and_critic_from_the_reward_model_without_dropout(tmp_path):
+    job = make_job("ppo", tmp_path)
+    write = {"sft": tiny_policy(attention_dropout=0.5), "reward": tiny_reward_model()}
+    for name, model in write.items():
+        models.save(model, tiny_tokenizer(), tmp_path / name)
+        write_json(tmp_path / name / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
+        job.inputs[name] = tmp_path / name
+    made = ppo.load(job)
+    pairs = [(made.policy, "sft"), (made.reference, "sft"), (made.critic, "reward"), (made.reward_model, "reward")]
+    for model, name in pairs:
+        assert torch.equal(flat(model), flat(write[name])) and not model.training
+    assert made.policy is not made.reference and made.critic is not made.reward_model
+    ids = torch.tensor([PROMPTS[4]])
+    assert torch.equal(made.policy(input_ids=ids).logits, made.policy(input_ids=ids).logits)
+
+
+def test_ppos_learning_rates_scale_with_the_schedule(tmp_path):
+    made = make_ppo(tmp_path, 12)
+    ppo.set_learning_rates(made, 0.25)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (made.policy_optimizer, made.critic_optimizer)]
+    assert rates == [0.25 * made.config.learning_rate, 0.25 * made.config.critic_learning_rate]

@@ -1,7 +1,9 @@
 """The whole chain on the smoke run: what it leaves, what runs again and why, and what other tools can load."""
 
+import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -148,6 +150,34 @@ def test_same_seed_same_bits(smoke, tmp_path):
     subprocess.run(command, check=True, env=environment, capture_output=True)
     for name in ("tokenizer/tokenizer.json", "pretrain/model.safetensors", "sft/model.safetensors"):
         assert (tmp_path / "smoke" / name).read_bytes() == (smoke / "smoke" / name).read_bytes(), name
+
+
+def test_a_checkpoint_of_elsewhere_goes_through_the_chain(smoke, tmp_path):
+    """model=hf takes a folder that transformers loads, with its own tokenizer, and SFT trains it."""
+    folder = shutil.copytree((smoke / "smoke" / "sft").resolve(), tmp_path / "checkpoint")
+    for ours in ("metrics.json", "manifest.json", "log.jsonl", "config.yaml"):
+        (folder / ours).unlink()
+    model = ["model=hf", f"model.checkpoint={folder}", "pretrain.tokens=0"]
+    cli.main(["run", "experiment=smoke", "tracker=none", f"runs={tmp_path}/runs", "target=sft", *model])
+    base = tmp_path / "runs/smoke/pretrain"
+    assert filecmp.cmp(base / "model.safetensors", folder / "model.safetensors", shallow=False)
+    metrics = read_json(tmp_path / "runs/smoke/sft/metrics.json")
+    first, again = read_json(smoke / "smoke/sft/metrics.json"), metrics["template_hash"]
+    assert first["template_hash"] == again and metrics["reply_bits_per_byte"] < first["reply_bits_per_byte"] + 0.05
+
+
+HH = Path(__file__).parent.parent.parent / "shared/data/hh-rlhf"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HH.is_dir(), reason="the human comparisons are not here")
+def test_human_comparisons_train_a_reward_model_and_dpo(tmp_path):
+    for target in ("reward", "dpo"):
+        cli.main(["run", "experiment=hh", "tracker=none", f"runs={tmp_path}", f"target={target}"])
+        metrics = read_json(tmp_path / "hh" / target / "metrics.json")
+        low, high = metrics["accuracy_ci95"]
+        assert low < metrics["accuracy"] < high and metrics["pairs"] > 1000
+    assert read_json(tmp_path / "hh/comparisons/metrics.json")["test_pairs"] == 200
 
 
 def test_losses_are_the_golden_ones(smoke):
