@@ -87,6 +87,12 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another without slashes")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
+    if config.ppo.batch_size % config.ppo.samples_per_prompt:
+        raise UserError(f"ppo.samples_per_prompt={config.ppo.samples_per_prompt}: must divide ppo.batch_size")
+    if config.ppo.advantage in ("rloo", "grpo") and config.ppo.samples_per_prompt < 2:
+        raise UserError(f"ppo.samples_per_prompt: ppo.advantage={config.ppo.advantage} compares replies; set 2 or more")
+    if config.ppo.kl_in == "loss" and config.ppo.kl_estimator == "k1":
+        raise UserError("ppo.kl_estimator=k1: has a gradient of mean zero as a loss; with ppo.kl_in=loss use k2 or k3")
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:

@@ -26,10 +26,13 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def kl_per_token(logprobs: Tensor, reference: Tensor, estimator: str) -> Tensor:
     """Estimate [B, R] of KL(policy, reference) at tokens drawn from the policy (Schulman 2020, "Approximating KL").
 
-    k1 = log p - log q, unbiased; k3 = q/p - 1 + log p - log q, unbiased and never negative.
+    k1 = log p - log q, unbiased; k2 = (log p - log q)^2 / 2, biased with little variance, and as a loss the one whose
+    gradient is the KL's; k3 = q/p - 1 + log p - log q, unbiased and never negative.
     """
     log_ratio = logprobs - reference
-    return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
+    if estimator == "k1":
+        return log_ratio
+    return 0.5 * log_ratio**2 if estimator == "k2" else torch.expm1(-log_ratio) + log_ratio
 
 
 def token_rewards(scores: Tensor, kl: Tensor, kl_coef: float, mask: Tensor) -> Tensor:
@@ -56,6 +59,32 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum [B, R] of the rewards from each token on: REINFORCE++'s advantage before whitening.
+
+    Source: Hu 2025, arXiv 2501.03262.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def rloo(rewards: Tensor, samples: int) -> Tensor:
+    """Each reply's reward [B] less the mean of the other replies to its prompt; `samples` consecutive rows share one.
+
+    Source: Ahmadian et al. 2024, arXiv 2402.14740, section 3.3; Kool et al. 2019.
+    """
+    groups = rewards.view(-1, samples)
+    return ((groups - groups.mean(1, keepdim=True)) * samples / (samples - 1)).view(-1)
+
+
+def grpo(rewards: Tensor, samples: int) -> Tensor:
+    """Each reply's reward [B] in standard deviations from the mean of its prompt's replies; equal rewards give 0.
+
+    Source: Shao et al. 2024, arXiv 2402.03300, section 4.1.2.
+    """
+    groups = rewards.view(-1, samples)
+    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+
+
 def policy_losses(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float
 ) -> tuple[Tensor, Tensor]:
@@ -66,8 +95,15 @@ def policy_losses(
     return torch.maximum(free, clipped), (clipped > free).float()
 
 
-def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error per token [B, R], the value held near its old estimate, and where that took effect."""
+def value_losses(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error per token [B, R], the value held near its old estimate, and where that took effect.
+
+    Without a `clip_range` the value moves freely.
+    """
+    if clip_range is None:
+        return 0.5 * (values - returns) ** 2, torch.zeros_like(values)
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(free, clipped), (clipped > free).float()

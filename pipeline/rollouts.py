@@ -20,7 +20,7 @@ class Rollout:
     mask: Tensor  # [B, R], 1 on the reply's tokens
     logprobs: Tensor  # [B, R] under the policy that sampled
     reference_logprobs: Tensor  # [B, R] under the reference
-    values: Tensor  # [B, R] of the text before each token
+    values: Tensor  # [B, R] of the text before each token; 0 without a critic
     scores: Tensor  # [B] normalised, with the penalty for a missing end
     ended: Tensor  # [B] 1 where the reply ended by itself
 
@@ -44,9 +44,9 @@ class Rollout:
 
 @torch.no_grad()
 def collect(
-    policy: nn.Module, reference: nn.Module, critic: nn.Module, reward_model: nn.Module, prompts: list[list[int]],
-    sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator, missing_end_penalty: float | None,
-    micro: int,
+    policy: nn.Module, reference: nn.Module, critic: nn.Module | None, reward_model: nn.Module,
+    prompts: list[list[int]], sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator,
+    missing_end_penalty: float | None, micro: int,
 ) -> Rollout:  # fmt: skip
     """Sample one reply per prompt and score it; `micro` rows per forward pass of the scoring models."""
     replies = sampling.sample(policy, prompts, sampling_config, tokenizer, generator)
@@ -67,7 +67,8 @@ def collect(
         rollout.reference_logprobs[rows, :width] = (
             reply_logprobs(reference, part, sampling_config.temperature)[0] * part.mask
         )
-        rollout.values[rows, :width] = reply_values(critic, part) * part.mask
+        if critic is not None:
+            rollout.values[rows, :width] = reply_values(critic, part) * part.mask
     return rollout
 
 

@@ -1,17 +1,18 @@
 """Stage `ppo`: proximal policy optimisation of the SFT model against the reward model, written on Accelerate.
 
 For each rollout: sample replies, score them, penalise KL to the reference per token, estimate advantages with the
-critic, and take a few epochs of clipped steps. The numbers in brackets are details that implementations get wrong:
+critic (or, without one, by comparing replies), and take a few epochs of clipped steps. The numbers in brackets are
+details that implementations get wrong:
 
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
  [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
  [4] The reward model scores the text up to its end token; without one a fixed penalty counts (Stiennon et al. 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
- [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019).
+ [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019); it can also act as a loss.
  [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020).
  [8] GAE with gamma 1 and lambda 0.95; rewards are whitened, if asked, without shifting their mean.
- [9] Advantages are whitened over all reply tokens of the rollout, mean shifted.
+ [9] Advantages of gae and reinforce++ are whitened over all reply tokens of the rollout, mean shifted.
 [10] Adam's epsilon is 1e-5; learning rates fall linearly to zero (Huang et al. 2024, arXiv 2403.17031).
 [11] A loss is the mean over the reply tokens of a minibatch, however it is split into forward passes.
 [12] Every random draw comes from (seed, rollout), so that a resumed run draws what the undisturbed one drew.
@@ -36,7 +37,10 @@ MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is n
 
 @dataclass
 class Ppo:
-    """The four models of PPO, of which `policy` and `critic` are trained, and what all its steps need."""
+    """The models of PPO, of which `policy` and `critic` are trained, and what all its steps need.
+
+    Without a critic (`ppo.advantage` other than gae) `critic` and its optimiser are None.
+    """
 
     job: Job
     config: Any
@@ -49,6 +53,7 @@ class Ppo:
     policy_optimizer: Any
     critic_optimizer: Any
     micro: int  # replies per forward pass
+    kl_coef: float = 0.0  # of the current rollout
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -58,23 +63,30 @@ def run(job: Job) -> dict[str, Any]:
     prompts = prompt_pool(ppo)
     total = max(1, config.episodes // config.batch_size)
     announce(ppo, prompts, total)
-    first, kl_coef = resume(ppo)
+    first, ppo.kl_coef = resume(ppo)
     bar = job.progress(total * config.batch_size, "episodes", first * config.batch_size)
+    result: dict[str, Any] = {"episodes": first * config.batch_size}
     for number in range(first, total):
-        rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size), number)
-        advantages, returns, metrics = estimate(rollout, kl_coef, config)
+        rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size, config.samples_per_prompt), number)
+        advantages, returns, metrics = estimate(rollout, ppo.kl_coef, config)
+        result |= metrics
+        if config.max_kl is not None and metrics["kl"] > config.max_kl:
+            job.say(f"stopped after {number:,} rollouts: KL {metrics['kl']:.1f} is above ppo.max_kl={config.max_kl}")
+            break
         set_learning_rates(ppo, 1 - number / total)
         metrics |= update(ppo, rollout, advantages, returns, number)
-        metrics |= {"kl_coef": kl_coef, "episodes": (number + 1) * config.batch_size}
-        kl_coef = next_kl_coef(kl_coef, metrics["kl"], config)
+        metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
+        ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
+        result |= metrics
         job.log(number + 1, metrics)
         bar.update(config.batch_size)
         if (number + 1) % max(1, total // (job.config.runtime.checkpoints + 1)) == 0 and number + 1 < total:
-            save_checkpoint(ppo, number + 1, kl_coef)
+            save_checkpoint(ppo, number + 1)
     bar.close()
     models.save(ppo.accelerator.unwrap_model(ppo.policy), ppo.tokenizer, job.out)
-    models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
-    return metrics | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+    if ppo.critic is not None:
+        models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
+    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
 
 
 def load(job: Job) -> Ppo:
@@ -83,13 +95,15 @@ def load(job: Job) -> Ppo:
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     policy, reference = (models.load_policy(job.inputs["sft"], job.device.type) for _ in range(2))
-    critic, reward_model = (models.load_reward_model(job.inputs["reward"], job.device.type) for _ in range(2))
+    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
     adam = {"eps": config.adam_eps, "fused": True}
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, **adam)  # [10]
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, **adam)
-    policy, critic, policy_optimizer, critic_optimizer = accelerator.prepare(
-        policy, critic, policy_optimizer, critic_optimizer
-    )
+    policy, policy_optimizer = accelerator.prepare(policy, policy_optimizer)
+    critic = critic_optimizer = None
+    if config.advantage == "gae":
+        critic = models.load_reward_model(job.inputs["reward"], job.device.type)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, **adam)
+        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
     micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
     return Ppo(
         job,
@@ -118,15 +132,22 @@ def announce(ppo: Ppo, prompts: list[list[int]], total: int) -> None:
     """One line: device, precision, effective batch in tokens, estimated time."""
     config = ppo.config
     length = sum(map(len, prompts)) / len(prompts) + ppo.job.config.sampling.max_new_tokens / 2
-    passes = 2 * 6 * config.epochs + 4 * 2  # policy and critic updated; sampled, and scored by three models
+    trained = 1 + (ppo.critic is not None)
+    passes = 6 * trained * config.epochs + 2 * (
+        2 + trained
+    )  # updated; sampled, and scored by reference, reward, critic
     flops = passes * models.parameter_count(ppo.policy) * length * config.batch_size * total
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
 
 
-def batch_of(prompts: list[list[int]], number: int, size: int) -> list[list[int]]:
-    """The prompts of rollout `number`, from the pool in its order, starting over at its end."""
-    return [prompts[(number * size + i) % len(prompts)] for i in range(size)]
+def batch_of(prompts: list[list[int]], number: int, size: int, samples: int = 1) -> list[list[int]]:
+    """The prompts of the `size` replies of rollout `number`, each `samples` times in a row, from the pool in its order.
+
+    The pool starts over at its end.
+    """
+    distinct = size // samples
+    return [prompts[(number * distinct + i) % len(prompts)] for i in range(distinct) for _ in range(samples)]
 
 
 def roll_out(ppo: Ppo, prompts: list[list[int]], number: int) -> Rollout:
@@ -140,15 +161,16 @@ def roll_out(ppo: Ppo, prompts: list[list[int]], number: int) -> Rollout:
 
 
 def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Whitened advantages and returns, both [B, R], and the rollout's metrics."""
+    """Advantages and returns, both [B, R], and the rollout's metrics."""
     mask = rollout.mask
-    k1, k3 = (
-        estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask for name in ("k1", "k3")
-    )
-    rewards = estimators.token_rewards(rollout.scores, k1 if config.kl_estimator == "k1" else k3, kl_coef, mask)  # [6]
-    if config.whiten_rewards:
-        rewards = estimators.whiten(rewards, mask, shift_mean=False)
-    advantages, returns = estimators.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)  # [8]
+    kl = {
+        name: estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask
+        for name in ("k1", "k2", "k3")
+    }
+    k1, k3 = kl["k1"], kl["k3"]
+    penalty = kl_coef if config.kl_in == "reward" else 0.0
+    rewards = estimators.token_rewards(rollout.scores, kl[config.kl_estimator], penalty, mask)  # [6]
+    advantages, returns = advantages_of(rewards, rollout, config)
     metrics = {
         "score": rollout.scores.mean().item(),
         "score_std": rollout.scores.std().item(),
@@ -157,9 +179,25 @@ def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Ten
         "kl_k3": k3.sum(1).mean().item(),
         "reply_tokens": mask.sum(1).float().mean().item(),
         "ended_share": rollout.ended.mean().item(),
-        "explained_variance": estimators.explained_variance(rollout.values, returns, mask).item(),
     }
-    return estimators.whiten(advantages, mask), returns, metrics  # [9]
+    if config.advantage == "gae":
+        metrics["explained_variance"] = estimators.explained_variance(rollout.values, returns, mask).item()
+    return advantages, returns, metrics
+
+
+def advantages_of(rewards: Tensor, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both [B, R], of per-token rewards [B, R] by the estimator of the configuration."""
+    mask = rollout.mask
+    if config.whiten_rewards:
+        rewards = estimators.whiten(rewards, mask, shift_mean=False)
+    returns = estimators.returns_to_go(rewards, mask, config.gamma)
+    if config.advantage == "gae":
+        advantages, returns = estimators.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)  # [8]
+        return estimators.whiten(advantages, mask), returns  # [9]
+    if config.advantage == "reinforce++":
+        return estimators.whiten(returns, mask), returns  # [9]
+    compare = estimators.rloo if config.advantage == "rloo" else estimators.grpo
+    return compare(rewards.sum(1), config.samples_per_prompt)[:, None] * mask, returns
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
@@ -171,8 +209,10 @@ def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
 
 def set_learning_rates(ppo: Ppo, factor: float) -> None:
     """Scale both peak learning rates by `factor` [10]."""
-    peaks = {ppo.policy_optimizer: ppo.config.learning_rate, ppo.critic_optimizer: ppo.config.critic_learning_rate}
-    for optimizer, peak in peaks.items():
+    peaks = [(ppo.policy_optimizer, ppo.config.learning_rate)]
+    if ppo.critic is not None:
+        peaks.append((ppo.critic_optimizer, ppo.config.critic_learning_rate))
+    for optimizer, peak in peaks:
         for group in optimizer.param_groups:
             group["lr"] = peak * factor
 
@@ -200,7 +240,9 @@ def minibatch_step(
         ppo.accelerator.backward(loss / tokens)
         found.append(metrics)
     means = {key: sum(metrics[key] for metrics in found) / tokens for key in found[0] if key != "ratio_error"}
-    trained = [(ppo.critic, ppo.critic_optimizer, "critic_grad_norm")]
+    trained = []
+    if ppo.critic is not None:
+        trained.append((ppo.critic, ppo.critic_optimizer, "critic_grad_norm"))
     if train_policy:
         trained.append((ppo.policy, ppo.policy_optimizer, "grad_norm"))
     norms = {"grad_norm": 0.0}
@@ -209,8 +251,9 @@ def minibatch_step(
             ppo.accelerator.clip_grad_norm_(model.parameters(), ppo.config.max_grad_norm or float("inf"))
         )
         optimizer.step()
-    ppo.policy_optimizer.zero_grad()
-    ppo.critic_optimizer.zero_grad()
+    ppo.policy_optimizer.zero_grad()  # the gradient of a policy that waits for its critic goes as well
+    if ppo.critic is not None:
+        ppo.critic_optimizer.zero_grad()
     return means | norms | {"ratio_error": max(metrics["ratio_error"] for metrics in found)}
 
 
@@ -220,25 +263,30 @@ def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> tupl
     advantages, returns = advantages[:, : mask.size(1)], returns[:, : mask.size(1)]
     with ppo.accelerator.autocast():
         logprobs, entropy = rollouts.reply_logprobs(ppo.policy, part, ppo.job.config.sampling.temperature)
-        values = rollouts.reply_values(ppo.critic, part)
     policy, clipped = estimators.policy_losses(logprobs, part.logprobs, advantages, config.clip_range)
-    value, value_clipped = estimators.value_losses(values, part.values, returns, config.value_clip_range)
-    loss = (policy * mask).sum() + config.value_coef * (value * mask).sum()
     log_ratio = (logprobs - part.logprobs).detach() * mask
-    sums = {
-        "policy_loss": policy, "value_loss": value, "clip_share": clipped, "value_clip_share": value_clipped,
-        "entropy": entropy, "update_kl": torch.expm1(log_ratio) - log_ratio,
-    }  # fmt: skip
+    sums = {"policy_loss": policy, "clip_share": clipped, "entropy": entropy}
+    sums["update_kl"] = torch.expm1(log_ratio) - log_ratio
+    loss = (policy * mask).sum()
+    if config.kl_in == "loss":  # [6]
+        sums["kl_loss"] = estimators.kl_per_token(logprobs, part.reference_logprobs, config.kl_estimator)
+        loss = loss + ppo.kl_coef * (sums["kl_loss"] * mask).sum()
+    if ppo.critic is not None:
+        with ppo.accelerator.autocast():
+            values = rollouts.reply_values(ppo.critic, part)
+        value, sums["value_clip_share"] = estimators.value_losses(values, part.values, returns, config.value_clip_range)
+        sums["value_loss"] = value
+        loss = loss + config.value_coef * (value * mask).sum()
     found = {key: (value.detach() * mask).sum().item() for key, value in sums.items()}
     return loss, found | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
 
 
-def save_checkpoint(ppo: Ppo, number: int, kl_coef: float) -> None:
+def save_checkpoint(ppo: Ppo, number: int) -> None:
     """Write both models, both optimisers and the KL coefficient after `number` rollouts; older checkpoints go then."""
     folder = ppo.job.checkpoints / f"rollout-{number}"
     fresh = folder.with_suffix(".part")
     ppo.accelerator.save_state(str(fresh))
-    (fresh / "state.json").write_text(json.dumps({"rollouts": number, "kl_coef": kl_coef}))
+    (fresh / "state.json").write_text(json.dumps({"rollouts": number, "kl_coef": ppo.kl_coef}))
     fresh.rename(folder)
     for other in ppo.job.checkpoints.glob("rollout-*"):
         if other != folder:

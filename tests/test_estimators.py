@@ -101,6 +101,48 @@ def test_score_counts_on_the_last_real_token(mask):
         assert rewards[row].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_gradients_of_kl_estimators_used_as_losses():
+    """The mean gradient of k2 at the policy's own tokens is that of the exact KL, k3's that of KL(q, p), k1's zero."""
+    logits, q = torch.tensor([0.3, -1.0, 0.8, 0.1], requires_grad=True), torch.tensor([0.1, 0.4, 0.3, 0.2])
+    p = logits.softmax(-1)
+    (exact,) = torch.autograd.grad((p * (p / q).log()).sum(), logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad((q * (q / p).log()).sum(), logits, retain_graph=True)
+    for name, wanted in (("k2", exact), ("k3", reverse), ("k1", torch.zeros(4))):
+        each = estimators.kl_per_token(p.log(), q.log(), name)
+        (found,) = torch.autograd.grad((p.detach() * each).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(estimators.kl_per_token(p.log(), q.log(), "k2"), (p / q).log() ** 2 / 2)
+
+
+def test_returns_to_go_are_sums_of_what_follows(mask):
+    rewards = drawn((3, 7), 5) * mask
+    found = estimators.returns_to_go(rewards, mask, 0.9)
+    for row, length in enumerate(LENGTHS):
+        for t in range(7):
+            expected = sum(0.9 ** (i - t) * rewards[row, i].item() for i in range(t, length))
+            assert found[row, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    rewards = [1.0, 2.0, 6.0, 0.5, 0.5, -1.0]
+    expected = [1 - 4, 2 - 3.5, 6 - 1.5, 0.5 + 0.25, 0.5 + 0.25, -1 - 0.5]
+    assert estimators.rloo(torch.tensor(rewards), 3).tolist() == pytest.approx(expected)
+
+
+def test_grpo_is_numpys_standard_score_in_each_group():
+    groups = np.random.default_rng(0).normal(size=(5, 4))
+    expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(estimators.grpo(torch.tensor(groups.ravel()), 4), expected.ravel(), rtol=1e-6)
+    assert estimators.grpo(torch.ones(4), 4).tolist() == [0.0] * 4
+
+
+def test_value_loss_without_a_clip_range_is_half_the_squared_error():
+    values, old, returns = drawn((3, 7), 9), drawn((3, 7), 10), drawn((3, 7), 11)
+    losses, clipped = estimators.value_losses(values, old, returns, None)
+    torch.testing.assert_close(losses, (values - returns).square() / 2)
+    assert not clipped.any()
+
+
 def test_policy_loss_is_ppos_clipped_objective():
     new, old, advantages = drawn((3, 7), 6) * 0.4, drawn((3, 7), 7) * 0.4, drawn((3, 7), 8)
     losses, clipped = estimators.policy_losses(new, old, advantages, 0.2)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers import (
     PAIRS,
     SENTENCES,
@@ -13,17 +12,16 @@ from helpers import (
     perturb,
     plain_logprobs,
     plain_score,
-    random_ids,
     tiny_policy,
     tiny_reward_model,
     tiny_tokenizer,
 )
 
 from pipeline import chat, models, preferences, sampling, training
-from pipeline.artifact import read_lines, write_json
+from pipeline.artifact import read_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
-from stages import dpo, ppo, reward, sft
+from stages import dpo, reward, sft
 from stages import tokenizer as tokenizer_stage
 
 # eight prompts and replies of different lengths
@@ -273,160 +271,3 @@ def test_cached_reference_logprobs_are_the_live_ones(dpo_trainer):
         for side in ("chosen", "rejected"):
             live = plain_logprobs(dpo_trainer.model, row["prompt_ids"], row[f"{side}_ids"]).sum().item()
             assert row[f"ref_{side}_logps"] == pytest.approx(live, abs=1e-3)
-
-
-# PPO
-
-
-def make_ppo(folder, micro: int) -> ppo.Ppo:
-    """PPO with tiny models. Plain gradient descent at rate 1 and no clipping: parameters move by their gradient."""
-    options = ["ppo.batch_size=12", "ppo.minibatches=2", "ppo.max_grad_norm=0", "sampling.max_new_tokens=10"]
-    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
-    policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
-    critic, reward_model = tiny_reward_model(), tiny_reward_model()
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (policy, critic)]
-    policy, critic, policy_optimizer, critic_optimizer = accelerator.prepare(policy, critic, *optimizers)
-    return ppo.Ppo(
-        job=job,
-        config=job.config.ppo,
-        accelerator=accelerator,
-        tokenizer=tiny_tokenizer(),
-        policy=policy,
-        reference=reference,
-        critic=critic,
-        reward_model=reward_model,
-        policy_optimizer=policy_optimizer,
-        critic_optimizer=critic_optimizer,
-        micro=micro,
-    )
-
-
-PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
-
-
-def flat(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("micro", [2, 5])
-def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
-    whole, split = make_ppo(tmp_path / "whole", 12), make_ppo(tmp_path / "split", micro)
-    rollout = ppo.roll_out(whole, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, whole.config)
-    rows = torch.tensor([7, 0, 3, 11, 4, 8, 2, 10])
-    found = []
-    for made in (whole, split):
-        for model in (made.policy, made.critic):
-            perturb(model, 0.02)  # ratios other than 1, so that clipping takes effect
-        before = [flat(made.policy), flat(made.critic)]
-        metrics = ppo.minibatch_step(made, rollout, advantages, returns, rows, True)
-        found.append((metrics, flat(made.policy) - before[0], flat(made.critic) - before[1]))
-        assert all(p.grad is None or not p.grad.any() for p in made.policy.parameters())
-    (metrics, *gradients), (split_metrics, *split_gradients) = found
-    assert metrics["clip_share"] > 0 and metrics["value_clip_share"] > 0
-    assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
-    for ours, theirs in zip(gradients, split_gradients, strict=True):
-        assert ours.norm() > 0.01
-        assert (ours - theirs).norm() < 1e-4 * ours.norm()
-
-
-def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
-    made = make_ppo(tmp_path, 3)
-    perturb(made.reference, 0.1, seed=5)  # the ratio is to the policy that sampled, not to the reference
-    rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
-    perturb(made.policy, 0.02)
-    rows = [7, 0, 3, 11, 4]
-    objective, tokens = 0.0, 0
-    for row in rows:
-        reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
-        new = plain_logprobs(made.policy, PROMPTS[row], reply, made.job.config.sampling.temperature)
-        for t in range(len(reply)):
-            ratio, advantage = math.exp(new[t] - rollout.logprobs[row, t]), advantages[row, t].item()
-            objective += min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-            tokens += 1
-    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), True)
-    assert metrics["policy_loss"] == pytest.approx(-objective / tokens, abs=1e-4)
-
-
-def test_ppo_reward_is_the_score_less_the_kl_penalty(tmp_path):
-    made = make_ppo(tmp_path, 12)
-    perturb(made.reference, 0.1, seed=5)
-    rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
-    assert metrics["kl"] > 0.1 and metrics["kl_k3"] > 0.1
-    assert metrics["reward"] == pytest.approx(metrics["score"] - 0.05 * metrics["kl"], abs=1e-5)
-    for row in range(len(PROMPTS)):
-        t = int(rollout.mask[row].sum()) - 1  # at the last token the return is the reward itself
-        penalty = 0.05 * (rollout.logprobs[row, t] - rollout.reference_logprobs[row, t])
-        assert returns[row, t].item() == pytest.approx((rollout.scores[row] - penalty).item(), abs=1e-5)
-    real = advantages[rollout.mask.bool()]
-    assert real.mean().item() == pytest.approx(0, abs=1e-5) and real.std().item() == pytest.approx(1, abs=1e-4)
-
-
-def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
-    made = make_ppo(tmp_path, 4)
-    rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
-    assert rollout.mask.sum(1).unique().numel() > 2  # lengths differ
-    assert (rollout.logprobs - rollout.reference_logprobs).abs().max() < 1e-4
-    assert abs(metrics["kl"]) < 1e-4 and 0 <= metrics["kl_k3"] < 1e-6
-    updated = ppo.update(made, rollout, advantages, returns, 0)
-    assert updated["first_ratio_error"] < 1e-4 < updated["ratio_error"]
-
-
-def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(tmp_path):
-    made, other = make_ppo(tmp_path / "made", 12), make_ppo(tmp_path / "other", 5)
-    perturb(made.policy, 0.02)
-    perturb(other.policy, 0.02)
-    rollout, split = ppo.roll_out(made, PROMPTS, 3), ppo.roll_out(other, PROMPTS, 3)
-    assert torch.equal(rollout.reply, split.reply)
-    for name in ("logprobs", "reference_logprobs", "values", "scores"):
-        torch.testing.assert_close(getattr(rollout, name), getattr(split, name), atol=1e-4, rtol=1e-4)
-    assert set(rollout.ended.tolist()) == {0.0, 1.0}
-    for row, prompt in enumerate(PROMPTS):
-        reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
-        for model, logprobs in ((made.policy, rollout.logprobs), (made.reference, rollout.reference_logprobs)):
-            expected = plain_logprobs(model, prompt, reply, made.job.config.sampling.temperature)
-            torch.testing.assert_close(logprobs[row, : len(reply)], expected, atol=1e-4, rtol=1e-4)
-        score = (plain_score(made.reward_model, prompt + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
-        assert rollout.scores[row].item() == pytest.approx(score, abs=1e-4)
-
-
-def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
-    made = make_ppo(tmp_path, 12)
-    rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
-    before = [flat(made.policy), flat(made.critic)]
-    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), False)
-    assert torch.equal(flat(made.policy), before[0]) and not torch.equal(flat(made.critic), before[1])
-    assert metrics["grad_norm"] == 0 < metrics["critic_grad_norm"]
-    # no policy gradient is left over from the warm-up
-    after, fresh = (
-        ppo.minibatch_step(each, rollout, advantages, returns, torch.arange(12), True)["grad_norm"]
-        for each in (made, make_ppo(tmp_path / "fresh", 12))
-    )
-    assert after == pytest.approx(fresh, rel=1e-4)
-
-
-def test_policy_starts_from_sft_and_critic_from_the_reward_model_without_dropout(tmp_path):
-    job = make_job("ppo", tmp_path)
-    write = {"sft": tiny_policy(attention_dropout=0.5), "reward": tiny_reward_model()}
-    for name, model in write.items():
-        models.save(model, tiny_tokenizer(), tmp_path / name)
-        write_json(tmp_path / name / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
-        job.inputs[name] = tmp_path / name
-    made = ppo.load(job)
-    pairs = [(made.policy, "sft"), (made.reference, "sft"), (made.critic, "reward"), (made.reward_model, "reward")]
-    for model, name in pairs:
-        assert torch.equal(flat(model), flat(write[name])) and not model.training
-    assert made.policy is not made.reference and made.critic is not made.reward_model
-    ids = torch.tensor([PROMPTS[4]])
-    assert torch.equal(made.policy(input_ids=ids).logits, made.policy(input_ids=ids).logits)
-
-
-def test_ppos_learning_rates_scale_with_the_schedule(tmp_path):
-    made = make_ppo(tmp_path, 12)
-    ppo.set_learning_rates(made, 0.25)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (made.policy_optimizer, made.critic_optimizer)]
-    assert rates == [0.25 * made.config.learning_rate, 0.25 * made.config.critic_learning_rate]

@@ -11,6 +11,7 @@ from stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PPO = (ROOT / "docs/ppo.md").read_text()
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -31,14 +32,16 @@ def test_every_make_target_is_in_the_readme_and_in_its_own_list():
         assert re.search(rf"^{target}:.*## \S", MAKEFILE, re.MULTILINE), f"{target} has no line in `make`"
 
 
-@pytest.mark.parametrize("arguments", re.findall(r'ARGS="([^"]+)"', README))
+@pytest.mark.parametrize("arguments", re.findall(r'ARGS="([^"]+)"', README + PPO))
 def test_every_override_of_the_readme_composes(arguments):
     compose(arguments.split())
 
 
 @pytest.mark.parametrize(
     "key",
-    sorted(set(re.findall(r"`((?:data|model|sampling|evaluate|comparisons|ppo|pretrain|sft)\.[a-z_.]+)[=`]", README))),
+    sorted(
+        set(re.findall(r"`((?:data|model|sampling|evaluate|comparisons|ppo|pretrain|sft)\.[a-z_.]+)[=`]", README + PPO))
+    ),
 )
 def test_every_key_of_the_readme_exists(key):
     metrics = [f"{stage}.{name}" for stage in STAGES for name in documented(stage)]
@@ -96,6 +99,18 @@ def test_evaluation_results_equal_their_documentation(smoke):
 def test_logged_steps_equal_their_documentation(stage, smoke):
     written = {key for row in read_lines(smoke / "smoke" / stage / "log.jsonl") for key in row} - {"step"}
     assert written == documented(f"{stage} steps")
+
+
+def test_the_details_of_ppo_are_those_of_its_code():
+    rows = re.findall(r"^\| (\d+) \| .*? \| `([\w/.]+)` `(\w+)` \|", PPO, re.MULTILINE)
+    explained, code = (ROOT / "stages/ppo.py").read_text().split('"""', 2)[1:]
+    numbers = re.findall(r"^ ?\[(\d+)\] ", explained, re.MULTILINE)
+    assert [number for number, _, _ in rows] == numbers == [str(i + 1) for i in range(len(rows))]
+    for number, file, function in rows:
+        assert f"[{number}]" in code, f"no line of stages/ppo.py is marked [{number}]"
+        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (file, function)
+    for test in set(re.findall(r"tests/\w+\.py", PPO)):
+        assert (ROOT / test).is_file()
 
 
 def test_the_make_default_lists_the_targets():

@@ -152,6 +152,24 @@ def test_same_seed_same_bits(smoke, tmp_path):
         assert (tmp_path / "smoke" / name).read_bytes() == (smoke / "smoke" / name).read_bytes(), name
 
 
+def test_ppo_without_a_critic_and_with_kl_in_the_loss_runs(smoke):
+    options = ["ppo.advantage=rloo", "ppo.samples_per_prompt=2", "ppo.kl_in=loss", "ppo.kl_estimator=k2"]
+    cli.main(["run", "experiment=smoke", "tracker=none", f"runs={smoke}", "run=variant", "target=ppo", *options])
+    steps = read_lines(smoke / "variant" / "ppo" / "log.jsonl")
+    assert len(steps) == 4 and {"kl_loss"} == steps[-1].keys() - read_lines(smoke / "smoke/ppo/log.jsonl")[0].keys()
+    assert not any("critic" in name or "value" in name for name in steps[-1])
+    assert not (smoke / "variant" / "ppo" / "critic").exists()
+
+
+def test_ppo_stops_at_its_kl_ceiling(smoke, capsys):
+    options = ["ppo.max_kl=0.001", "ppo.learning_rate=0.01"]
+    cli.main(["run", "experiment=smoke", "tracker=none", f"runs={smoke}", "run=ceiling", "target=ppo", *options])
+    steps = read_lines(smoke / "ceiling" / "ppo" / "log.jsonl")
+    assert 0 < len(steps) < 4 and steps[-1]["kl"] <= 0.001
+    assert f"stopped after {len(steps)} rollouts" in capsys.readouterr().out
+    assert (smoke / "ceiling" / "ppo" / "model.safetensors").exists()
+
+
 def test_a_checkpoint_of_elsewhere_goes_through_the_chain(smoke, tmp_path):
     """model=hf takes a folder that transformers loads, with its own tokenizer, and SFT trains it."""
     folder = shutil.copytree((smoke / "smoke" / "sft").resolve(), tmp_path / "checkpoint")
