@@ -203,6 +203,10 @@ class PpoConfig:
     kl_estimator: str = one_of("k1", "k2", "k3")
     kl_in: str = one_of("reward", "loss")
     max_kl: float | None = number(0.0)
+    max_loss: float | None = number(0.0)
+    min_entropy: float | None = number(0.0)
+    min_score_std: float | None = number(0.0)
+    on_trip: str = one_of("stop", "rollback")
     whiten_rewards: bool = MISSING
     missing_end_penalty: float | None = MISSING
     seed: int = number(0)

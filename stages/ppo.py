@@ -28,7 +28,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline import chat, data, estimators, models, rollouts, sampling
+from pipeline import chat, data, estimators, guards, models, rollouts, sampling
+from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.rollouts import Rollout
 
@@ -58,9 +59,18 @@ class Ppo:
 
 def run(job: Job) -> dict[str, Any]:
     """Train the policy and save it, with the critic beside it."""
-    config = job.config.ppo
     ppo = load(job)
     prompts = prompt_pool(ppo)
+    result = train(ppo, prompts)
+    models.save(ppo.accelerator.unwrap_model(ppo.policy), ppo.tokenizer, job.out)
+    if ppo.critic is not None:
+        models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
+    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+
+
+def train(ppo: Ppo, prompts: list[list[int]]) -> dict[str, Any]:
+    """Rollouts and updates, from the last checkpoint to the end or to where a guard trips; the last metrics."""
+    job, config = ppo.job, ppo.config
     total = max(1, config.episodes // config.batch_size)
     announce(ppo, prompts, total)
     first, ppo.kl_coef = resume(ppo)
@@ -69,24 +79,42 @@ def run(job: Job) -> dict[str, Any]:
     for number in range(first, total):
         rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size, config.samples_per_prompt), number)
         advantages, returns, metrics = estimate(rollout, ppo.kl_coef, config)
-        result |= metrics
-        if config.max_kl is not None and metrics["kl"] > config.max_kl:
-            job.say(f"stopped after {number:,} rollouts: KL {metrics['kl']:.1f} is above ppo.max_kl={config.max_kl}")
+        reason = guards.tripped(metrics, config)
+        if reason is None:
+            set_learning_rates(ppo, 1 - number / total)
+            metrics |= update(ppo, rollout, advantages, returns, number)
+            metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
+            ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
+            reason = guards.tripped(metrics, config)
+        if reason is not None:
+            result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
             break
-        set_learning_rates(ppo, 1 - number / total)
-        metrics |= update(ppo, rollout, advantages, returns, number)
-        metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
-        ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
         result |= metrics
         job.log(number + 1, metrics)
         bar.update(config.batch_size)
         if (number + 1) % max(1, total // (job.config.runtime.checkpoints + 1)) == 0 and number + 1 < total:
             save_checkpoint(ppo, number + 1)
     bar.close()
-    models.save(ppo.accelerator.unwrap_model(ppo.policy), ppo.tokenizer, job.out)
-    if ppo.critic is not None:
-        models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
-    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+    return result
+
+
+def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict[str, Any]:
+    """Say why training ends at `rollout`, and go back to the last good checkpoint if `ppo.on_trip` asks for it.
+
+    Returns the finite metrics of that rollout, with the reason. Raises `UserError` where the weights are lost: numbers
+    are not finite any more, and going back was not asked for.
+    """
+    broken = guards.broken(metrics)
+    if ppo.config.on_trip == "stop" and broken:
+        raise UserError(
+            f"ppo: {reason} at rollout {rollout}; lower ppo.learning_rate or ppo.critic_learning_rate, "
+            "or set ppo.on_trip=rollback to keep the last good checkpoint"
+        )
+    kept = "the policy stays as it is"
+    if ppo.config.on_trip == "rollback":
+        kept = f"back to the policy of rollout {go_back(ppo)}"
+    ppo.job.say(f"stopped at rollout {rollout}: {reason}; {kept}")
+    return {name: value for name, value in metrics.items() if name not in broken} | {"stopped": reason}
 
 
 def load(job: Job) -> Ppo:
@@ -297,10 +325,27 @@ def resume(ppo: Ppo) -> tuple[int, float]:
     """Load the last whole checkpoint, if there is one; returns the rollouts done and the KL coefficient."""
     for unfinished in ppo.job.checkpoints.glob("rollout-*.part"):
         shutil.rmtree(unfinished)
+    done, kl_coef = load_checkpoint(ppo)
+    if done:
+        ppo.job.say(f"continues after {done:,} rollouts")
+    ppo.job.steps.rewind(done)
+    return done, kl_coef
+
+
+def load_checkpoint(ppo: Ppo) -> tuple[int, float]:
+    """Load the last whole checkpoint; the rollouts it has behind it, and its KL coefficient. None is 0 rollouts."""
     states = [json.loads(file.read_text()) for file in ppo.job.checkpoints.glob("rollout-*/state.json")]
     state = max(states, key=lambda s: s["rollouts"], default={"rollouts": 0, "kl_coef": ppo.config.kl_coef})
     if states:
         ppo.accelerator.load_state(str(ppo.job.checkpoints / f"rollout-{state['rollouts']}"))
-        ppo.job.say(f"continues after {state['rollouts']:,} rollouts")
-    ppo.job.steps.rewind(state["rollouts"])
     return state["rollouts"], state["kl_coef"]
+
+
+def go_back(ppo: Ppo) -> int:
+    """Load the last checkpoint, or the weights that training began with; returns the rollouts that are left."""
+    done, _ = load_checkpoint(ppo)
+    if not done:
+        ppo.policy.load_state_dict(ppo.reference.state_dict())
+        if ppo.critic is not None:
+            ppo.critic.load_state_dict(ppo.reward_model.state_dict())
+    return done

@@ -99,11 +99,15 @@ SOURCES = [
 ]
 
 
+PARTS = {"ppo": ["guards.py"]}  # modules that take a stage's section of the configuration
+
+
 @pytest.mark.parametrize("key", keys())
 def test_every_key_is_read(key):
     section, _, name = key.rpartition(".")
     stage = ROOT / "stages" / f"{section}.py"
-    assert reading(name, stage) if stage.exists() else reading(name, *SOURCES)
+    parts = [ROOT / "pipeline" / part for part in PARTS.get(section, [])]
+    assert reading(name, stage, *parts) if stage.exists() else reading(name, *SOURCES)
 
 
 @pytest.mark.parametrize("key", [key for key in keys() if key.startswith(("runtime.", "tracker."))])

@@ -166,8 +166,9 @@ def test_ppo_stops_at_its_kl_ceiling(smoke, capsys):
     cli.main(["run", "experiment=smoke", "tracker=none", f"runs={smoke}", "run=ceiling", "target=ppo", *options])
     steps = read_lines(smoke / "ceiling" / "ppo" / "log.jsonl")
     assert 0 < len(steps) < 4 and steps[-1]["kl"] <= 0.001
-    assert f"stopped after {len(steps)} rollouts" in capsys.readouterr().out
-    assert (smoke / "ceiling" / "ppo" / "model.safetensors").exists()
+    reason = read_json(smoke / "ceiling" / "ppo" / "metrics.json")["stopped"]
+    assert reason.endswith("is above ppo.max_kl=0.001")
+    assert f"stopped at rollout {len(steps) + 1}: {reason}; the policy stays as it is" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_elsewhere_goes_through_the_chain(smoke, tmp_path):
