@@ -49,7 +49,8 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
         source = OmegaConf.select(config, key)
         parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)
     for key in stage.functions:
-        parts[f"{key}.source"] = function_digest(OmegaConf.select(config, key).function)
+        if function := OmegaConf.select(config, key).function:
+            parts[f"{key}.source"] = function_digest(function)
     checkpoint = parts.get("model.checkpoint")
     if checkpoint and Path(checkpoint).is_dir():
         parts["model.checkpoint"] = checkpoint_digest(Path(checkpoint))

@@ -19,6 +19,7 @@ GROUPS = [
     "tracker",
     "experiment",
     "reward@comparisons.judge",
+    "reward@ppo.reward",
     "reward@evaluate.judge",
     "reward@evaluate.second_judge",
 ]
@@ -85,6 +86,9 @@ def check_together(config: DictConfig) -> None:
             raise UserError(f"data.{source}.path has no value: set it to a file, a folder or a name on the hub")
     if config.run in ("", "artifacts") or "/" in config.run:
         raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another without slashes")
+    for judge in ("comparisons.judge", "evaluate.judge", "evaluate.second_judge"):
+        if OmegaConf.select(config, judge).function is None:
+            raise UserError(f"{judge}.function has no value: choose a reward function by import path, module:function")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
     if config.ppo.batch_size % config.ppo.samples_per_prompt:

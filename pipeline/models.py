@@ -69,6 +69,16 @@ def load_reward_model(folder: Path, device: str = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
+def new_critic(folder: Path, device: str = "cpu") -> nn.Module:
+    """A critic on the trunk of a causal language model, fp32, in evaluation mode: its value of every text is 0."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32, use_safetensors=True
+    )
+    nn.init.zeros_(model.score.weight)
+    model.config.score_mean, model.config.score_std = 0.0, 1.0
+    return model.to(device).eval()
+
+
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a model folder that transformers loads by itself: safetensors, tokenizer and chat template."""
     if getattr(model, "generation_config", None) is not None:

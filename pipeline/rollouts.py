@@ -1,5 +1,6 @@
 """Rollouts: sampled replies with everything that PPO's update needs. B: replies, P: prompt, R: reply tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -7,7 +8,21 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pipeline import likelihood, sampling
+from pipeline import chat, likelihood, sampling
+from pipeline.errors import UserError
+from pipeline.sampling import Reply
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to reply to."""
+
+    ids: list[int]  # tokens up to the mark that opens the reply
+    text: str  # its last message, as reward functions get it
+    answer: str  # a known reply to it: the column `answer` of reward functions
+
+
+Reward = Callable[[list[Prompt], list[Reply]], list[float]]
 
 
 @dataclass
@@ -44,19 +59,19 @@ class Rollout:
 
 @torch.no_grad()
 def collect(
-    policy: nn.Module, reference: nn.Module, critic: nn.Module | None, reward_model: nn.Module,
-    prompts: list[list[int]], sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator,
-    missing_end_penalty: float | None, micro: int,
+    policy: nn.Module, reference: nn.Module, critic: nn.Module | None, reward: Reward, prompts: list[Prompt],
+    sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator, missing_end_penalty: float | None,
+    micro: int,
 ) -> Rollout:  # fmt: skip
     """Sample one reply per prompt and score it; `micro` rows per forward pass of the scoring models."""
-    replies = sampling.sample(policy, prompts, sampling_config, tokenizer, generator)
+    ids = [p.ids for p in prompts]
+    replies = sampling.sample(policy, ids, sampling_config, tokenizer, generator)
     device, pad = policy.device, tokenizer.pad_token_id
-    prompt, prompt_mask = likelihood.left_padded(prompts, pad, device)
+    prompt, prompt_mask = likelihood.left_padded(ids, pad, device)
     reply, mask = likelihood.right_padded([r.ids for r in replies], pad, device)
     logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.logprobs) for r in replies], batch_first=True).to(device)
     ended = torch.tensor([float(r.ended) for r in replies], device=device)
-    full = [p + r.ids for p, r in zip(prompts, replies, strict=True)]
-    scores = normalised(reward_model, torch.tensor(likelihood.scores(reward_model, full, pad, micro), device=device))
+    scores = torch.tensor(reward(prompts, replies), device=device)
     if missing_end_penalty is not None:
         scores = torch.where(ended.bool(), scores, torch.full_like(scores, missing_end_penalty))
     empty = torch.zeros_like(logprobs)
@@ -70,6 +85,30 @@ def collect(
         if critic is not None:
             rollout.values[rows, :width] = reply_values(critic, part) * part.mask
     return rollout
+
+
+def model_reward(reward_model: nn.Module, tokenizer: Any, micro: int) -> Reward:
+    """The normalised score of a reward model, which reads the text up to its end token."""
+
+    def reward(prompts: list[Prompt], replies: list[Reply]) -> list[float]:
+        full = [p.ids + r.ids for p, r in zip(prompts, replies, strict=True)]
+        raw = likelihood.scores(reward_model, full, tokenizer.pad_token_id, micro)
+        return normalised(reward_model, torch.tensor(raw)).tolist()
+
+    return reward
+
+
+def rule_reward(function: Callable[..., list[float | None]], name: str, tokenizer: Any) -> Reward:
+    """What a reward function by rule says of the reply's text, as it is. Raises `UserError` where it does not apply."""
+
+    def reward(prompts: list[Prompt], replies: list[Reply]) -> list[float]:
+        columns = {"prompts": [p.text for p in prompts], "answer": [p.answer for p in prompts]}
+        scores = function(completions=[chat.reply_text(tokenizer, r.ids) for r in replies], **columns)
+        if None in scores:
+            raise UserError(f"{name}: gives no score (None) to a reply; PPO needs a reward that applies to all")
+        return [float(score) for score in scores]
+
+    return reward
 
 
 def by_length(rollout: Rollout, size: int) -> list[Tensor]:

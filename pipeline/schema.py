@@ -127,9 +127,9 @@ class SamplingConfig:
 
 @dataclass
 class RewardFunctionConfig:
-    """A reward function by import path; `args` are passed to it by keyword."""
+    """A reward function by import path, null for the learned reward model; `args` are passed to it by keyword."""
 
-    function: str = MISSING
+    function: str | None = MISSING
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -209,6 +209,7 @@ class PpoConfig:
     on_trip: str = one_of("stop", "rollback")
     whiten_rewards: bool = MISSING
     missing_end_penalty: float | None = MISSING
+    reward: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     seed: int = number(0)
 
 

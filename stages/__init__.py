@@ -58,6 +58,7 @@ STAGES = {
         parents=("sft", "reward"),
         keys=("ppo", "sampling", "data.dialogue", "precision"),
         sources=("data.replies",),
+        functions=("ppo.reward",),
         metric="score",
     ),
     "evaluate": Stage(

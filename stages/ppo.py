@@ -28,10 +28,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import rewards
 from pipeline import chat, data, estimators, guards, models, rollouts, sampling
 from pipeline.errors import UserError
 from pipeline.job import Job
-from pipeline.rollouts import Rollout
+from pipeline.rollouts import Prompt, Reward, Rollout
 
 MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is null; bounds memory, changes no result
 
@@ -50,7 +51,7 @@ class Ppo:
     policy: Any
     reference: Any
     critic: Any
-    reward_model: Any
+    reward: Reward
     policy_optimizer: Any
     critic_optimizer: Any
     micro: int  # replies per forward pass
@@ -68,12 +69,14 @@ def run(job: Job) -> dict[str, Any]:
     return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
 
 
-def train(ppo: Ppo, prompts: list[list[int]]) -> dict[str, Any]:
+def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
     """Rollouts and updates, from the last checkpoint to the end or to where a guard trips; the last metrics."""
     job, config = ppo.job, ppo.config
     total = max(1, config.episodes // config.batch_size)
     announce(ppo, prompts, total)
     first, ppo.kl_coef = resume(ppo)
+    if first == 0 and config.on_trip == "rollback":
+        save_checkpoint(ppo, 0)
     bar = job.progress(total * config.batch_size, "episodes", first * config.batch_size)
     result: dict[str, Any] = {"episodes": first * config.batch_size}
     for number in range(first, total):
@@ -112,27 +115,29 @@ def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict
         )
     kept = "the policy stays as it is"
     if ppo.config.on_trip == "rollback":
-        kept = f"back to the policy of rollout {go_back(ppo)}"
+        kept = f"back to the policy of rollout {load_checkpoint(ppo)[0]}"
     ppo.job.say(f"stopped at rollout {rollout}: {reason}; {kept}")
     return {name: value for name, value in metrics.items() if name not in broken} | {"stopped": reason}
 
 
 def load(job: Job) -> Ppo:
-    """Policy and reference are the SFT model [1], critic and reward model the reward model [7]; no dropout [2]."""
+    """Policy and reference are the SFT model [1], the critic starts from the reward model [7]; no dropout [2].
+
+    With a reward by rule there is no reward model, and the critic starts from the SFT model.
+    """
     config = job.config.ppo
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     policy, reference = (models.load_policy(job.inputs["sft"], job.device.type) for _ in range(2))
-    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
+    micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
     adam = {"eps": config.adam_eps, "fused": True}
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, **adam)  # [10]
     policy, policy_optimizer = accelerator.prepare(policy, policy_optimizer)
     critic = critic_optimizer = None
     if config.advantage == "gae":
-        critic = models.load_reward_model(job.inputs["reward"], job.device.type)
+        critic = load_critic(job)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, **adam)
         critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-    micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
     return Ppo(
         job,
         config,
@@ -141,25 +146,42 @@ def load(job: Job) -> Ppo:
         policy,
         reference,
         critic,
-        reward_model,
+        load_reward(job, tokenizer, micro),
         policy_optimizer,
         critic_optimizer,
         micro,
     )
 
 
-def prompt_pool(ppo: Ppo) -> list[list[int]]:
-    """Token ids of the training split's prompts that leave room for a reply, in an order that the seed decides."""
+def load_reward(job: Job, tokenizer: Any, micro: int) -> Reward:
+    """The learned reward model, or the reward by rule of `ppo.reward`."""
+    function = job.config.ppo.reward.function
+    if function is not None:
+        return rollouts.rule_reward(rewards.load(job.config.ppo.reward), function, tokenizer)
+    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
+    return rollouts.model_reward(reward_model, tokenizer, micro)
+
+
+def load_critic(job: Job) -> Any:
+    """A model of the value of a text, on the scale of the normalised score [7]."""
+    if job.config.ppo.reward.function is None:
+        return models.load_reward_model(job.inputs["reward"], job.device.type)
+    return models.new_critic(job.inputs["sft"], job.device.type)
+
+
+def prompt_pool(ppo: Ppo) -> list[Prompt]:
+    """The training split's prompts that leave room for a reply, in an order that the seed decides."""
     found = data.prompts(ppo.job.config.data.replies, "train", ppo.job.config.data.dialogue)
     wanted = data.draw(found, ppo.config.episodes, ppo.config.seed)
     ids = [chat.prompt_ids(ppo.tokenizer, example.prompt) for example in wanted]
-    return [ids[i] for i in sampling.with_room(ids, ppo.policy, ppo.job.config.sampling)]
+    fitting = sampling.with_room(ids, ppo.policy, ppo.job.config.sampling)
+    return [Prompt(ids[i], wanted[i].prompt[-1]["content"], wanted[i].reply) for i in fitting]
 
 
-def announce(ppo: Ppo, prompts: list[list[int]], total: int) -> None:
+def announce(ppo: Ppo, prompts: list[Prompt], total: int) -> None:
     """One line: device, precision, effective batch in tokens, estimated time."""
     config = ppo.config
-    length = sum(map(len, prompts)) / len(prompts) + ppo.job.config.sampling.max_new_tokens / 2
+    length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + ppo.job.config.sampling.max_new_tokens / 2
     trained = 1 + (ppo.critic is not None)
     passes = 6 * trained * config.epochs + 2 * (
         2 + trained
@@ -169,7 +191,7 @@ def announce(ppo: Ppo, prompts: list[list[int]], total: int) -> None:
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
 
 
-def batch_of(prompts: list[list[int]], number: int, size: int, samples: int = 1) -> list[list[int]]:
+def batch_of(prompts: list[Prompt], number: int, size: int, samples: int = 1) -> list[Prompt]:
     """The prompts of the `size` replies of rollout `number`, each `samples` times in a row, from the pool in its order.
 
     The pool starts over at its end.
@@ -178,12 +200,12 @@ def batch_of(prompts: list[list[int]], number: int, size: int, samples: int = 1)
     return [prompts[(number * distinct + i) % len(prompts)] for i in range(distinct) for _ in range(samples)]
 
 
-def roll_out(ppo: Ppo, prompts: list[list[int]], number: int) -> Rollout:
+def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     """Sample and score replies to a batch of prompts [3] [4] [5]."""
     seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
     with ppo.accelerator.autocast():
         return rollouts.collect(
-            ppo.policy, ppo.reference, ppo.critic, ppo.reward_model, prompts, ppo.job.config.sampling, ppo.tokenizer,
+            ppo.policy, ppo.reference, ppo.critic, ppo.reward, prompts, ppo.job.config.sampling, ppo.tokenizer,
             sampling.seeded(seed, ppo.accelerator.device), ppo.config.missing_end_penalty, ppo.micro,
         )  # fmt: skip
 
@@ -339,13 +361,3 @@ def load_checkpoint(ppo: Ppo) -> tuple[int, float]:
     if states:
         ppo.accelerator.load_state(str(ppo.job.checkpoints / f"rollout-{state['rollouts']}"))
     return state["rollouts"], state["kl_coef"]
-
-
-def go_back(ppo: Ppo) -> int:
-    """Load the last checkpoint, or the weights that training began with; returns the rollouts that are left."""
-    done, _ = load_checkpoint(ppo)
-    if not done:
-        ppo.policy.load_state_dict(ppo.reference.state_dict())
-        if ppo.critic is not None:
-            ppo.critic.load_state_dict(ppo.reward_model.state_dict())
-    return done

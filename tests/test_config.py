@@ -16,7 +16,7 @@ from stages import STAGES
 ROOT = Path(__file__).parent.parent
 CONF = Path(conf.__file__).parent
 FILES = sorted(file.relative_to(CONF) for file in CONF.rglob("*.yaml"))
-PLACES = {"reward": ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")}
+JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REQUIRED = {"hf": ["model.checkpoint=somewhere"]}
 
 
@@ -30,7 +30,9 @@ def leaves(node, path=""):
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("", "stage")], ids=str)
 def test_every_choice_composes_to_what_its_file_says(file):
     group = file.parent.name
-    places = PLACES.get(group, (group,))
+    places = (group,)
+    if group == "reward":
+        places = ("ppo.reward",) if file.stem == "model" else ("ppo.reward", *JUDGES)
     overrides = [f"{group}={file.stem}" if place == group else f"{group}@{place}={file.stem}" for place in places]
     composed = leaves(OmegaConf.to_container(compose([*overrides, *REQUIRED.get(file.stem, [])])))
     written = yaml.safe_load((CONF / file).read_text())

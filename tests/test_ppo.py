@@ -17,10 +17,11 @@ from helpers import (
     tiny_tokenizer,
 )
 
-from pipeline import chat, guards, models
+from pipeline import chat, guards, models, rollouts
 from pipeline.artifact import write_json
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.rollouts import Prompt
 from stages import ppo
 
 
@@ -46,14 +47,17 @@ def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
         policy=policy,
         reference=reference,
         critic=critic,
-        reward_model=reward_model,
+        reward=rollouts.model_reward(reward_model, tiny_tokenizer(), micro),
         policy_optimizer=policy_optimizer,
         critic_optimizer=critic_optimizer,
         micro=micro,
     )
 
 
-PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
+PROMPTS = [
+    Prompt(ids, f"question {i}", f"answer {i}")
+    for i, ids in enumerate(random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1))
+]
 
 
 def flat(model) -> torch.Tensor:
@@ -92,7 +96,7 @@ def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
     objective, tokens = 0.0, 0
     for row in rows:
         reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
-        new = plain_logprobs(made.policy, PROMPTS[row], reply, made.job.config.sampling.temperature)
+        new = plain_logprobs(made.policy, PROMPTS[row].ids, reply, made.job.config.sampling.temperature)
         for t in range(len(reply)):
             ratio, advantage = math.exp(new[t] - rollout.logprobs[row, t]), advantages[row, t].item()
             objective += min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
@@ -139,9 +143,9 @@ def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(t
     for row, prompt in enumerate(PROMPTS):
         reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
         for model, logprobs in ((made.policy, rollout.logprobs), (made.reference, rollout.reference_logprobs)):
-            expected = plain_logprobs(model, prompt, reply, made.job.config.sampling.temperature)
+            expected = plain_logprobs(model, prompt.ids, reply, made.job.config.sampling.temperature)
             torch.testing.assert_close(logprobs[row, : len(reply)], expected, atol=1e-4, rtol=1e-4)
-        score = (plain_score(made.reward_model, prompt + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
+        score = (plain_score(tiny_reward_model(), prompt.ids + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
         assert rollout.scores[row].item() == pytest.approx(score, abs=1e-4)
 
 
@@ -169,11 +173,11 @@ def test_policy_starts_from_sft_and_critic_from_the_reward_model_without_dropout
         write_json(tmp_path / name / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
         job.inputs[name] = tmp_path / name
     made = ppo.load(job)
-    pairs = [(made.policy, "sft"), (made.reference, "sft"), (made.critic, "reward"), (made.reward_model, "reward")]
+    pairs = [(made.policy, "sft"), (made.reference, "sft"), (made.critic, "reward")]
     for model, name in pairs:
         assert torch.equal(flat(model), flat(write[name])) and not model.training
-    assert made.policy is not made.reference and made.critic is not made.reward_model
-    ids = torch.tensor([PROMPTS[4]])
+    assert made.policy is not made.reference
+    ids = torch.tensor([PROMPTS[4].ids])
     assert torch.equal(made.policy(input_ids=ids).logits, made.policy(input_ids=ids).logits)
 
 
@@ -267,6 +271,42 @@ def test_a_rollout_takes_the_next_prompts_each_several_times():
     prompts = [[i] for i in range(5)]
     first, second = (ppo.batch_of(prompts, number, 6, 2) for number in (0, 1))
     assert first == [[0], [0], [1], [1], [2], [2]] and second == [[3], [3], [4], [4], [0], [0]]
+
+
+# Rewards by rule
+
+
+def test_a_rule_gives_the_score_and_sees_the_prompt_the_reply_and_the_answer(tmp_path):
+    def rule(prompts, completions, answer):
+        seen.append((prompts, completions, answer))
+        return [float(len(text)) for text in completions]
+
+    seen, made = [], make_ppo(tmp_path, 5, "ppo.missing_end_penalty=null")
+    made.reward = rollouts.rule_reward(rule, "rule", tiny_tokenizer())
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    kept = [row[mask.bool()].tolist() for row, mask in zip(rollout.reply, rollout.mask, strict=True)]
+    replies = [chat.reply_text(tiny_tokenizer(), ids) for ids in kept]
+    assert seen == [([p.text for p in PROMPTS], replies, [p.answer for p in PROMPTS])]
+    assert rollout.scores.tolist() == [len(text) for text in replies]
+
+
+def test_a_rule_that_does_not_apply_is_refused(tmp_path):
+    made = make_ppo(tmp_path, 5)
+    made.reward = rollouts.rule_reward(lambda completions, **_: [None] * len(completions), "mod:rule", tiny_tokenizer())
+    with pytest.raises(UserError, match="mod:rule: gives no score"):
+        ppo.roll_out(made, PROMPTS, 0)
+
+
+def test_without_a_reward_model_the_critic_starts_from_the_sft_model_at_zero(tmp_path):
+    job = make_job("ppo", tmp_path, "reward@ppo.reward=length")
+    models.save(tiny_policy(), tiny_tokenizer(), tmp_path / "sft")
+    write_json(tmp_path / "sft" / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
+    job.inputs["sft"] = tmp_path / "sft"
+    made = ppo.load(job)
+    trunk = flat(tiny_policy().base_model)
+    assert torch.equal(flat(made.critic.base_model), trunk)
+    rollout = ppo.roll_out(made, PROMPTS[:4], 0)
+    assert not rollout.values.any() and (rollout.scores <= 1).all()
 
 
 # Guards
