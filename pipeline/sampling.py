@@ -1,6 +1,6 @@
 """Replies sampled from a policy, with the log-probability of every token recorded as it is drawn.
 
-B: prompts sampled at once, T: tokens so far, V: vocabulary.
+B: prompts sampled at once, N: prompts, R: most reply tokens, V: vocabulary, D: width.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from pipeline import decoding
 from pipeline.errors import UserError
-from pipeline.likelihood import left_padded, positions
+from pipeline.likelihood import left_padded
 
 
 @dataclass
 class Reply:
-    """A sampled reply: token ids, the end token included if it was drawn, and their log-probabilities."""
+    """A sampled reply: token ids, the end token included if it was drawn, and their log-probabilities.
+
+    `values` are those of the text before each token; 0 without a value head.
+    """
 
     ids: list[int]
     logprobs: list[float]
     ended: bool
+    values: list[float]
 
 
 @torch.no_grad()
@@ -32,20 +36,26 @@ def sample(
     tokenizer: Any,
     generator: torch.Generator,
     bar: Any = None,
+    value_head: nn.Module | None = None,
 ) -> list[Reply]:
     """One reply to each prompt (token ids), in the order of the prompts.
 
     Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and their
     log-probabilities are those of that same distribution. Prompts are batched by length, so that batches hold little
-    padding. `bar` is a progress bar that counts samples.
+    padding. The random numbers of a reply depend on its place among the prompts alone, not on the batch that it is
+    sampled in. `bar` is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
     """
+    uniforms = torch.rand(len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+    uniforms, decoder = uniforms.to(model.device), decoding.decoder_for(model)
+    heads = model.get_output_embeddings(), value_head
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[Reply | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
-        drawn = _sample_batch(model, [prompts[i] for i in batch], sampling, tokenizer, generator)
-        for i, reply in zip(batch, drawn, strict=True):
-            replies[i] = reply
+        ids, mask = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
+        drawn = _sample_batch(decoder, heads, ids, mask, uniforms[batch], sampling.temperature, tokenizer.eos_token_id)
+        for i, *row in zip(batch, *(tensor.tolist() for tensor in drawn), strict=True):
+            replies[i] = _reply(*row, tokenizer.eos_token_id)
         if bar is not None:
             bar.update(len(batch))
     if bar is not None:
@@ -63,46 +73,50 @@ def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) 
 
 
 def _sample_batch(
-    model: nn.Module, prompts: list[list[int]], sampling: DictConfig, tokenizer: Any, generator: torch.Generator
-) -> list[Reply]:
-    replies = [Reply([], [], False) for _ in prompts]
-    alive = list(range(len(prompts)))
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
-    position, cache = positions(mask), DynamicCache()
-    for _ in range(sampling.max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        tokens, logprobs = draw(logits, sampling.temperature, generator)
-        for row, token, logprob in zip(alive, tokens.tolist(), logprobs.tolist(), strict=True):
-            replies[row].ids.append(token)
-            replies[row].logprobs.append(logprob)
-            replies[row].ended = token == tokenizer.eos_token_id
-        going = torch.tensor([i for i, row in enumerate(alive) if not replies[row].ended], device=model.device)
-        if not len(going):
+    decoder: decoding.Decoder, heads: tuple[nn.Module, nn.Module | None], ids: Tensor, mask: Tensor, uniforms: Tensor,
+    temperature: float, end: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Tokens, log-probabilities and values, all [B, R]; what follows a reply's end token means nothing."""
+    most, rows = uniforms.size(1), torch.arange(len(ids), device=ids.device)
+    tokens = torch.full(uniforms.shape, end, device=ids.device)
+    logprobs, values = (torch.zeros(uniforms.shape, device=ids.device) for _ in range(2))
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    states = decoder.prefill(ids, mask, most - 1)
+    for t in range(most):
+        drawn, logprobs[rows, t] = draw(heads[0](states), temperature, uniforms[rows, t])
+        tokens[rows, t] = drawn
+        if heads[1] is not None:
+            values[rows, t] = heads[1](states)[:, 0].float()
+        alive &= drawn != end
+        left = int(alive.sum())
+        if left == 0 or t + 1 == most:
             break
-        if len(going) < len(alive):  # finished rows leave the batch
-            alive = [alive[i] for i in going.tolist()]
-            cache.batch_select_indices(going)
-            tokens, mask, position = tokens[going], mask[going], position[going]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position[:, -1:] + 1
-    return replies
+        if left <= decoding.KEEP_ABOVE * len(rows):  # finished rows leave the batch
+            going = alive.nonzero()[:, 0]
+            decoder.keep(going)
+            rows, alive, drawn = rows[going], alive[going], drawn[going]
+        states = decoder.step(drawn)
+    return tokens, logprobs, values
 
 
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token [B] from each row of logits [B, V], and its log-probability [B]."""
+def _reply(ids: list[int], logprobs: list[float], values: list[float], end: int) -> Reply:
+    ended = end in ids
+    length = ids.index(end) + 1 if ended else len(ids)
+    return Reply(ids[:length], logprobs[:length], ended, values[:length])
+
+
+def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """A token [B] from each row of logits [B, V] by inverting its distribution at `uniforms` [B] in [0, 1).
+
+    Returns the tokens and their log-probabilities [B].
+    """
     logprobs = (logits.float() / temperature).log_softmax(-1)
-    tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    tokens = tokens.clamp(max=logits.size(-1) - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def seeded(seed: int, device: torch.device | str) -> torch.Generator:
-    """A random generator of its own on `device`."""
-    return torch.Generator(device=device).manual_seed(seed)
+def seeded(seed: int) -> torch.Generator:
+    """A random generator of its own; it is the CPU's, so that all devices draw from the same numbers."""
+    return torch.Generator().manual_seed(seed)

@@ -206,7 +206,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     with ppo.accelerator.autocast():
         return rollouts.collect(
             ppo.policy, ppo.reference, ppo.critic, ppo.reward, prompts, ppo.job.config.sampling, ppo.tokenizer,
-            sampling.seeded(seed, ppo.accelerator.device), ppo.config.missing_end_penalty, ppo.micro,
+            sampling.seeded(seed), ppo.config.missing_end_penalty, ppo.micro,
         )  # fmt: skip
 
 

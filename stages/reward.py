@@ -75,7 +75,7 @@ def normalise(job: Job, model: torch.nn.Module, tokenizer: Any, test: list[Pair]
     distinct = list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
     prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in distinct]
     prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
-    generator = sampling.seeded(job.config.reward.seed, policy.device)
+    generator = sampling.seeded(job.config.reward.seed)
     replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, generator)
     full = [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
     scores = torch.tensor(likelihood.scores(model, full, tokenizer.pad_token_id))

@@ -46,8 +46,10 @@ def tiny_tokenizer():
 def tiny_config(model_type: str, **options):
     tokenizer = tiny_tokenizer()
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    if model_type != "gpt2":
+        shape |= {"intermediate_size": 32, "num_key_value_heads": 1}
     if model_type == "qwen3":
-        shape |= {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+        shape |= {"head_dim": 8}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     # weights ten times as large as usual, so that distributions are far from uniform and attention matters
     return AutoConfig.for_model(

@@ -1,20 +1,24 @@
 """The sampler: what it records is what it drew from, and what it draws is the softmax at the temperature."""
 
+from collections import Counter
+
 import pytest
 import torch
-from helpers import favour, plain_logprobs, random_ids, tiny_policy, tiny_tokenizer
+from helpers import favour, perturb, plain_logprobs, random_ids, tiny_policy, tiny_tokenizer
 from omegaconf import OmegaConf
 from scipy import stats
 
-from pipeline import likelihood, sampling
+from pipeline import decoding, likelihood, sampling
 
 PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
 END, PAD = tiny_tokenizer().eos_token_id, tiny_tokenizer().pad_token_id
 
 
-@pytest.fixture(params=["qwen3", "gpt2"], scope="module")
+@pytest.fixture(params=["qwen3", "qwen2", "llama", "mistral", "gpt2"], scope="module")
 def policy(request) -> torch.nn.Module:
-    return favour(tiny_policy(request.param), END, 1.5)
+    model = tiny_policy(request.param)
+    perturb(model, 0.05)  # norms and biases of new models are all the same
+    return favour(model, END, 1.5)
 
 
 def settings(**changes):
@@ -22,7 +26,7 @@ def settings(**changes):
 
 
 def drawn(policy, prompts=PROMPTS, seed=0, **changes) -> list[sampling.Reply]:
-    return sampling.sample(policy, prompts, settings(**changes), tiny_tokenizer(), sampling.seeded(seed, "cpu"))
+    return sampling.sample(policy, prompts, settings(**changes), tiny_tokenizer(), sampling.seeded(seed))
 
 
 def test_recorded_logprobs_are_those_of_one_unpadded_row(policy):
@@ -67,6 +71,50 @@ def test_first_tokens_follow_the_softmax_at_the_temperature(policy):
         logits = policy(input_ids=torch.tensor([prompt])).logits[0, -1]
     assert p_value(seen, torch.softmax(logits / 0.7, -1), count) > 1e-3
     assert p_value(seen, torch.softmax(logits, -1), count) < 1e-6  # the test tells temperatures apart
+
+
+def test_pairs_of_tokens_are_distributed_as_those_of_generate(policy):
+    count, prompt, temperature = 6000, PROMPTS[1], 0.4
+    replies = drawn(policy, [prompt] * count, max_new_tokens=2, batch_size=2000, temperature=temperature)
+    torch.manual_seed(0)
+    rows = torch.tensor([prompt]).expand(count, -1)
+    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature, "max_new_tokens": 2}
+    generated = policy.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=PAD, **options)
+    ours = Counter(tuple(reply.ids) for reply in replies)
+    theirs = Counter(
+        tuple(row[: row.index(END) + 1] if END in row else row) for row in generated[:, len(prompt) :].tolist()
+    )
+    often = [pair for pair in ours | theirs if ours[pair] + theirs[pair] >= 20]
+    assert len(often) > 10
+    table = [
+        [counts[pair] for pair in often] + [count - sum(counts[pair] for pair in often)] for counts in (ours, theirs)
+    ]
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_a_reply_does_not_depend_on_the_batch_that_it_is_sampled_in(policy):
+    together, apart = drawn(policy, batch_size=12), drawn(policy, batch_size=1)
+    assert [reply.ids for reply in together] == [reply.ids for reply in apart]
+
+
+def test_a_value_head_gives_the_value_of_the_text_before_each_token(policy):
+    torch.manual_seed(3)
+    head = torch.nn.Linear(16, 1)
+    replies = sampling.sample(policy, PROMPTS, settings(), tiny_tokenizer(), sampling.seeded(0), value_head=head)
+    assert [reply.ids for reply in replies] == [reply.ids for reply in drawn(policy)]
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        with torch.no_grad():
+            states = policy.base_model(input_ids=torch.tensor([prompt + reply.ids])).last_hidden_state[0]
+            values = head(states[len(prompt) - 1 : -1])[:, 0].tolist()
+        assert reply.values == pytest.approx(values, abs=1e-4)
+
+
+def test_known_architectures_have_the_fused_decoder():
+    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        options = {"sliding_window": None} if model_type == "mistral" else {}
+        assert isinstance(decoding.decoder_for(tiny_policy(model_type, **options)), decoding.FusedDecoder)
+    for other in (tiny_policy("gpt2"), tiny_policy("mistral", sliding_window=8), tiny_policy(hidden_act="gelu")):
+        assert not isinstance(decoding.decoder_for(other), decoding.FusedDecoder)
 
 
 def p_value(seen: torch.Tensor, probabilities: torch.Tensor, count: int) -> float:

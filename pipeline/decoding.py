@@ -1,0 +1,215 @@
+"""Decoders: the hidden state after one more token for a batch of rows, with a key-value cache.
+
+B: rows, P: prompt tokens, T: room of the cache in tokens, H: heads, G: key and value heads, W: width of a head,
+D: width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pipeline.likelihood import positions
+
+KEEP_ABOVE = (
+    0.875  # rows leave the batch when this share or less is alive: leaving copies the cache, staying costs work
+)
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # architectures that `FusedDecoder` knows
+STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not change with the length
+
+
+class RoomyLayer(CacheLayerMixin):
+    """Keys and values [B, G, T, W] of one layer in buffers that have room for all tokens: nothing is copied to grow."""
+
+    is_sliding = False
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers in the shape and type of the first keys and values."""
+        self.keys, self.values = (
+            states.new_empty(*states.shape[:2], self.room, states.size(-1)) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values of new tokens behind the others; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = slice(self.length, self.length + key_states.size(2))
+        self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
+        self.length = new.stop
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens to attend to, those of the query included, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.room
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the rows [n] stay."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Decoder:
+    """Any causal language model of transformers, by its own forward pass."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+        """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""
+        layers = self.model.config.num_hidden_layers
+        self.cache = Cache(layers=[RoomyLayer(ids.size(1) + room) for _ in range(layers)])
+        self.mask, self.position = mask, positions(mask)
+        return self._forward(ids, self.position)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """States [B, D] after one more token [B] for each row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        self.position = self.position[:, -1:] + 1
+        return self._forward(tokens[:, None], self.position)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the rows [n] go on."""
+        self.mask, self.position = self.mask[rows], self.position[rows]
+        for layer in self.cache.layers:
+            layer.keep(rows)
+
+    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        outputs = self.model.base_model(
+            input_ids=ids, attention_mask=self.mask, position_ids=position, past_key_values=self.cache, use_cache=True
+        )
+        return outputs.last_hidden_state[:, -1]
+
+
+class FusedDecoder(Decoder):
+    """Llama and its relatives, with few large operations per token in place of many small ones.
+
+    The prompt goes through the model's own forward pass. The tokens after it go through `step`: matrices that read the
+    same input are one, attention is two matrix products for the one new query, and the residual stream and its norms
+    are those of the model. The matrices are copies, adapters merged, so a decoder is good for one set of weights.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        config = model.config
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.layers = [_fused(layer, config) for layer in model.base_model.layers]
+        self.last_norm = _norm(model.base_model.norm.weight, config)
+
+    def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+        """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""
+        states = super().prefill(ids, mask, room)
+        self.position = self.position[:, -1]
+        everywhere = torch.arange(int(self.position.max()) + room + 1, device=ids.device)[None]
+        self.cosine, sine = (table[0] for table in self.model.base_model.rotary_emb(states, everywhere))
+        self.sine = torch.cat([-sine[:, : self.width // 2], sine[:, self.width // 2 :]], 1)
+        self.hidden = None if mask.all() else _hidden(mask, room, states.dtype)
+        return states
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """States [B, D] after one more token [B] for each row."""
+        self.position = self.position + 1
+        cosine, sine = self.cosine[self.position][:, None], self.sine[self.position][:, None]
+        x = F.embedding(tokens, self.model.get_input_embeddings().weight)
+        for weights, cached in zip(self.layers, self.cache.layers, strict=True):
+            x = self._layer(x, weights, cached, cosine, sine)
+        return _normed(x, self.last_norm)
+
+    def _layer(self, x: Tensor, weights: dict[str, Any], cached: RoomyLayer, cosine: Tensor, sine: Tensor) -> Tensor:
+        h = _normed(x, weights["attention_norm"])
+        h = F.linear(h, *weights["qkv"]).view(len(x), -1, self.width)  # [B, H + 2 G, W]
+        turning, values = h.split([self.heads + self.groups, self.groups], 1)
+        if weights["head_norm"] is not None:
+            turning = _normed(turning, weights["head_norm"])
+        turning = turning * cosine + torch.cat(turning.chunk(2, -1)[::-1], -1) * sine
+        query, key = turning.split([self.heads, self.groups], 1)
+        keys, values = cached.update(key[:, :, None], values[:, :, None])
+        query = query.reshape(len(x), self.groups, -1, self.width)  # heads that share keys are rows of one product
+        scores = query @ keys.transpose(-1, -2) * self.width**-0.5  # [B, G, H / G, tokens]
+        if self.hidden is not None:
+            scores = scores + self.hidden[..., : keys.size(2)]
+        h = (scores.softmax(-1) @ values).reshape(len(x), -1)
+        x = x + F.linear(h, *weights["out"])
+        h = _normed(x, weights["mlp_norm"])
+        gate, up = F.linear(h, *weights["gate_up"]).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, *weights["down"])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the rows [n] go on."""
+        super().keep(rows)
+        self.hidden = None if self.hidden is None else self.hidden[rows]
+
+
+def decoder_for(model: nn.Module) -> Decoder:
+    """The fastest decoder that knows the model."""
+    config = model.config
+    known = config.model_type in FUSED and config.hidden_act == "silu"
+    whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    steady = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in STEADY_ROPE
+    windowed = config.model_type == "mistral" and config.sliding_window
+    return FusedDecoder(model) if known and whole and steady and not windowed else Decoder(model)
+
+
+def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
+    """The weights of one block, those of matrices with the same input stacked; (matrix, bias or None) each."""
+    attention, mlp = layer.self_attn, layer.mlp
+    head_norm = None
+    if hasattr(attention, "q_norm"):
+        counts = ((attention.q_norm, config.num_attention_heads), (attention.k_norm, config.num_key_value_heads))
+        head_norm = _norm(torch.cat([norm.weight.expand(count, -1) for norm, count in counts]), config)
+    return {
+        "attention_norm": _norm(layer.input_layernorm.weight, config),
+        "qkv": _stacked(attention.q_proj, attention.k_proj, attention.v_proj),
+        "head_norm": head_norm,
+        "out": _stacked(attention.o_proj),
+        "mlp_norm": _norm(layer.post_attention_layernorm.weight, config),
+        "gate_up": _stacked(mlp.gate_proj, mlp.up_proj),
+        "down": _stacked(mlp.down_proj),
+    }
+
+
+def _stacked(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
+    biases = [projection.bias for projection in projections]
+    bias = None if biases[0] is None else torch.cat(biases).detach()
+    return torch.cat([merged_weight(projection) for projection in projections]).detach(), bias
+
+
+def _norm(weight: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """An RMS norm over the last dimension of width D as `_normed` wants it: its weight and epsilon times D's root."""
+    root = weight.size(-1) ** 0.5
+    return weight.detach() * root, torch.tensor(config.rms_norm_eps**0.5 * root, device=weight.device)
+
+
+def _normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """RMS norm in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
+    weight, smallest = norm
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), smallest) * weight
+
+
+def merged_weight(projection: nn.Module) -> Tensor:
+    """The matrix of a linear layer, with the LoRA adapters that are active added to it."""
+    weight = projection.weight
+    if getattr(projection, "active_adapters", None) and not projection.disable_adapters:
+        for adapter in projection.active_adapters:
+            weight = weight + projection.get_delta_weight(adapter)
+    return weight
+
+
+def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores [B, 1, 1, T]: minus infinity on padding, 0 on tokens."""
+    seen = F.pad(mask, (0, room), value=1)[:, None, None].to(dtype)
+    return torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
