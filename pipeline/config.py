@@ -106,7 +106,7 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:
-        for key in ("pretrain.context", "sampling.max_new_tokens"):
+        for key in ("pretrain.context", "sampling.max_new_tokens", "ppo.ptx_context"):
             if OmegaConf.select(config, key) > model.max_position_embeddings:
                 raise UserError(f"{key}: is above model.max_position_embeddings={model.max_position_embeddings}")
     if model.hidden_size and not model.head_dim and model.hidden_size % (model.num_attention_heads or 1):

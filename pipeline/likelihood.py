@@ -44,9 +44,9 @@ def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: T
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probability [B, R] of each token of `ids` [B, R] under `logits` [B, R, V] at `temperature`."""
+    """Log-probability of each token of `ids` [...] under `logits` [..., V] at `temperature`."""
     logits = logits if temperature == 1 else logits / temperature
-    return -F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    return -F.cross_entropy(logits.flatten(0, -2), ids.flatten(), reduction="none").view_as(ids)
 
 
 @torch.no_grad()
@@ -57,7 +57,9 @@ def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: i
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = right_padded([sequences[i] for i in chosen], pad, model.device)
-        for i, score in zip(chosen, model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist(), strict=True):
+        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = states[torch.arange(len(chosen), device=ids.device), mask.sum(1) - 1]
+        for i, score in zip(chosen, model.score(last)[:, 0].tolist(), strict=True):
             found[i] = score
     return found
 

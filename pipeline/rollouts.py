@@ -1,14 +1,18 @@
-"""Rollouts: sampled replies with everything that PPO's update needs. B: replies, P: prompt, R: reply tokens."""
+"""Rollouts: sampled replies with everything that PPO's update needs. B: replies, P: prompt, R: reply tokens.
+
+N is the number of reply tokens of a part of a rollout, without padding: what is computed per token is [N].
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from pipeline import chat, likelihood, sampling
+from pipeline import chat, likelihood
+from pipeline.actors import Actors
 from pipeline.errors import UserError
 from pipeline.sampling import Reply
 
@@ -23,6 +27,7 @@ class Prompt:
 
 
 Reward = Callable[[list[Prompt], list[Reply]], list[float]]
+PER_TOKEN = ("reply", "mask", "logprobs", "reference_logprobs", "values")
 
 
 @dataclass
@@ -46,48 +51,75 @@ class Rollout:
         """Tokens of prompt and reply together [B]."""
         return self.prompt_mask.sum(1) + self.mask.sum(1)
 
+    def to(self, device: str | torch.device) -> "Rollout":
+        """The same on another device."""
+        return Rollout(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def take(self, rows: Tensor) -> "Rollout":
         """The replies `rows`, with padding that none of them needs cut off."""
         part = Rollout(*(getattr(self, field.name)[rows] for field in fields(self)))
         unused = part.prompt.size(1) - int(part.prompt_mask.sum(1).max())
         longest = int(part.mask.sum(1).max())
         part.prompt, part.prompt_mask = part.prompt[:, unused:], part.prompt_mask[:, unused:]
-        for name in ("reply", "mask", "logprobs", "reference_logprobs", "values"):
+        for name in PER_TOKEN:
             setattr(part, name, getattr(part, name)[:, :longest])
         return part
+
+    def by_length(self, rows: Tensor, size: int) -> list[Tensor]:
+        """`rows` in groups of at most `size` of similar length, so that groups hold little padding."""
+        return [rows[group] for group in self.tokens()[rows].argsort(stable=True).split(size)] if len(rows) else []
+
+
+def joined(parts: list[Rollout], pad: int) -> Rollout:
+    """One rollout of several, padded to the longest prompt and reply; `pad` is the pad token."""
+    width = max(part.prompt.size(1) for part in parts)
+    longest = max(part.reply.size(1) for part in parts)
+    columns = {}
+    for name in (field.name for field in fields(Rollout)):
+        tensors, value = [getattr(part, name) for part in parts], pad if name in ("prompt", "reply") else 0
+        if name in PER_TOKEN:
+            tensors = [F.pad(t, (0, longest - t.size(1)), value=value) for t in tensors]
+        elif name in ("prompt", "prompt_mask"):
+            tensors = [F.pad(t, (width - t.size(1), 0), value=value) for t in tensors]
+        columns[name] = torch.cat(tensors)
+    return Rollout(**columns)
 
 
 @torch.no_grad()
 def collect(
-    policy: nn.Module, reference: nn.Module, critic: nn.Module | None, reward: Reward, prompts: list[Prompt],
-    sampling_config: DictConfig, tokenizer: Any, generator: torch.Generator, missing_end_penalty: float | None,
-    micro: int,
+    actors: Actors, reward: Reward, prompts: list[Prompt], replies: list[Reply], temperature: float, pad: int,
+    missing_end_penalty: float | None, micro: int,
 ) -> Rollout:  # fmt: skip
-    """Sample one reply per prompt and score it; `micro` rows per forward pass of the scoring models."""
-    ids = [p.ids for p in prompts]
-    replies = sampling.sample(policy, ids, sampling_config, tokenizer, generator)
-    device, pad = policy.device, tokenizer.pad_token_id
-    prompt, prompt_mask = likelihood.left_padded(ids, pad, device)
+    """The policy's replies, one to each prompt, scored; `micro` rows per forward pass of the scoring models."""
+    device = actors.policy.device
+    prompt, prompt_mask = likelihood.left_padded([p.ids for p in prompts], pad, device)
     reply, mask = likelihood.right_padded([r.ids for r in replies], pad, device)
-    logprobs = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.logprobs) for r in replies], batch_first=True).to(device)
+    logprobs, values = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+        for rows in ([r.logprobs for r in replies], [r.values for r in replies])
+    )
     ended = torch.tensor([float(r.ended) for r in replies], device=device)
     scores = torch.tensor(reward(prompts, replies), device=device)
     if missing_end_penalty is not None:
         scores = torch.where(ended.bool(), scores, torch.full_like(scores, missing_end_penalty))
-    empty = torch.zeros_like(logprobs)
-    rollout = Rollout(prompt, prompt_mask, reply, mask, logprobs, empty, empty.clone(), scores, ended)
-    for rows in by_length(rollout, micro):
+    rollout = Rollout(prompt, prompt_mask, reply, mask, logprobs, torch.zeros_like(logprobs), values, scores, ended)
+    for rows in rollout.by_length(torch.arange(len(rollout), device=device), micro):
         part = rollout.take(rows)
-        width = part.reply.size(1)
-        rollout.reference_logprobs[rows, :width] = (
-            reply_logprobs(reference, part, sampling_config.temperature)[0] * part.mask
-        )
-        if critic is not None:
-            rollout.values[rows, :width] = reply_values(critic, part) * part.mask
+        found = reply_logprobs(actors.reference, part, token_states(actors.reference, part), temperature)
+        _put(rollout.reference_logprobs, rows, part.mask, found)
+        if actors.critic is not None and not actors.shared:
+            _put(rollout.values, rows, part.mask, reply_values(actors.critic, token_states(actors.critic, part)))
     return rollout
 
 
-def model_reward(reward_model: nn.Module, tokenizer: Any, micro: int) -> Reward:
+def _put(target: Tensor, rows: Tensor, mask: Tensor, found: Tensor) -> None:
+    """Write what was found per token [N] into the rows of `target` [B, R] at the tokens of `mask`."""
+    block = torch.zeros(mask.shape, device=target.device)
+    block[mask.bool()] = found
+    target[rows, : mask.size(1)] = block
+
+
+def model_reward(reward_model: Any, tokenizer: Any, micro: int) -> Reward:
     """The normalised score of a reward model, which reads the text up to its end token."""
 
     def reward(prompts: list[Prompt], replies: list[Reply]) -> list[float]:
@@ -111,26 +143,23 @@ def rule_reward(function: Callable[..., list[float | None]], name: str, tokenize
     return reward
 
 
-def by_length(rollout: Rollout, size: int) -> list[Tensor]:
-    """Row numbers in groups of at most `size` of similar length, so that groups hold little padding."""
-    return list(rollout.tokens().argsort(stable=True).split(size))
+def token_states(model: Any, part: Rollout) -> Tensor:
+    """The model's hidden states [N, D] of the text before each reply token, row after row."""
+    states = likelihood.reply_states(model, part.prompt, part.prompt_mask, part.reply, part.mask)
+    return states[part.mask.bool()]
 
 
-def reply_logprobs(model: nn.Module, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B, R] of the reply's tokens at the sampling temperature, and entropies [B, R]."""
-    logits = likelihood.reply_logits(model, rollout.prompt, rollout.prompt_mask, rollout.reply, rollout.mask)
-    logprobs = (logits / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, rollout.reply[..., None])[..., 0], entropy
+def reply_logprobs(model: Any, part: Rollout, states: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [N] of the reply tokens at the sampling temperature, from `token_states` of a policy."""
+    logits = model.get_output_embeddings()(states).float()
+    return likelihood.log_probabilities(logits, part.reply[part.mask.bool()], temperature)
 
 
-def reply_values(critic: nn.Module, rollout: Rollout) -> Tensor:
-    """The critic's value [B, R] of the text before each reply token, on the scale of the normalised score."""
-    states = likelihood.reply_states(critic, rollout.prompt, rollout.prompt_mask, rollout.reply, rollout.mask)
+def reply_values(critic: Any, states: Tensor) -> Tensor:
+    """The critic's values [N] of the text before each token, on the scale of the normalised score."""
     return normalised(critic, critic.score(states)[..., 0].float())
 
 
-def normalised(reward_model: nn.Module, raw: Tensor) -> Tensor:
+def normalised(reward_model: Any, raw: Tensor) -> Tensor:
     """Raw scores on the scale where the reference policy's samples have mean 0 and standard deviation 1."""
     return (raw - reward_model.config.score_mean) / reward_model.config.score_std

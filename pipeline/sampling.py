@@ -34,7 +34,7 @@ def sample(
     prompts: list[list[int]],
     sampling: DictConfig,
     tokenizer: Any,
-    generator: torch.Generator,
+    uniforms: Tensor,
     bar: Any = None,
     value_head: nn.Module | None = None,
 ) -> list[Reply]:
@@ -42,10 +42,9 @@ def sample(
 
     Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and their
     log-probabilities are those of that same distribution. Prompts are batched by length, so that batches hold little
-    padding. The random numbers of a reply depend on its place among the prompts alone, not on the batch that it is
+    padding. `uniforms` [N, R] has the random numbers of each reply, which hence does not depend on the batch that it is
     sampled in. `bar` is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
     """
-    uniforms = torch.rand(len(prompts), sampling.max_new_tokens, dtype=torch.float64, generator=generator)
     uniforms, decoder = uniforms.to(model.device), decoding.decoder_for(model)
     heads = model.get_output_embeddings(), value_head
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -117,6 +116,7 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, 
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A random generator of its own; it is the CPU's, so that all devices draw from the same numbers."""
-    return torch.Generator().manual_seed(seed)
+def random_numbers(seed: int, replies: int, sampling: DictConfig) -> Tensor:
+    """Uniform random numbers [N, R] for `sample`; the CPU draws them, so that they are the same for all devices."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(replies, sampling.max_new_tokens, dtype=torch.float64, generator=generator)

@@ -157,6 +157,8 @@ class RewardConfig:
     learning_rate: float = number(0.0)
     warmup: float = number(0.0, 1.0)
     center_coef: float = number(0.0)
+    lora_rank: int | None = number(1)
+    lora_alpha: float = number(0.0)
     max_length: int = number(8)
     seed: int = number(0)
 
@@ -191,6 +193,9 @@ class PpoConfig:
     adam_eps: float = number(0.0)
     max_grad_norm: float = number(0.0)
     advantage: str = one_of("gae", "rloo", "grpo", "reinforce++")
+    critic: str = one_of("separate", "shared")
+    lora_rank: int | None = number(1)
+    lora_alpha: float = number(0.0)
     gamma: float = number(0.0, 1.0)
     gae_lambda: float = number(0.0, 1.0)
     clip_range: float = number(0.0)
@@ -207,6 +212,10 @@ class PpoConfig:
     min_entropy: float | None = number(0.0)
     min_score_std: float | None = number(0.0)
     on_trip: str = one_of("stop", "rollback")
+    reference_sync_every: int | None = number(1)
+    ptx_coef: float = number(0.0)
+    ptx_batch_size: int = number(1)
+    ptx_context: int = number(8)
     whiten_rewards: bool = MISSING
     missing_end_penalty: float | None = MISSING
     reward: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)

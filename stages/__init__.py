@@ -35,6 +35,7 @@ STAGES = {
         parents=("pretrain",),
         keys=("sft", "sampling", "data.dialogue", "precision"),
         sources=("data.replies",),
+        version=2,
         metric="reply_bits_per_byte",
     ),
     "comparisons": Stage(
@@ -42,11 +43,13 @@ STAGES = {
         keys=("comparisons", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.preferences"),
         functions=("comparisons.judge",),
+        version=2,
         metric="pairs",
     ),
     "reward": Stage(
         parents=("sft", "comparisons"),
         keys=("reward", "sampling", "precision"),
+        version=2,
         metric="accuracy",
     ),
     "dpo": Stage(
@@ -57,8 +60,9 @@ STAGES = {
     "ppo": Stage(
         parents=("sft", "reward"),
         keys=("ppo", "sampling", "data.dialogue", "precision"),
-        sources=("data.replies",),
+        sources=("data.replies", "data.text"),
         functions=("ppo.reward",),
+        version=2,
         metric="score",
     ),
     "evaluate": Stage(
@@ -66,6 +70,7 @@ STAGES = {
         keys=("evaluate", "sampling", "data.dialogue", "precision"),
         sources=("data.replies",),
         functions=("evaluate.judge", "evaluate.second_judge"),
+        version=2,
         metric="ppo_gold_mean",
     ),
 }

@@ -88,8 +88,9 @@ def sampled_replies(job: Job) -> tuple[list[list[Example]], list[list[Example]],
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
     flops = 2 * models.parameter_count(model) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
     job.announce(f"{len(asked):,} samples for {len(train) + len(held_out):,} prompts", None, flops)
-    bar, generator = job.progress(len(asked), "samples"), sampling.seeded(config.seed)
-    replies = sampling.sample(model, ids, job.config.sampling, tokenizer, generator, bar)
+    numbers = sampling.random_numbers(config.seed, len(ids), job.config.sampling)
+    bar = job.progress(len(asked), "samples")
+    replies = sampling.sample(model, ids, job.config.sampling, tokenizer, numbers, bar)
     answered = [
         Example(example.prompt, chat.reply_text(tokenizer, reply.ids)) if reply.ended else None
         for example, reply in zip(asked, replies, strict=True)

@@ -83,8 +83,8 @@ def held_out(job: Job, tokenizer: Any, model: Any) -> list[Example]:
 def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example]) -> list[sampling.Reply]:
     """One reply to each prompt."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    generator = sampling.seeded(job.config.evaluate.seed)
-    return sampling.sample(policy, prompts, job.config.sampling, tokenizer, generator)
+    numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), job.config.sampling)
+    return sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Stage `ppo`: proximal policy optimisation of the SFT model against the reward model, written on Accelerate.
+"""Stage `ppo`: proximal policy optimisation of the SFT model against a reward, written on Accelerate.
 
 For each rollout: sample replies, score them, penalise KL to the reference per token, estimate advantages with the
 critic (or, without one, by comparing replies), and take a few epochs of clipped steps. The numbers in brackets are
-details that implementations get wrong:
+details that implementations get wrong; docs/ppo.md has their sources:
 
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
@@ -10,16 +10,16 @@ details that implementations get wrong:
  [4] The reward model scores the text up to its end token; without one a fixed penalty counts (Stiennon et al. 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
  [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019); it can also act as a loss.
- [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020).
+ [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020), or shares the trunk.
  [8] GAE with gamma 1 and lambda 0.95; rewards are whitened, if asked, without shifting their mean.
  [9] Advantages of gae and reinforce++ are whitened over all reply tokens of the rollout, mean shifted.
 [10] Adam's epsilon is 1e-5; learning rates fall linearly to zero (Huang et al. 2024, arXiv 2403.17031).
-[11] A loss is the mean over the reply tokens of a minibatch, however it is split into forward passes.
+[11] A loss is the mean over the reply tokens of a minibatch, however it is split into passes and processes.
 [12] Every random draw comes from (seed, rollout), so that a resumed run draws what the undisturbed one drew.
 """
 
-import json
-import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,23 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import rewards
-from pipeline import chat, data, estimators, guards, models, rollouts, sampling
+from pipeline import (
+    actors,
+    chat,
+    checkpoint,
+    data,
+    estimators,
+    guards,
+    likelihood,
+    memory,
+    models,
+    packing,
+    ranks,
+    rollouts,
+    sampling,
+)
+from pipeline.actors import Actors
+from pipeline.advantages import estimate
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.rollouts import Prompt, Reward, Rollout
@@ -39,21 +55,16 @@ MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is n
 
 @dataclass
 class Ppo:
-    """The models of PPO, of which `policy` and `critic` are trained, and what all its steps need.
-
-    Without a critic (`ppo.advantage` other than gae) `critic` and its optimiser are None.
-    """
+    """What all steps of PPO need."""
 
     job: Job
     config: Any
     accelerator: Accelerator
     tokenizer: Any
-    policy: Any
-    reference: Any
-    critic: Any
+    actors: Actors
     reward: Reward
-    policy_optimizer: Any
-    critic_optimizer: Any
+    optimizers: dict[str, torch.optim.Optimizer]  # of policy, and of critic where there is one
+    text: packing.PackedRows | None  # pretraining text, with ppo.ptx_coef
     micro: int  # replies per forward pass
     kl_coef: float = 0.0  # of the current rollout
 
@@ -63,9 +74,8 @@ def run(job: Job) -> dict[str, Any]:
     ppo = load(job)
     prompts = prompt_pool(ppo)
     result = train(ppo, prompts)
-    models.save(ppo.accelerator.unwrap_model(ppo.policy), ppo.tokenizer, job.out)
-    if ppo.critic is not None:
-        models.save(ppo.accelerator.unwrap_model(ppo.critic), ppo.tokenizer, job.out / "critic")
+    if ppo.accelerator.is_main_process:
+        actors.save(ppo.actors, job.inputs, ppo.tokenizer, job.out)
     return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
 
 
@@ -74,14 +84,14 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
     job, config = ppo.job, ppo.config
     total = max(1, config.episodes // config.batch_size)
     announce(ppo, prompts, total)
-    first, ppo.kl_coef = resume(ppo)
-    if first == 0 and config.on_trip == "rollback":
-        save_checkpoint(ppo, 0)
+    first = resume(ppo)
     bar = job.progress(total * config.batch_size, "episodes", first * config.batch_size)
     result: dict[str, Any] = {"episodes": first * config.batch_size}
     for number in range(first, total):
+        started = time.perf_counter()
         rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size, config.samples_per_prompt), number)
         advantages, returns, metrics = estimate(rollout, ppo.kl_coef, config)
+        metrics["rollout_seconds"] = time.perf_counter() - started
         reason = guards.tripped(metrics, config)
         if reason is None:
             set_learning_rates(ppo, 1 - number / total)
@@ -95,6 +105,8 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         result |= metrics
         job.log(number + 1, metrics)
         bar.update(config.batch_size)
+        if config.reference_sync_every and (number + 1) % config.reference_sync_every == 0:
+            actors.synchronise_reference(ppo.actors)
         if (number + 1) % max(1, total // (job.config.runtime.checkpoints + 1)) == 0 and number + 1 < total:
             save_checkpoint(ppo, number + 1)
     bar.close()
@@ -115,58 +127,45 @@ def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict
         )
     kept = "the policy stays as it is"
     if ppo.config.on_trip == "rollback":
-        kept = f"back to the policy of rollout {load_checkpoint(ppo)[0]}"
+        kept = f"back to the policy of rollout {load_checkpoint(ppo)}"
     ppo.job.say(f"stopped at rollout {rollout}: {reason}; {kept}")
     return {name: value for name, value in metrics.items() if name not in broken} | {"stopped": reason}
 
 
 def load(job: Job) -> Ppo:
-    """Policy and reference are the SFT model [1], the critic starts from the reward model [7]; no dropout [2].
-
-    With a reward by rule there is no reward model, and the critic starts from the SFT model.
-    """
+    """Models, optimisers and data [1] [2] [7]."""
     config = job.config.ppo
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
-    policy, reference = (models.load_policy(job.inputs["sft"], job.device.type) for _ in range(2))
     micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
-    adam = {"eps": config.adam_eps, "fused": True}
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, **adam)  # [10]
-    policy, policy_optimizer = accelerator.prepare(policy, policy_optimizer)
-    critic = critic_optimizer = None
-    if config.advantage == "gae":
-        critic = load_critic(job)
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_learning_rate, **adam)
-        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-    return Ppo(
-        job,
-        config,
-        accelerator,
-        tokenizer,
-        policy,
-        reference,
-        critic,
-        load_reward(job, tokenizer, micro),
-        policy_optimizer,
-        critic_optimizer,
-        micro,
-    )
+    loaded = actors.load(config, job.inputs, str(accelerator.device))
+    optimizers = {"policy": adam(loaded.policy, config)}
+    if loaded.critic is not None:
+        optimizers["critic"] = adam(loaded.critic, config)
+    reward = load_reward(config, loaded, tokenizer, micro)
+    text = pretraining_text(job, tokenizer) if config.ptx_coef else None
+    return Ppo(job, config, accelerator, tokenizer, loaded, reward, optimizers, text, micro, config.kl_coef)
 
 
-def load_reward(job: Job, tokenizer: Any, micro: int) -> Reward:
+def adam(model: Any, config: Any) -> torch.optim.Optimizer:
+    """Adam over what is trained of a model [10]; `set_learning_rates` sets its rate."""
+    return torch.optim.Adam(model.parameters(), lr=0.0, eps=config.adam_eps, fused=True)
+
+
+def load_reward(config: Any, loaded: Actors, tokenizer: Any, micro: int) -> Reward:
     """The learned reward model, or the reward by rule of `ppo.reward`."""
-    function = job.config.ppo.reward.function
-    if function is not None:
-        return rollouts.rule_reward(rewards.load(job.config.ppo.reward), function, tokenizer)
-    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
-    return rollouts.model_reward(reward_model, tokenizer, micro)
+    if loaded.reward_model is not None:
+        return rollouts.model_reward(loaded.reward_model, tokenizer, micro)
+    return rollouts.rule_reward(rewards.load(config.reward), config.reward.function, tokenizer)
 
 
-def load_critic(job: Job) -> Any:
-    """A model of the value of a text, on the scale of the normalised score [7]."""
-    if job.config.ppo.reward.function is None:
-        return models.load_reward_model(job.inputs["reward"], job.device.type)
-    return models.new_critic(job.inputs["sft"], job.device.type)
+def pretraining_text(job: Job, tokenizer: Any) -> packing.PackedRows:
+    """Rows of the pretraining text in an order that the seed decides, for PPO-ptx."""
+    texts = data.texts(data.load(job.config.data.text, "train").rows)
+    shuffled = data.draw(texts, len(texts), job.config.ppo.seed)
+    return packing.PackedRows(
+        packing.packed(shuffled, tokenizer, job.checkpoints / "tokens.bin"), job.config.ppo.ptx_context
+    )
 
 
 def prompt_pool(ppo: Ppo) -> list[Prompt]:
@@ -174,21 +173,24 @@ def prompt_pool(ppo: Ppo) -> list[Prompt]:
     found = data.prompts(ppo.job.config.data.replies, "train", ppo.job.config.data.dialogue)
     wanted = data.draw(found, ppo.config.episodes, ppo.config.seed)
     ids = [chat.prompt_ids(ppo.tokenizer, example.prompt) for example in wanted]
-    fitting = sampling.with_room(ids, ppo.policy, ppo.job.config.sampling)
+    fitting = sampling.with_room(ids, ppo.actors.policy, ppo.job.config.sampling)
     return [Prompt(ids[i], wanted[i].prompt[-1]["content"], wanted[i].reply) for i in fitting]
 
 
 def announce(ppo: Ppo, prompts: list[Prompt], total: int) -> None:
-    """One line: device, precision, effective batch in tokens, estimated time."""
-    config = ppo.config
-    length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + ppo.job.config.sampling.max_new_tokens / 2
-    trained = 1 + (ppo.critic is not None)
-    passes = 6 * trained * config.epochs + 2 * (
-        2 + trained
-    )  # updated; sampled, and scored by reference, reward, critic
-    flops = passes * models.parameter_count(ppo.policy) * length * config.batch_size * total
+    """One line with device, precision, effective batch in tokens and estimated time, and one with the memory needed."""
+    config, limits = ppo.config, ppo.job.config.sampling
+    longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
+    length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
+    trained = 1 + (ppo.actors.critic is not None and not ppo.actors.shared)
+    passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
+    flops = passes * models.parameter_count(ppo.actors.policy) * length * config.batch_size * total
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
+    needed = memory.statement(ppo.actors, longest, min(limits.batch_size, config.batch_size), ppo.micro)
+    ppo.job.say(memory.line(needed))
+    if advice := memory.shortage(needed):
+        ppo.job.say(advice)
 
 
 def batch_of(prompts: list[Prompt], number: int, size: int, samples: int = 1) -> list[Prompt]:
@@ -201,53 +203,23 @@ def batch_of(prompts: list[Prompt], number: int, size: int, samples: int = 1) ->
 
 
 def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
-    """Sample and score replies to a batch of prompts [3] [4] [5]."""
+    """Sample and score replies to a batch of prompts [3] [4] [5]; each process does its share and gets the whole."""
+    limits, accelerator, pad = ppo.job.config.sampling, ppo.accelerator, ppo.tokenizer.pad_token_id
     seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
-    with ppo.accelerator.autocast():
-        return rollouts.collect(
-            ppo.policy, ppo.reference, ppo.critic, ppo.reward, prompts, ppo.job.config.sampling, ppo.tokenizer,
-            sampling.seeded(seed), ppo.config.missing_end_penalty, ppo.micro,
-        )  # fmt: skip
-
-
-def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Advantages and returns, both [B, R], and the rollout's metrics."""
-    mask = rollout.mask
-    kl = {
-        name: estimators.kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask
-        for name in ("k1", "k2", "k3")
-    }
-    k1, k3 = kl["k1"], kl["k3"]
-    penalty = kl_coef if config.kl_in == "reward" else 0.0
-    rewards = estimators.token_rewards(rollout.scores, kl[config.kl_estimator], penalty, mask)  # [6]
-    advantages, returns = advantages_of(rewards, rollout, config)
-    metrics = {
-        "score": rollout.scores.mean().item(),
-        "score_std": rollout.scores.std().item(),
-        "reward": rewards.sum(1).mean().item(),
-        "kl": k1.sum(1).mean().item(),
-        "kl_k3": k3.sum(1).mean().item(),
-        "reply_tokens": mask.sum(1).float().mean().item(),
-        "ended_share": rollout.ended.mean().item(),
-    }
-    if config.advantage == "gae":
-        metrics["explained_variance"] = estimators.explained_variance(rollout.values, returns, mask).item()
-    return advantages, returns, metrics
-
-
-def advantages_of(rewards: Tensor, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both [B, R], of per-token rewards [B, R] by the estimator of the configuration."""
-    mask = rollout.mask
-    if config.whiten_rewards:
-        rewards = estimators.whiten(rewards, mask, shift_mean=False)
-    returns = estimators.returns_to_go(rewards, mask, config.gamma)
-    if config.advantage == "gae":
-        advantages, returns = estimators.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)  # [8]
-        return estimators.whiten(advantages, mask), returns  # [9]
-    if config.advantage == "reinforce++":
-        return estimators.whiten(returns, mask), returns  # [9]
-    compare = estimators.rloo if config.advantage == "rloo" else estimators.grpo
-    return compare(rewards.sum(1), config.samples_per_prompt)[:, None] * mask, returns
+    rows = ranks.share(range(len(prompts)), accelerator)
+    mine, numbers = [prompts[i] for i in rows], sampling.random_numbers(seed, len(prompts), limits)[list(rows)]
+    head = ppo.actors.critic.score if ppo.actors.shared else None
+    with accelerator.autocast():
+        replies = sampling.sample(
+            ppo.actors.policy, [p.ids for p in mine], limits, ppo.tokenizer, numbers, value_head=head
+        )
+        found = rollouts.collect(
+            ppo.actors, ppo.reward, mine, replies, limits.temperature, pad, ppo.config.missing_end_penalty, ppo.micro
+        )
+    if accelerator.num_processes == 1:
+        return found
+    single = [found.take(torch.tensor([i])).to("cpu") for i in range(len(found))]
+    return rollouts.joined(ranks.gathered(single, accelerator), pad).to(accelerator.device)
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
@@ -259,105 +231,157 @@ def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
 
 def set_learning_rates(ppo: Ppo, factor: float) -> None:
     """Scale both peak learning rates by `factor` [10]."""
-    peaks = [(ppo.policy_optimizer, ppo.config.learning_rate)]
-    if ppo.critic is not None:
-        peaks.append((ppo.critic_optimizer, ppo.config.critic_learning_rate))
-    for optimizer, peak in peaks:
+    peaks = {"policy": ppo.config.learning_rate, "critic": ppo.config.critic_learning_rate}
+    for name, optimizer in ppo.optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
+            group["lr"] = peaks[name] * factor
 
 
 def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, number: int) -> dict[str, float]:
     """`epochs` passes over the rollout in `minibatches` optimiser steps each; mean metrics over all steps."""
-    generator = np.random.default_rng([ppo.config.seed, number])  # [12]
-    steps = []
-    for _ in range(ppo.config.epochs):
+    started, config = time.perf_counter(), ppo.config
+    generator, first = np.random.default_rng([config.seed, number]), number * config.epochs * config.minibatches  # [12]
+    steps: list[dict[str, float]] = []
+    for _ in range(config.epochs):
         order = torch.from_numpy(generator.permutation(len(rollout))).to(rollout.scores.device)
-        for rows in order.chunk(ppo.config.minibatches):
-            steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, number >= ppo.config.critic_warmup))
+        for rows in order.chunk(config.minibatches):
+            steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, first + len(steps)))
     means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
-    return means | {"first_ratio_error": steps[0]["ratio_error"]}
+    return means | {"first_ratio_error": steps[0]["ratio_error"], "update_seconds": time.perf_counter() - started}
 
 
 def minibatch_step(
-    ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, train_policy: bool
+    ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, step: int
 ) -> dict[str, float]:
-    """One optimiser step of policy and critic on the replies `rows`, in forward passes of similar lengths [11]."""
-    tokens, found = rollout.mask[rows].sum().item(), []
-    for part in rollouts.by_length(rollout.take(rows), ppo.micro):
-        chosen = rows[part]
-        loss, metrics = losses(ppo, rollout.take(chosen), advantages[chosen], returns[chosen])
-        ppo.accelerator.backward(loss / tokens)
-        found.append(metrics)
-    means = {key: sum(metrics[key] for metrics in found) / tokens for key in found[0] if key != "ratio_error"}
-    trained = []
-    if ppo.critic is not None:
-        trained.append((ppo.critic, ppo.critic_optimizer, "critic_grad_norm"))
-    if train_policy:
-        trained.append((ppo.policy, ppo.policy_optimizer, "grad_norm"))
-    norms = {"grad_norm": 0.0}
-    for model, optimizer, name in trained:
-        norms[name] = float(
-            ppo.accelerator.clip_grad_norm_(model.parameters(), ppo.config.max_grad_norm or float("inf"))
-        )
-        optimizer.step()
-    ppo.policy_optimizer.zero_grad()  # the gradient of a policy that waits for its critic goes as well
-    if ppo.critic is not None:
-        ppo.critic_optimizer.zero_grad()
-    return means | norms | {"ratio_error": max(metrics["ratio_error"] for metrics in found)}
+    """One optimiser step on the replies `rows`, the `step`-th of training; metrics as means over their tokens [11]."""
+    config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
+    for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro):
+        part = rollout.take(chosen)
+        for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen]):
+            (loss / tokens).backward()
+            largest.append(sums.pop("ratio_error", 0.0))
+            totals |= {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    means = {name: value / tokens for name, value in ranks.summed(totals, ppo.accelerator).items()}
+    if ppo.text is not None:
+        means |= ptx_step(ppo, step)
+    waits = {"policy"} if step < config.critic_warmup * config.epochs * config.minibatches else set()
+    return means | optimise(ppo, waits) | {"ratio_error": ranks.highest(max(largest), ppo.accelerator)}
 
 
-def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss summed over the reply tokens of `part`, and sums of the metrics."""
-    config, mask = ppo.config, part.mask
-    advantages, returns = advantages[:, : mask.size(1)], returns[:, : mask.size(1)]
+def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The policy's loss and then the critic's, summed over the N reply tokens of `part`, and sums of metrics.
+
+    A backward pass comes between the two, so that only one model's activations are in memory; on a shared trunk they
+    are one loss.
+    """
+    used, chosen = ppo.actors, part.mask.bool()
+    advantages, returns = (each[:, : chosen.size(1)][chosen] for each in (advantages, returns))
     with ppo.accelerator.autocast():
-        logprobs, entropy = rollouts.reply_logprobs(ppo.policy, part, ppo.job.config.sampling.temperature)
-    policy, clipped = estimators.policy_losses(logprobs, part.logprobs, advantages, config.clip_range)
-    log_ratio = (logprobs - part.logprobs).detach() * mask
-    sums = {"policy_loss": policy, "clip_share": clipped, "entropy": entropy}
-    sums["update_kl"] = torch.expm1(log_ratio) - log_ratio
-    loss = (policy * mask).sum()
-    if config.kl_in == "loss":  # [6]
-        sums["kl_loss"] = estimators.kl_per_token(logprobs, part.reference_logprobs, config.kl_estimator)
-        loss = loss + ppo.kl_coef * (sums["kl_loss"] * mask).sum()
-    if ppo.critic is not None:
+        states = rollouts.token_states(used.policy, part)  # [N, D]
+        logprobs = rollouts.reply_logprobs(used.policy, part, states, ppo.job.config.sampling.temperature)
+    loss, sums = policy_loss(ppo, logprobs, part, advantages)
+    if used.shared:
+        value, found = value_loss(ppo, states, part, returns)
+        loss, sums = loss + value, sums | found
+    yield loss, sums
+    if used.critic is not None and not used.shared:
         with ppo.accelerator.autocast():
-            values = rollouts.reply_values(ppo.critic, part)
-        value, sums["value_clip_share"] = estimators.value_losses(values, part.values, returns, config.value_clip_range)
-        sums["value_loss"] = value
-        loss = loss + config.value_coef * (value * mask).sum()
-    found = {key: (value.detach() * mask).sum().item() for key, value in sums.items()}
-    return loss, found | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+            states = rollouts.token_states(used.critic, part)
+        yield value_loss(ppo, states, part, returns)
+
+
+def policy_loss(ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The clipped loss, and the KL loss where asked for [6], of log-probabilities [N]: sum over tokens, and metrics."""
+    config, chosen = ppo.config, part.mask.bool()
+    old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
+    policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
+    log_ratio = (logprobs - old).detach()
+    sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
+    loss = policy.sum()
+    if config.kl_in == "loss":
+        sums["kl_loss"] = estimators.kl_per_token(logprobs, reference, config.kl_estimator)
+        loss = loss + ppo.kl_coef * sums["kl_loss"].sum()
+    return loss, summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+
+
+def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The weighted value loss of the critic's states [N, D]: sum over tokens, and metrics."""
+    with ppo.accelerator.autocast():
+        values = rollouts.reply_values(ppo.actors.critic, states)
+    old = part.values[part.mask.bool()]
+    value, clipped = estimators.value_losses(values, old, returns, ppo.config.value_clip_range)
+    return ppo.config.value_coef * value.sum(), summed({"value_loss": value, "value_clip_share": clipped})
+
+
+def summed(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over tokens, brought from the device at once."""
+    return dict(zip(sums, torch.stack([value.detach().sum() for value in sums.values()]).tolist(), strict=True))
+
+
+def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
+    """Gradient of `ptx_coef` times the language-model loss on rows of pretraining text (Ouyang et al. 2022)."""
+    config, policy = ppo.config, ppo.actors.policy
+    rows = [(step * config.ptx_batch_size + i) % len(ppo.text) for i in range(config.ptx_batch_size)]
+    mine, tokens, total = ranks.share(rows, ppo.accelerator), len(rows) * (config.ptx_context - 1), 0.0
+    for start in range(0, len(mine), ppo.micro):
+        ids = torch.stack([ppo.text[row]["input_ids"] for row in mine[start : start + ppo.micro]]).to(policy.device)
+        with ppo.accelerator.autocast():
+            states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            logits = policy.get_output_embeddings()(states).float()
+        loss = -likelihood.log_probabilities(logits, ids[:, 1:], 1.0).sum()
+        (config.ptx_coef * loss / tokens).backward()
+        total += loss.item()
+    return {"ptx_loss": ranks.summed({"ptx_loss": total}, ppo.accelerator)["ptx_loss"] / tokens}
+
+
+def optimise(ppo: Ppo, waits: set[str]) -> dict[str, float]:
+    """Sum the gradients over processes, clip them and take a step of every optimiser but those of `waits`; the norms.
+
+    The gradient of a policy that waits for its critic goes as well.
+    """
+    norms = {}
+    for name, optimizer in ppo.optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        ranks.sum_gradients(parameters, ppo.accelerator)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, ppo.config.max_grad_norm or float("inf")).item()
+        norms["grad_norm" if name == "policy" else f"{name}_grad_norm"] = 0.0 if name in waits else norm
+        if name not in waits:
+            optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def parts(ppo: Ppo) -> dict[str, Any]:
+    """What a checkpoint holds: weights that are trained (and a reference that follows them), and optimisers."""
+    found = {"policy": ppo.actors.policy, "critic": ppo.actors.critic}
+    if ppo.config.reference_sync_every:
+        found["reference"] = ppo.actors.reference
+    found |= {f"{name}_optimizer": optimizer for name, optimizer in ppo.optimizers.items()}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def save_checkpoint(ppo: Ppo, number: int) -> None:
-    """Write both models, both optimisers and the KL coefficient after `number` rollouts; older checkpoints go then."""
-    folder = ppo.job.checkpoints / f"rollout-{number}"
-    fresh = folder.with_suffix(".part")
-    ppo.accelerator.save_state(str(fresh))
-    (fresh / "state.json").write_text(json.dumps({"rollouts": number, "kl_coef": ppo.kl_coef}))
-    fresh.rename(folder)
-    for other in ppo.job.checkpoints.glob("rollout-*"):
-        if other != folder:
-            shutil.rmtree(other)
+    """Write everything that training after `number` rollouts goes on from."""
+    if ppo.accelerator.is_main_process:
+        checkpoint.save(ppo.job.checkpoints, parts(ppo), {"rollouts": number, "kl_coef": ppo.kl_coef})
+    ppo.accelerator.wait_for_everyone()
 
 
-def resume(ppo: Ppo) -> tuple[int, float]:
-    """Load the last whole checkpoint, if there is one; returns the rollouts done and the KL coefficient."""
-    for unfinished in ppo.job.checkpoints.glob("rollout-*.part"):
-        shutil.rmtree(unfinished)
-    done, kl_coef = load_checkpoint(ppo)
+def load_checkpoint(ppo: Ppo) -> int:
+    """Go on from the last whole checkpoint, if there is one; returns the rollouts behind it."""
+    state = checkpoint.load(ppo.job.checkpoints, parts(ppo))
+    if state is None:
+        return 0
+    ppo.kl_coef = state["kl_coef"]
+    return state["rollouts"]
+
+
+def resume(ppo: Ppo) -> int:
+    """Load the last checkpoint and cut the step log there; returns the rollouts that are done."""
+    done = load_checkpoint(ppo)
     if done:
         ppo.job.say(f"continues after {done:,} rollouts")
     ppo.job.steps.rewind(done)
-    return done, kl_coef
-
-
-def load_checkpoint(ppo: Ppo) -> tuple[int, float]:
-    """Load the last whole checkpoint; the rollouts it has behind it, and its KL coefficient. None is 0 rollouts."""
-    states = [json.loads(file.read_text()) for file in ppo.job.checkpoints.glob("rollout-*/state.json")]
-    state = max(states, key=lambda s: s["rollouts"], default={"rollouts": 0, "kl_coef": ppo.config.kl_coef})
-    if states:
-        ppo.accelerator.load_state(str(ppo.job.checkpoints / f"rollout-{state['rollouts']}"))
-    return state["rollouts"], state["kl_coef"]
+    if done == 0 and ppo.config.on_trip == "rollback":
+        save_checkpoint(ppo, 0)
+    return done

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import baselines, chat, likelihood, models, preferences, sampling, statistics, training
+from pipeline import baselines, chat, likelihood, lora, models, preferences, sampling, statistics, training
 from pipeline.job import Job
 from pipeline.preferences import Pair
 
@@ -22,7 +22,7 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(1, len(ordered.rows) // config.batch_size)
     tokens = sum(len(s) for row in ordered.rows for s in sequences(row))
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, ordered.rows, steps)
+    model = fit(job, model, tokenizer, ordered.rows, steps)
     normalise(job, model.eval(), tokenizer, test.pairs)
     models.save(model, tokenizer, job.out)
     chosen, rejected = test_scores(model, tokenizer, test.rows)
@@ -54,8 +54,10 @@ def sequences(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     return row["prompt_ids"] + row["chosen_ids"], row["prompt_ids"] + row["rejected_ids"]
 
 
-def fit(job: Job, model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> None:
-    """Train with TRL on rows that are already tokenised."""
+def fit(
+    job: Job, model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int
+) -> torch.nn.Module:
+    """Train with TRL on rows that are already tokenised; LoRA adapters are merged, and left in adapter/ as well."""
     config = job.config.reward
     arguments = RewardConfig(
         **training.arguments(job, config.batch_size, steps, config.seed),
@@ -65,8 +67,18 @@ def fit(job: Job, model: torch.nn.Module, tokenizer: Any, rows: list[dict[str, l
         max_length=None,
     )
     columns = [dict(zip(("chosen_ids", "rejected_ids"), sequences(row), strict=True)) for row in rows]
-    trainer = RewardTrainer(model, arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer)
+    peft_config = None
+    if config.lora_rank is not None:
+        options = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+        peft_config = lora.adapter_config(model, config.lora_rank, config.lora_alpha, **options)
+    trainer = RewardTrainer(
+        model, arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer, peft_config=peft_config
+    )
     training.train(trainer, job, config.batch_size, "pairs")
+    if peft_config is None:
+        return model
+    trainer.model.save_pretrained(job.out / "adapter")
+    return trainer.model.merge_and_unload()
 
 
 def normalise(job: Job, model: torch.nn.Module, tokenizer: Any, test: list[Pair]) -> None:
@@ -75,8 +87,8 @@ def normalise(job: Job, model: torch.nn.Module, tokenizer: Any, test: list[Pair]
     distinct = list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
     prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in distinct]
     prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
-    generator = sampling.seeded(job.config.reward.seed)
-    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, generator)
+    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
+    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
     full = [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
     scores = torch.tensor(likelihood.scores(model, full, tokenizer.pad_token_id))
     model.config.score_mean = scores.mean().item()

@@ -78,6 +78,6 @@ def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -
     """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
-    generator = sampling.seeded(job.config.sft.seed)
-    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, generator)
+    numbers = sampling.random_numbers(job.config.sft.seed, len(prompts), job.config.sampling)
+    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, numbers)
     return sum(reply.ended for reply in replies) / len(replies)

@@ -4,12 +4,18 @@ import functools
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from pipeline import chat, models, rollouts
+from pipeline.actors import Actors
+from pipeline.artifact import write_json
 from pipeline.config import compose
 from pipeline.job import Job
 from pipeline.preferences import Pair
+from pipeline.rollouts import Prompt
+from stages import ppo
 from stages import tokenizer as tokenizer_stage
 
 SENTENCES = [
@@ -115,3 +121,48 @@ def make_job(stage: str, folder: Path, *overrides: str) -> Job:
     for created in (out, checkpoints):
         created.mkdir(parents=True)
     return Job(stage, config, {}, out, checkpoints)
+
+
+def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
+    """PPO with tiny models. Plain gradient descent at rate 1 and no clipping: parameters move by their gradient."""
+    options = [
+        "ppo.batch_size=12",
+        "ppo.minibatches=2",
+        "ppo.max_grad_norm=0",
+        "sampling.max_new_tokens=10",
+        *overrides,
+    ]
+    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
+    policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
+    critic, reward_model = tiny_reward_model(), tiny_reward_model()
+    trained = {"policy": policy, "critic": critic}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name, model in trained.items()}
+    return ppo.Ppo(
+        job=job,
+        config=job.config.ppo,
+        accelerator=accelerator,
+        tokenizer=tiny_tokenizer(),
+        actors=Actors(policy, reference, critic, reward_model),
+        reward=rollouts.model_reward(reward_model, tiny_tokenizer(), micro),
+        optimizers=optimizers,
+        text=None,
+        micro=micro,
+    )
+
+
+PROMPTS = [
+    Prompt(ids, f"question {i}", f"answer {i}")
+    for i, ids in enumerate(random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1))
+]
+
+
+def flat(model) -> torch.Tensor:
+    """All weights in one vector, a copy."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def write_model(model: nn.Module, folder: Path) -> Path:
+    """A model's artifact, as far as later stages look at it."""
+    models.save(model, tiny_tokenizer(), folder)
+    write_json(folder / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
+    return folder

@@ -166,7 +166,7 @@ def test_a_stage_sees_what_its_fingerprint_covers_and_no_more():
     seen = chain.view(config, "ppo")
     assert seen.ppo == config.ppo and seen.data.replies == config.data.replies
     assert seen.runtime == config.runtime and seen.run == "smoke"
-    for read in (lambda: seen.dpo, lambda: seen.reward.epochs, lambda: seen.data.text, lambda: seen.seed):
+    for read in (lambda: seen.dpo, lambda: seen.reward.epochs, lambda: seen.data.preferences, lambda: seen.seed):
         with pytest.raises(ConfigAttributeError):
             read()
     model = chain.view(config, "tokenizer").model

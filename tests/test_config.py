@@ -101,7 +101,7 @@ SOURCES = [
 ]
 
 
-PARTS = {"ppo": ["guards.py"]}  # modules that take a stage's section of the configuration
+PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py"]}  # modules that take a stage's section of the configuration
 
 
 @pytest.mark.parametrize("key", keys())

@@ -75,11 +75,9 @@ def test_the_critics_values_of_a_reply_are_scores_of_its_beginnings(model_type):
     reply, mask = likelihood.right_padded(REPLIES, PAD, "cpu")
     padded = SimpleNamespace(prompt=prompt, prompt_mask=prompt_mask, reply=reply, mask=mask)
     with torch.no_grad():
-        values = rollouts.reply_values(critic, padded)
-    for row, (p, r) in enumerate(zip(PROMPTS, REPLIES, strict=True)):
-        for t in range(len(r)):
-            expected = (plain_score(critic, p + r[:t]) - 0.3) / 1.7
-            assert values[row, t].item() == pytest.approx(expected, abs=1e-4)
+        values = rollouts.reply_values(critic, rollouts.token_states(critic, padded)).tolist()
+    beginnings = [p + r[:t] for p, r in zip(PROMPTS, REPLIES, strict=True) for t in range(len(r))]
+    assert values == pytest.approx([(plain_score(critic, ids) - 0.3) / 1.7 for ids in beginnings], abs=1e-4)
 
 
 @torch.no_grad()

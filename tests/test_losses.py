@@ -161,8 +161,8 @@ def test_stored_normalisation_gives_mean_0_and_deviation_1(tmp_path):
     reward.normalise(job, model, tiny_tokenizer(), PAIRS)
     policy = models.load_policy(tmp_path / "sft")
     prompts = [chat.prompt_ids(tiny_tokenizer(), pair.prompt) for pair in PAIRS]
-    generator = sampling.seeded(job.config.reward.seed)
-    replies = sampling.sample(policy, prompts, job.config.sampling, tiny_tokenizer(), generator)
+    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
+    replies = sampling.sample(policy, prompts, job.config.sampling, tiny_tokenizer(), numbers)
     raw = [plain_score(model, prompt + reply.ids) for prompt, reply in zip(prompts, replies, strict=True)]
     scores = torch.tensor([(score - model.config.score_mean) / model.config.score_std for score in raw])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)

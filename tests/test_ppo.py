@@ -4,80 +4,40 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers import (
-    favour,
+    PROMPTS,
+    flat,
     make_job,
+    make_ppo,
     perturb,
     plain_logprobs,
     plain_score,
-    random_ids,
     tiny_policy,
     tiny_reward_model,
     tiny_tokenizer,
+    write_model,
 )
 
-from pipeline import chat, guards, models, rollouts
-from pipeline.artifact import write_json
-from pipeline.config import compose
+from pipeline import chat, rollouts
+from pipeline.advantages import estimate
 from pipeline.errors import UserError
-from pipeline.rollouts import Prompt
 from stages import ppo
-
-
-def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
-    """PPO with tiny models. Plain gradient descent at rate 1 and no clipping: parameters move by their gradient."""
-    options = [
-        "ppo.batch_size=12",
-        "ppo.minibatches=2",
-        "ppo.max_grad_norm=0",
-        "sampling.max_new_tokens=10",
-        *overrides,
-    ]
-    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
-    policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
-    critic, reward_model = tiny_reward_model(), tiny_reward_model()
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (policy, critic)]
-    policy, critic, policy_optimizer, critic_optimizer = accelerator.prepare(policy, critic, *optimizers)
-    return ppo.Ppo(
-        job=job,
-        config=job.config.ppo,
-        accelerator=accelerator,
-        tokenizer=tiny_tokenizer(),
-        policy=policy,
-        reference=reference,
-        critic=critic,
-        reward=rollouts.model_reward(reward_model, tiny_tokenizer(), micro),
-        policy_optimizer=policy_optimizer,
-        critic_optimizer=critic_optimizer,
-        micro=micro,
-    )
-
-
-PROMPTS = [
-    Prompt(ids, f"question {i}", f"answer {i}")
-    for i, ids in enumerate(random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1))
-]
-
-
-def flat(model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("micro", [2, 5])
 def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
     whole, split = make_ppo(tmp_path / "whole", 12), make_ppo(tmp_path / "split", micro)
     rollout = ppo.roll_out(whole, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, whole.config)
+    advantages, returns, _ = estimate(rollout, 0.05, whole.config)
     rows = torch.tensor([7, 0, 3, 11, 4, 8, 2, 10])
     found = []
     for made in (whole, split):
-        for model in (made.policy, made.critic):
+        for model in (made.actors.policy, made.actors.critic):
             perturb(model, 0.02)  # ratios other than 1, so that clipping takes effect
-        before = [flat(made.policy), flat(made.critic)]
-        metrics = ppo.minibatch_step(made, rollout, advantages, returns, rows, True)
-        found.append((metrics, flat(made.policy) - before[0], flat(made.critic) - before[1]))
-        assert all(p.grad is None or not p.grad.any() for p in made.policy.parameters())
+        before = [flat(made.actors.policy), flat(made.actors.critic)]
+        metrics = ppo.minibatch_step(made, rollout, advantages, returns, rows, 0)
+        found.append((metrics, flat(made.actors.policy) - before[0], flat(made.actors.critic) - before[1]))
+        assert all(p.grad is None or not p.grad.any() for p in made.actors.policy.parameters())
     (metrics, *gradients), (split_metrics, *split_gradients) = found
     assert metrics["clip_share"] > 0 and metrics["value_clip_share"] > 0
     assert split_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
@@ -88,28 +48,28 @@ def test_ppo_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
 
 def test_ppo_loss_is_the_mean_over_the_minibatchs_tokens(tmp_path):
     made = make_ppo(tmp_path, 3)
-    perturb(made.reference, 0.1, seed=5)  # the ratio is to the policy that sampled, not to the reference
+    perturb(made.actors.reference, 0.1, seed=5)  # the ratio is to the policy that sampled, not to the reference
     rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
-    perturb(made.policy, 0.02)
+    advantages, returns, _ = estimate(rollout, 0.05, made.config)
+    perturb(made.actors.policy, 0.02)
     rows = [7, 0, 3, 11, 4]
     objective, tokens = 0.0, 0
     for row in rows:
         reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
-        new = plain_logprobs(made.policy, PROMPTS[row].ids, reply, made.job.config.sampling.temperature)
+        new = plain_logprobs(made.actors.policy, PROMPTS[row].ids, reply, made.job.config.sampling.temperature)
         for t in range(len(reply)):
             ratio, advantage = math.exp(new[t] - rollout.logprobs[row, t]), advantages[row, t].item()
             objective += min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
             tokens += 1
-    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), True)
+    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), 0)
     assert metrics["policy_loss"] == pytest.approx(-objective / tokens, abs=1e-4)
 
 
 def test_ppo_reward_is_the_score_less_the_kl_penalty(tmp_path):
     made = make_ppo(tmp_path, 12)
-    perturb(made.reference, 0.1, seed=5)
+    perturb(made.actors.reference, 0.1, seed=5)
     rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
+    advantages, returns, metrics = estimate(rollout, 0.05, made.config)
     assert metrics["kl"] > 0.1 and metrics["kl_k3"] > 0.1
     assert metrics["reward"] == pytest.approx(metrics["score"] - 0.05 * metrics["kl"], abs=1e-5)
     for row in range(len(PROMPTS)):
@@ -123,7 +83,7 @@ def test_ppo_reward_is_the_score_less_the_kl_penalty(tmp_path):
 def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
     made = make_ppo(tmp_path, 4)
     rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, metrics = ppo.estimate(rollout, 0.05, made.config)
+    advantages, returns, metrics = estimate(rollout, 0.05, made.config)
     assert rollout.mask.sum(1).unique().numel() > 2  # lengths differ
     assert (rollout.logprobs - rollout.reference_logprobs).abs().max() < 1e-4
     assert abs(metrics["kl"]) < 1e-4 and 0 <= metrics["kl_k3"] < 1e-6
@@ -133,8 +93,8 @@ def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
 
 def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(tmp_path):
     made, other = make_ppo(tmp_path / "made", 12), make_ppo(tmp_path / "other", 5)
-    perturb(made.policy, 0.02)
-    perturb(other.policy, 0.02)
+    perturb(made.actors.policy, 0.02)
+    perturb(other.actors.policy, 0.02)
     rollout, split = ppo.roll_out(made, PROMPTS, 3), ppo.roll_out(other, PROMPTS, 3)
     assert torch.equal(rollout.reply, split.reply)
     for name in ("logprobs", "reference_logprobs", "values", "scores"):
@@ -142,7 +102,10 @@ def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(t
     assert set(rollout.ended.tolist()) == {0.0, 1.0}
     for row, prompt in enumerate(PROMPTS):
         reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
-        for model, logprobs in ((made.policy, rollout.logprobs), (made.reference, rollout.reference_logprobs)):
+        for model, logprobs in (
+            (made.actors.policy, rollout.logprobs),
+            (made.actors.reference, rollout.reference_logprobs),
+        ):
             expected = plain_logprobs(model, prompt.ids, reply, made.job.config.sampling.temperature)
             torch.testing.assert_close(logprobs[row, : len(reply)], expected, atol=1e-4, rtol=1e-4)
         score = (plain_score(tiny_reward_model(), prompt.ids + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
@@ -150,16 +113,17 @@ def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(t
 
 
 def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
-    made = make_ppo(tmp_path, 12)
+    made = make_ppo(tmp_path, 12, "ppo.critic_warmup=2")
+    last, first = 2 * made.config.epochs * made.config.minibatches - 1, 2 * made.config.epochs * made.config.minibatches
     rollout = ppo.roll_out(made, PROMPTS, 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
-    before = [flat(made.policy), flat(made.critic)]
-    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), False)
-    assert torch.equal(flat(made.policy), before[0]) and not torch.equal(flat(made.critic), before[1])
+    advantages, returns, _ = estimate(rollout, 0.05, made.config)
+    before = [flat(made.actors.policy), flat(made.actors.critic)]
+    metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), last)
+    assert torch.equal(flat(made.actors.policy), before[0]) and not torch.equal(flat(made.actors.critic), before[1])
     assert metrics["grad_norm"] == 0 < metrics["critic_grad_norm"]
     # no policy gradient is left over from the warm-up
     after, fresh = (
-        ppo.minibatch_step(each, rollout, advantages, returns, torch.arange(12), True)["grad_norm"]
+        ppo.minibatch_step(each, rollout, advantages, returns, torch.arange(12), first)["grad_norm"]
         for each in (made, make_ppo(tmp_path / "fresh", 12))
     )
     assert after == pytest.approx(fresh, rel=1e-4)
@@ -169,22 +133,20 @@ def test_policy_starts_from_sft_and_critic_from_the_reward_model_without_dropout
     job = make_job("ppo", tmp_path)
     write = {"sft": tiny_policy(attention_dropout=0.5), "reward": tiny_reward_model()}
     for name, model in write.items():
-        models.save(model, tiny_tokenizer(), tmp_path / name)
-        write_json(tmp_path / name / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
-        job.inputs[name] = tmp_path / name
+        job.inputs[name] = write_model(model, tmp_path / name)
     made = ppo.load(job)
-    pairs = [(made.policy, "sft"), (made.reference, "sft"), (made.critic, "reward")]
+    pairs = [(made.actors.policy, "sft"), (made.actors.reference, "sft"), (made.actors.critic, "reward")]
     for model, name in pairs:
         assert torch.equal(flat(model), flat(write[name])) and not model.training
-    assert made.policy is not made.reference
+    assert made.actors.policy is not made.actors.reference
     ids = torch.tensor([PROMPTS[4].ids])
-    assert torch.equal(made.policy(input_ids=ids).logits, made.policy(input_ids=ids).logits)
+    assert torch.equal(made.actors.policy(input_ids=ids).logits, made.actors.policy(input_ids=ids).logits)
 
 
 def test_ppos_learning_rates_scale_with_the_schedule(tmp_path):
     made = make_ppo(tmp_path, 12)
     ppo.set_learning_rates(made, 0.25)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (made.policy_optimizer, made.critic_optimizer)]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in made.optimizers.values()]
     assert rates == [0.25 * made.config.learning_rate, 0.25 * made.config.critic_learning_rate]
 
 
@@ -199,17 +161,17 @@ FREE = [
 
 
 def without_critic(made: ppo.Ppo) -> ppo.Ppo:
-    made.critic = made.critic_optimizer = None
+    made.actors.critic = made.optimizers.pop("critic") and None
     return made
 
 
 @pytest.mark.parametrize(("advantage", "options"), FREE)
 def test_advantages_without_a_critic(tmp_path, advantage, options):
     made = without_critic(make_ppo(tmp_path, 5, f"ppo.advantage={advantage}", *options))
-    perturb(made.reference, 0.05)
+    perturb(made.actors.reference, 0.05)
     rollout = ppo.roll_out(made, ppo.batch_of(PROMPTS, 0, 12, made.config.samples_per_prompt), 0)
     assert not rollout.values.any()
-    advantages, _, metrics = ppo.estimate(rollout, 0.05, made.config)
+    advantages, _, metrics = estimate(rollout, 0.05, made.config)
     lengths = rollout.mask.sum(1).long().tolist()
     kl = (rollout.logprobs - rollout.reference_logprobs).tolist()
     rewards = [[-0.05 * k for k in kl[row][:n]] for row, n in enumerate(lengths)]
@@ -232,35 +194,33 @@ def test_advantages_without_a_critic(tmp_path, advantage, options):
 def test_a_step_without_a_critic_moves_the_policy(tmp_path, advantage, options):
     made = without_critic(make_ppo(tmp_path, 5, f"ppo.advantage={advantage}", *options))
     rollout = ppo.roll_out(made, ppo.batch_of(PROMPTS, 0, 12, made.config.samples_per_prompt), 0)
-    advantages, returns, _ = ppo.estimate(rollout, 0.05, made.config)
-    before = flat(made.policy)
+    advantages, returns, _ = estimate(rollout, 0.05, made.config)
+    before = flat(made.actors.policy)
     ppo.set_learning_rates(made, 1.0)
     metrics = ppo.update(made, rollout, advantages, returns, 0)
-    assert not torch.equal(flat(made.policy), before)
+    assert not torch.equal(flat(made.actors.policy), before)
     assert metrics["first_ratio_error"] < 1e-4 and not any(name.startswith(("value", "critic")) for name in metrics)
 
 
 def test_no_critic_is_loaded_where_none_is_needed(tmp_path):
     job = make_job("ppo", tmp_path, "ppo.advantage=reinforce++")
     for name, model in {"sft": tiny_policy(), "reward": tiny_reward_model()}.items():
-        models.save(model, tiny_tokenizer(), tmp_path / name)
-        write_json(tmp_path / name / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
-        job.inputs[name] = tmp_path / name
+        job.inputs[name] = write_model(model, tmp_path / name)
     made = ppo.load(job)
-    assert made.critic is None and made.critic_optimizer is None
+    assert made.actors.critic is None and list(made.optimizers) == ["policy"]
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_kl_in_the_loss_is_added_per_token_and_leaves_the_reward_alone(tmp_path, estimator):
     made = make_ppo(tmp_path / "loss", 12, "ppo.kl_in=loss", f"ppo.kl_estimator={estimator}")
     plain = make_ppo(tmp_path / "plain", 12)
-    perturb(made.reference, 0.05)
+    perturb(made.actors.reference, 0.05)
     rollout = ppo.roll_out(made, PROMPTS, 0)
     made.kl_coef = 0.3
-    advantages, returns, metrics = ppo.estimate(rollout, made.kl_coef, made.config)
+    advantages, returns, metrics = estimate(rollout, made.kl_coef, made.config)
     assert metrics["reward"] == pytest.approx(rollout.scores.mean().item(), abs=1e-5)
-    loss, found = ppo.losses(made, rollout, advantages, returns)
-    without, _ = ppo.losses(plain, rollout, advantages, returns)
+    (loss, found), _ = ppo.losses(made, rollout, advantages, returns)
+    (without, _), _ = ppo.losses(plain, rollout, advantages, returns)
     log_ratio = (rollout.logprobs - rollout.reference_logprobs)[rollout.mask.bool()]
     kl = log_ratio**2 / 2 if estimator == "k2" else torch.exp(-log_ratio) - 1 + log_ratio
     assert found["kl_loss"] == pytest.approx(kl.sum().item(), rel=1e-3) and found["kl_loss"] > 0.01
@@ -299,88 +259,9 @@ def test_a_rule_that_does_not_apply_is_refused(tmp_path):
 
 def test_without_a_reward_model_the_critic_starts_from_the_sft_model_at_zero(tmp_path):
     job = make_job("ppo", tmp_path, "reward@ppo.reward=length")
-    models.save(tiny_policy(), tiny_tokenizer(), tmp_path / "sft")
-    write_json(tmp_path / "sft" / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
-    job.inputs["sft"] = tmp_path / "sft"
+    job.inputs["sft"] = write_model(tiny_policy(), tmp_path / "sft")
     made = ppo.load(job)
     trunk = flat(tiny_policy().base_model)
-    assert torch.equal(flat(made.critic.base_model), trunk)
+    assert torch.equal(flat(made.actors.critic.base_model), trunk)
     rollout = ppo.roll_out(made, PROMPTS[:4], 0)
     assert not rollout.values.any() and (rollout.scores <= 1).all()
-
-
-# Guards
-
-
-HEALTHY = {"kl": 3.0, "policy_loss": -0.1, "entropy": 2.0, "score_std": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("key", "limit", "metric", "ill"),
-    [
-        ("max_kl", 5.0, "kl", 5.1),
-        ("max_loss", 10.0, "policy_loss", -11.0),
-        ("min_entropy", 0.5, "entropy", 0.4),
-        ("min_score_std", 0.1, "score_std", 0.0),
-    ],
-)
-def test_each_guard_trips_beyond_its_limit_only(key, limit, metric, ill):
-    config = make_config(f"ppo.{key}={limit}")
-    assert guards.tripped(HEALTHY, config) is None
-    assert guards.tripped(HEALTHY | {metric: math.copysign(limit, ill)}, config) is None
-    reason = guards.tripped(HEALTHY | {metric: ill}, config)
-    assert reason.startswith(metric) and reason.endswith(f"ppo.{key}={limit}")
-    assert guards.tripped(HEALTHY | {metric: ill}, make_config(f"ppo.{key}=null")) is None
-    others = {name: value for name, value in HEALTHY.items() if name != metric}
-    assert guards.tripped(others, config) is None
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_trips(value):
-    assert guards.tripped(HEALTHY | {"grad_norm": value}, make_config()) == f"grad_norm is {value}"
-
-
-def make_config(*overrides):
-    return compose(["experiment=smoke", *overrides]).ppo
-
-
-def failing_at(made: ppo.Ppo, rollout: int, monkeypatch) -> None:
-    """Have the update of a rollout, counted from 1, end in weights and a loss that are no numbers."""
-    whole = ppo.update
-
-    def update(made, rolled, advantages, returns, number):
-        metrics = whole(made, rolled, advantages, returns, number)
-        if number == rollout - 1:
-            next(made.policy.parameters()).data.fill_(math.nan)
-            metrics["policy_loss"] = math.nan
-        return metrics
-
-    monkeypatch.setattr(ppo, "update", update)
-
-
-FOUR = ["ppo.episodes=48", "runtime.checkpoints=3", "ppo.learning_rate=0.001"]
-
-
-def test_lost_weights_are_an_error_unless_going_back_is_asked_for(tmp_path, monkeypatch):
-    made = make_ppo(tmp_path, 12, *FOUR)
-    failing_at(made, 3, monkeypatch)
-    with pytest.raises(UserError, match=r"policy_loss is nan at rollout 3; lower ppo\.learning_rate"):
-        ppo.train(made, PROMPTS)
-
-
-@pytest.mark.parametrize(("rollout", "left"), [(3, 2), (1, 0)])
-def test_going_back_keeps_the_last_good_policy_and_critic(tmp_path, monkeypatch, capsys, rollout, left):
-    undisturbed = make_ppo(tmp_path / "undisturbed", 12, *FOUR, f"ppo.episodes={12 * max(1, left)}")
-    if left:
-        monkeypatch.setattr(ppo, "set_learning_rates", lambda *_: None)  # the schedule knows the length of training
-        ppo.train(undisturbed, PROMPTS)
-    made = make_ppo(tmp_path / "failing", 12, *FOUR, "ppo.on_trip=rollback")
-    failing_at(made, rollout, monkeypatch)
-    result = ppo.train(made, PROMPTS)
-    assert torch.equal(flat(made.policy), flat(undisturbed.policy))
-    assert torch.equal(flat(made.critic), flat(undisturbed.critic))
-    assert result["stopped"] == "policy_loss is nan" and "policy_loss" not in result
-    assert (
-        f"stopped at rollout {rollout}: policy_loss is nan; back to the policy of rollout {left}"
-        in capsys.readouterr().out
-    )

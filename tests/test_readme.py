@@ -106,8 +106,9 @@ def test_the_details_of_ppo_are_those_of_its_code():
     explained, code = (ROOT / "stages/ppo.py").read_text().split('"""', 2)[1:]
     numbers = re.findall(r"^ ?\[(\d+)\] ", explained, re.MULTILINE)
     assert [number for number, _, _ in rows] == numbers == [str(i + 1) for i in range(len(rows))]
+    code += (ROOT / "pipeline/advantages.py").read_text()
     for number, file, function in rows:
-        assert f"[{number}]" in code, f"no line of stages/ppo.py is marked [{number}]"
+        assert f"[{number}]" in code, f"no line of PPO's code is marked [{number}]"
         assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (file, function)
     for test in set(re.findall(r"tests/\w+\.py", PPO)):
         assert (ROOT / test).is_file()

@@ -11,6 +11,7 @@ from scipy import stats
 from pipeline import decoding, likelihood, sampling
 
 PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
+EMPTY: dict = {}
 END, PAD = tiny_tokenizer().eos_token_id, tiny_tokenizer().pad_token_id
 
 
@@ -25,8 +26,13 @@ def settings(**changes):
     return OmegaConf.create({"temperature": 0.7, "max_new_tokens": 12, "batch_size": 5} | changes)
 
 
-def drawn(policy, prompts=PROMPTS, seed=0, **changes) -> list[sampling.Reply]:
-    return sampling.sample(policy, prompts, settings(**changes), tiny_tokenizer(), sampling.seeded(seed))
+def drawn(policy, prompts=PROMPTS, seed=0, options=EMPTY, **changes) -> list[sampling.Reply]:
+    limits = settings(**changes)
+    return sampling.sample(policy, prompts, limits, tiny_tokenizer(), numbers(len(prompts), limits, seed), **options)
+
+
+def numbers(replies: int, limits, seed: int = 0) -> torch.Tensor:
+    return sampling.random_numbers(seed, replies, limits)
 
 
 def test_recorded_logprobs_are_those_of_one_unpadded_row(policy):
@@ -100,7 +106,7 @@ def test_a_reply_does_not_depend_on_the_batch_that_it_is_sampled_in(policy):
 def test_a_value_head_gives_the_value_of_the_text_before_each_token(policy):
     torch.manual_seed(3)
     head = torch.nn.Linear(16, 1)
-    replies = sampling.sample(policy, PROMPTS, settings(), tiny_tokenizer(), sampling.seeded(0), value_head=head)
+    replies = drawn(policy, options={"value_head": head})
     assert [reply.ids for reply in replies] == [reply.ids for reply in drawn(policy)]
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         with torch.no_grad():
@@ -142,7 +148,7 @@ def test_cold_sampling_is_greedy_search(policy):
 
 
 def test_rows_that_leave_the_batch_change_no_other_row(policy, monkeypatch):
-    def likeliest(logits, temperature, generator):
+    def likeliest(logits, temperature, uniforms):
         rows.append(len(logits))
         logprobs, tokens = (logits / temperature).log_softmax(-1).max(-1)
         return tokens, logprobs

@@ -1,0 +1,136 @@
+"""The models of PPO: policy, reference, critic and reward model, each a model of its own or sharing a base.
+
+ppo.critic=separate: four models. ppo.critic=shared: three, and the critic is a value head on the policy.
+ppo.lora_rank: the SFT model alone, as it is, is the reference, with adapters it is policy and critic; the reward model
+is one more adapter where stage `reward` trained one (reward.lora_rank), otherwise it is a model of its own, and the
+critic is an adapter on that.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from pipeline import lora, models
+
+
+@dataclass
+class Actors:
+    """The models of PPO; `policy` and `critic` are trained. Each has the interface of a transformers model or its part.
+
+    `critic` is None without one (`ppo.advantage` other than gae), `reward_model` with a reward by rule.
+    """
+
+    policy: Any
+    reference: Any
+    critic: Any
+    reward_model: Any
+
+    @property
+    def shared(self) -> bool:
+        """Whether the critic is a value head on the policy's own hidden states."""
+        return isinstance(self.critic, ValueHead)
+
+
+class ValueHead:
+    """A critic that is one linear layer on the policy's last hidden states; its first values are 0."""
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+        self.score = nn.Linear(policy.config.hidden_size, 1, bias=False, device=policy.device)
+        nn.init.zeros_(self.score.weight)
+        self.config = copy.copy(policy.config)
+        self.config.score_mean, self.config.score_std = 0.0, 1.0
+        self.parameters, self.state_dict = self.score.parameters, self.score.state_dict
+        self.load_state_dict = self.score.load_state_dict
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The policy's trunk."""
+        return self.policy.base_model
+
+
+def load(config: Any, inputs: dict[str, Path], device: str) -> Actors:
+    """The models that the section `ppo` of the configuration asks for, fp32, in evaluation mode."""
+    policy = models.load_policy(inputs["sft"], device)
+    learned = config.reward.function is None
+    if config.lora_rank is not None:
+        return _adapted(policy, config, inputs, device)
+    reference = models.load_policy(inputs["sft"], device)
+    reward_model = models.load_reward_model(inputs["reward"], device) if learned else None
+    critic = None
+    if config.advantage == "gae" and config.critic == "shared":
+        critic = ValueHead(policy)
+    elif config.advantage == "gae":
+        critic = (
+            models.load_reward_model(inputs["reward"], device) if learned else models.new_critic(inputs["sft"], device)
+        )
+    return Actors(policy, reference, critic, reward_model)
+
+
+def _adapted(base: nn.Module, config: Any, inputs: dict[str, Path], device: str) -> Actors:
+    """Adapters on the SFT model `base`, and on the reward model where that is a model of its own."""
+    fresh = (config.lora_rank, config.lora_alpha, config.seed)
+    lora.add_adapter(base, "policy", *fresh)
+    actors = Actors(lora.Adapted(base, "policy"), lora.Adapted(base, None), None, None)
+    if config.reference_sync_every:
+        lora.add_adapter(base, "reference", *fresh)
+        actors.reference = lora.Adapted(base, "reference")
+    if config.reward.function is None and (inputs["reward"] / lora.SAVED).is_file():
+        scale = AutoConfig.from_pretrained(inputs["reward"])
+        score = lora.load_adapter(base, "reward", inputs["reward"])
+        actors.reward_model = lora.Adapted(base, "reward", score, (scale.score_mean, scale.score_std))
+    elif config.reward.function is None:
+        own = models.load_reward_model(inputs["reward"], device)
+        lora.add_adapter(own, "critic", *fresh)
+        actors.reward_model = lora.Adapted(own, None, own.score, (own.config.score_mean, own.config.score_std))
+    if config.advantage == "gae":
+        actors.critic = ValueHead(actors.policy) if config.critic == "shared" else _adapted_critic(base, actors, fresh)
+    return actors
+
+
+def _adapted_critic(base: nn.Module, actors: Actors, fresh: tuple[int, float, int]) -> lora.Adapted:
+    """A critic that starts from the reward model, or without one from the SFT model with values of 0."""
+    start = actors.reward_model
+    if start is None:
+        lora.add_adapter(base, "critic", *fresh)
+        return lora.Adapted(base, "critic", ValueHead(actors.policy).score)
+    scale = (start.config.score_mean, start.config.score_std)
+    score = copy.deepcopy(start.score).requires_grad_()
+    if start.adapter is None:
+        return lora.Adapted(start.base, "critic", score, scale)
+    lora.copy_adapter(base, "reward", "critic")
+    return lora.Adapted(base, "critic", score, scale)
+
+
+def synchronise_reference(actors: Actors) -> None:
+    """Make the reference what the policy is now."""
+    own = actors.policy.state_dict()
+    if isinstance(actors.reference, lora.Adapted):
+        own = {name.replace(".policy.", ".reference."): value for name, value in own.items()}
+    actors.reference.load_state_dict(own)
+
+
+def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> None:
+    """Write the policy as a model folder, adapters merged (and by themselves in adapter/), the critic in critic/."""
+    policy, critic = actors.policy, actors.critic
+    if isinstance(policy, lora.Adapted):
+        policy.base_model  # noqa: B018  switches the policy's adapter on: that is the one which is saved
+        policy.base.save_pretrained(out / "adapter")
+        policy = lora.merge_into(models.load_policy(inputs["sft"]), policy.base, "policy")
+    models.save(policy, tokenizer, out)
+    if isinstance(critic, ValueHead):
+        saved = models.new_critic(out)
+    elif isinstance(critic, lora.Adapted):
+        start = models.new_critic(inputs["sft"]) if critic.base is actors.policy.base else None
+        start = start or models.load_reward_model(inputs["reward"])
+        saved = lora.merge_into(start, critic.base, "critic")
+    if isinstance(critic, ValueHead | lora.Adapted):
+        saved.score.load_state_dict(critic.score.state_dict())
+        saved.config.score_mean, saved.config.score_std = critic.config.score_mean, critic.config.score_std
+        critic = saved
+    if critic is not None:
+        models.save(critic, tokenizer, out / "critic")

@@ -1,0 +1,130 @@
+"""LoRA: low-rank adapters on a frozen base, several on one (Hu et al. 2021, arXiv 2106.09685), through PEFT."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+SAVED = Path("adapter") / "adapter_model.safetensors"  # where a stage that trains an adapter leaves it
+
+
+def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) -> LoraConfig:
+    """Adapters of `rank` on every matrix of the model's blocks; what they add counts alpha / rank times."""
+    matrices = {
+        name.rsplit(".", 1)[-1]: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer) and "lora_" not in name and "base_layer" not in name
+    }
+    transposed = any(isinstance(getattr(m, "base_layer", m), Conv1D) for m in matrices.values())
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=sorted(matrices),
+        fan_in_fan_out=transposed,
+        **options,
+    )
+
+
+def add_adapter(base: nn.Module, name: str, rank: int, alpha: float, seed: int) -> None:
+    """Give the base one more adapter, which adds nothing until it is trained."""
+    torch.manual_seed(seed)
+    _add(base, adapter_config(base, rank, alpha), name)
+
+
+def _add(base: nn.Module, config: LoraConfig, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
+        base.add_adapter(config, name)
+
+
+def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
+    """Give the base the adapter of a reward model's artifact, `adapter/` in `folder`; returns its score layer."""
+    saved = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / SAVED).items()}
+    config = LoraConfig.from_pretrained(str((folder / SAVED).parent))
+    config.modules_to_save = config.task_type = None
+    _add(base, config, name)
+    with torch.no_grad():
+        for key, parameter in base.named_parameters():
+            if f".{name}." in key:
+                parameter.copy_(saved[key.replace(f".{name}.", ".")])
+    score = nn.Linear(base.config.hidden_size, 1, bias=False, device=base.device)
+    score.load_state_dict({"weight": saved["score.weight"]})
+    return score
+
+
+def copy_adapter(base: nn.Module, source: str, name: str) -> None:
+    """Give the base one more adapter that equals the adapter `source`."""
+    _add(base, copy.deepcopy(base.peft_config[source]), name)
+    found = dict(base.named_parameters())
+    with torch.no_grad():
+        for key, parameter in found.items():
+            if f".{name}." in key:
+                parameter.copy_(found[key.replace(f".{name}.", f".{source}.")])
+
+
+def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:
+    """`model`, a copy of the base without adapters, with what the adapter adds to the base added to its weights."""
+    for name, module in base.base_model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            model.base_model.get_submodule(name).weight.data += module.get_delta_weight(adapter)
+    return model
+
+
+class Adapted:
+    """A base with one of its adapters, or with none, where a model of its own would stand.
+
+    Several of these share one base and its memory. `base_model` switches the adapter on, and PEFT lets gradients flow
+    to adapters that are on only: the backward pass comes before the forward pass of the next one. With a `score`, a
+    linear layer, it is a reward model or critic; `scale` is mean and spread of its raw scores.
+    """
+
+    def __init__(self, base: nn.Module, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):
+        self.base, self.adapter, self.score = base, adapter, score
+        self.config = copy.copy(base.config)
+        self.config.score_mean, self.config.score_std = scale
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The trunk, with the adapter switched on."""
+        if self.adapter is None:
+            self.base.disable_adapters()
+        else:
+            self.base.enable_adapters()
+            self.base.set_adapter(self.adapter)
+        return self.base.base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.base.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_output_embeddings()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapter's weights and the score's, which are all that is trained."""
+        adapter = {name: p for name, p in self.base.named_parameters() if f".{self.adapter}." in name}
+        return adapter | ({f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over weights that `state_dict` gave."""
+        with torch.no_grad():
+            for name, parameter in self.state_dict().items():
+                parameter.copy_(state[name])
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained."""
+        return list(self.state_dict().values())

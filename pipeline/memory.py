@@ -1,0 +1,77 @@
+"""What PPO will take of memory, said before it begins."""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from pipeline.actors import Actors
+
+FLOAT = 4  # bytes; weights, gradients, optimisers and caches are fp32 but where autocast makes them smaller
+
+
+def statement(actors: Actors, tokens: int, sampled: int, micro: int) -> dict[str, int]:
+    """Bytes by what takes them.
+
+    `tokens` is the most that prompt and reply have, `sampled` the replies sampled at once, `micro` the replies of one
+    forward and backward pass. Weights, gradients and Adam's two moments are exact, the cache is that of full-length
+    replies, and activations are about what autograd keeps of one forward pass.
+    """
+    config = actors.policy.config
+    found = {f"{name} weights": size for name, size in _weights(actors).items()}
+    for name, trained in (("policy", actors.policy), ("critic", actors.critic)):
+        if trained is not None:
+            size = FLOAT * sum(p.numel() for p in trained.parameters())
+            found[f"{name} gradient and Adam"] = 3 * size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found["cache"] = 2 * FLOAT * config.num_hidden_layers * sampled * tokens * heads * width
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    per_token = config.num_hidden_layers * (KEPT_WIDTHS * config.hidden_size + KEPT_INNER * inner)
+    found["activations"] = FLOAT * micro * tokens * (per_token + KEPT_LOGITS * config.vocab_size)
+    return found
+
+
+KEPT_WIDTHS, KEPT_INNER, KEPT_LOGITS = 14, 4, 3  # vectors of a token that a block, its MLP and the loss keep
+
+
+def _weights(actors: Actors) -> dict[str, int]:
+    """Bytes of the weights of each model; what two models share counts where it is seen first."""
+    seen: set[int] = set()
+    found = {}
+    for name in ("policy", "reference", "critic", "reward_model"):
+        model = getattr(actors, name)
+        if model is None:
+            continue
+        whole = model if isinstance(model, nn.Module) else getattr(model, "base", None)
+        parameters = [*(whole.parameters() if whole else []), *model.parameters()]
+        new = {p.data_ptr(): p for p in parameters if p.data_ptr() not in seen}
+        seen |= set(new)
+        if new:
+            found[name.replace("_", " ")] = sum(p.numel() * p.element_size() for p in new.values())
+    return found
+
+
+def line(found: dict[str, int]) -> str:
+    """The statement on one line."""
+    parts = ", ".join(f"{name} {_readable(size)}" for name, size in found.items())
+    return f"memory: about {_readable(sum(found.values()))} of {_readable(available())} free: {parts}"
+
+
+def _readable(size: int) -> str:
+    """Bytes with the unit that suits them."""
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u or n == "kB")
+    return f"{size / unit:.3g} {name}"
+
+
+def available() -> int:
+    """Bytes that are free: of the GPU where there is one, otherwise of the machine."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def shortage(found: dict[str, Any]) -> str | None:
+    """What to do when it will not fit, or None."""
+    if sum(found.values()) <= available():
+        return None
+    return "this will not fit: lower runtime.micro_batch_size or sampling.batch_size, or set ppo.lora_rank"

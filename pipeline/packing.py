@@ -1,0 +1,40 @@
+"""Texts as one stream of tokens, cut into rows of equal length."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+def packed(texts: list[str], tokenizer: Any, file: Path) -> np.ndarray:
+    """All texts as one stream of tokens, a BOS before each, in a memory-mapped file [tokens]."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    if not file.exists():
+        fresh = file.with_suffix(".part")
+        with fresh.open("wb") as stream:
+            for start in range(0, len(texts), 1000):
+                for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
+                    np.array([document_start(tokenizer), *ids], dtype=dtype).tofile(stream)
+        fresh.replace(file)
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token between documents: BOS, or the end token for tokenizers without one."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+class PackedRows(Dataset):
+    """Rows of `context` tokens cut one after the other from a token stream."""
+
+    def __init__(self, stream: np.ndarray, context: int):
+        self.stream, self.context = stream, context
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.context
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.stream[i * self.context : (i + 1) * self.context].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,276 @@
+"""PPO's models: what they share, where they start, what is trained of them, and what is saved."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    PROMPTS,
+    flat,
+    make_job,
+    perturb,
+    plain_logprobs,
+    plain_score,
+    tiny_policy,
+    tiny_reward_model,
+    tiny_tokenizer,
+    write_model,
+)
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from pipeline import actors, lora, memory, models, packing
+from pipeline.advantages import estimate
+from stages import ppo
+
+LORA = ["ppo.lora_rank=4", "ppo.learning_rate=0.01", "ppo.critic_learning_rate=0.01"]
+SHARED = ["ppo.critic=shared"]
+KINDS = {"full": [], "shared": SHARED, "lora": LORA, "lora, shared": LORA + SHARED}
+
+
+def inputs(folder, reward: str = "full", model_type: str = "qwen3") -> dict:
+    """Artifacts of SFT and of a reward model: trained in full, or as an adapter on the SFT model."""
+    sft = write_model(tiny_policy(model_type), folder / "sft")
+    model = tiny_reward_model(model_type)
+    if reward == "lora":
+        start = AutoModelForSequenceClassification.from_pretrained(sft, num_labels=1)
+        config = lora.adapter_config(start, 3, 6.0, modules_to_save=["score"], task_type="SEQ_CLS")
+        adapted = get_peft_model(start, config)
+        perturb(adapted, 0.0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+        adapted.save_pretrained(folder / "reward" / "adapter")
+        model = adapted.merge_and_unload().eval()
+        model.config.score_mean, model.config.score_std = 0.2, 1.5
+    return {"sft": sft, "reward": write_model(model, folder / "reward")}
+
+
+def loaded(folder, *overrides: str, reward: str = "full", model_type: str = "qwen3") -> ppo.Ppo:
+    job = make_job("ppo", folder, "ppo.batch_size=12", "ppo.minibatches=2", "sampling.max_new_tokens=10", *overrides)
+    job.inputs |= inputs(folder, reward, model_type)
+    return ppo.load(job)
+
+
+def trained(made: ppo.Ppo, rollouts: int = 1) -> ppo.Ppo:
+    ppo.set_learning_rates(made, 1.0)
+    for number in range(rollouts):
+        rollout = ppo.roll_out(made, PROMPTS, number)
+        advantages, returns, _ = estimate(rollout, 0.05, made.config)
+        ppo.update(made, rollout, advantages, returns, number)
+    return made
+
+
+def logprobs(model, temperature=1.0) -> torch.Tensor:
+    """Log-probabilities of one reply under an actor, from its trunk and output layer."""
+    prompt, reply = PROMPTS[1].ids, PROMPTS[4].ids
+    with torch.no_grad():
+        states = model.base_model(input_ids=torch.tensor([prompt + reply])).last_hidden_state[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(model.get_output_embeddings()(states) / temperature, -1)[range(len(reply)), reply]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_and_reference_start_as_the_sft_model_and_the_reference_stays_it(tmp_path, kind, model_type):
+    made = loaded(tmp_path, *KINDS[kind], model_type=model_type)
+    sft = plain_logprobs(models.load_policy(tmp_path / "sft"), PROMPTS[1].ids, PROMPTS[4].ids)
+    assert torch.equal(logprobs(made.actors.policy), sft) and torch.equal(logprobs(made.actors.reference), sft)
+    trained(made)
+    assert torch.equal(logprobs(made.actors.reference), sft)
+    assert (logprobs(made.actors.policy) - sft).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reward", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_critic_starts_from_the_reward_model_which_stays(tmp_path, kind, reward):
+    made = loaded(tmp_path, *KINDS[kind], reward=reward)
+    model = models.load_reward_model(tmp_path / "reward")
+    scores = [(plain_score(model, p.ids) - model.config.score_mean) / model.config.score_std for p in PROMPTS]
+    replies = [SimpleNamespace(ids=[])] * len(PROMPTS)
+    assert made.reward(PROMPTS, replies) == pytest.approx(scores, abs=1e-4)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    assert rollout.values[:, 0].tolist() == pytest.approx(scores, abs=1e-4)
+    trained(made)
+    assert made.reward(PROMPTS, replies) == pytest.approx(scores, abs=1e-4)
+    after = ppo.roll_out(made, PROMPTS, 0).values[:, 0]
+    assert (after - rollout.values[:, 0]).abs().max() > 1e-3
+
+
+def test_one_base_serves_all_four_where_the_reward_model_is_an_adapter(tmp_path):
+    used = loaded(tmp_path, *LORA, reward="lora").actors
+    bases = {id(actor.base) for actor in (used.policy, used.reference, used.critic, used.reward_model)}
+    assert len(bases) == 1
+    names = {actor.adapter for actor in (used.policy, used.reference, used.critic, used.reward_model)}
+    assert names == {"policy", None, "critic", "reward"}
+
+
+def test_lora_trains_nothing_but_its_adapters(tmp_path):
+    made = loaded(tmp_path, *LORA, reward="lora")
+    base, before = made.actors.policy.base, {}
+    for name, parameter in base.named_parameters():
+        before[name] = parameter.detach().clone()
+    trained(made)
+    changed = {name for name, parameter in base.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".policy." in name or ".critic." in name}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("reward", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_what_was_trained(tmp_path, kind, reward, model_type):
+    made = trained(loaded(tmp_path, *KINDS[kind], reward=reward, model_type=model_type))
+    ours, out = logprobs(made.actors.policy), tmp_path / "saved"
+    values = ppo.roll_out(made, PROMPTS, 7).values[:, 0].tolist()
+    actors.save(made.actors, made.job.inputs, tiny_tokenizer(), out)
+    saved = plain_logprobs(models.load_policy(out), PROMPTS[1].ids, PROMPTS[4].ids)
+    torch.testing.assert_close(saved, ours, atol=1e-4, rtol=1e-4)
+    critic = models.load_reward_model(out / "critic")
+    scores = [(plain_score(critic, p.ids) - critic.config.score_mean) / critic.config.score_std for p in PROMPTS]
+    assert scores == pytest.approx(values, abs=1e-3)
+    if kind.startswith("lora"):
+        adapted = PeftModel.from_pretrained(models.load_policy(tmp_path / "sft"), out / "adapter")
+        theirs = plain_logprobs(adapted, PROMPTS[1].ids, PROMPTS[4].ids)
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, kind):
+    found = []
+    for micro in (12, 5):
+        made = loaded(tmp_path / str(micro), *KINDS[kind], f"runtime.micro_batch_size={micro}", "ppo.adam_eps=1.0")
+        rollout = ppo.roll_out(made, PROMPTS, 0)
+        advantages, returns, _ = estimate(rollout, 0.05, made.config)
+        ppo.set_learning_rates(made, 100.0)
+        before = {name: flat(getattr(made.actors, name)) for name in ("policy", "critic")}
+        metrics = ppo.minibatch_step(made, rollout, advantages, returns, torch.arange(12), 0)
+        found.append((metrics, {name: flat(getattr(made.actors, name)) - before[name] for name in before}))
+    (metrics, moved), (other, other_moved) = found
+    assert other == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    for name in moved:
+        assert moved[name].norm() > 0 and (moved[name] - other_moved[name]).norm() < 1e-3 * moved[name].norm()
+
+
+def test_values_of_a_shared_trunk_are_those_of_the_head_on_the_policys_states(tmp_path):
+    made = loaded(tmp_path, *SHARED)
+    made.actors.critic.score.weight.data.normal_(std=0.3)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    for row, prompt in enumerate(PROMPTS):
+        reply = rollout.reply[row][rollout.mask[row].bool()].tolist()
+        with torch.no_grad():
+            states = made.actors.policy.base_model(input_ids=torch.tensor([prompt.ids + reply])).last_hidden_state[0]
+            values = made.actors.critic.score(states[len(prompt.ids) - 1 : -1])[:, 0]
+        torch.testing.assert_close(rollout.values[row, : len(reply)], values, atol=1e-4, rtol=1e-4)
+
+
+def test_the_value_loss_moves_a_shared_trunk(tmp_path):
+    made = loaded(tmp_path, *SHARED)
+    made.actors.critic.score.weight.data.normal_(std=0.3)
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    returns = torch.full_like(rollout.values, 2.0)
+    [(loss, sums)] = ppo.losses(made, rollout, torch.zeros_like(returns), returns)
+    chosen = rollout.mask.bool()
+    error = (rollout.values[chosen] - 2.0) ** 2 / 2
+    assert sums["value_loss"] == pytest.approx(error.sum().item(), rel=1e-3)
+    loss.backward()
+    assert made.actors.policy.base_model.layers[0].mlp.up_proj.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_follows_the_policy_where_asked_for(tmp_path, kind):
+    options = [*KINDS[kind], "ppo.reference_sync_every=2", "ppo.episodes=24", "runtime.checkpoints=1"]
+    made = loaded(tmp_path, *options)
+    start = logprobs(made.actors.reference)
+    ppo.train(made, PROMPTS)
+    policy = logprobs(made.actors.policy)
+    assert torch.equal(logprobs(made.actors.reference), policy) and not torch.equal(policy, start)
+    trained(made)
+    assert torch.equal(logprobs(made.actors.reference), policy)
+
+
+@pytest.mark.parametrize("options", [*KINDS.values(), ["ppo.reference_sync_every=1"], ["ppo.advantage=reinforce++"]])
+def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, options, monkeypatch):
+    options = [*options, "ppo.episodes=48", "runtime.checkpoints=3", "ppo.kl_controller=adaptive"]
+    options += ["ppo.min_score_std=null", "ppo.min_entropy=null"]
+    whole, cut = loaded(tmp_path / "whole", *options), loaded(tmp_path / "cut", *options)
+    ppo.train(whole, PROMPTS)
+    original = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *given: original(*given) if given[-1] < 2 else interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(cut, PROMPTS)
+    monkeypatch.setattr(ppo, "update", original)
+    again = ppo.load(cut.job)
+    ppo.train(again, PROMPTS)
+    for name, part in ppo.parts(whole).items():
+        same(part.state_dict(), ppo.parts(again)[name].state_dict())
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def same(ours, theirs) -> None:
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            same(ours[key], theirs[key])
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+# PPO-ptx
+
+
+def test_ptx_adds_the_language_model_loss_on_the_next_rows_of_text(tmp_path):
+    made = loaded(tmp_path, "ppo.ptx_coef=0.7", "ppo.ptx_batch_size=5", "ppo.ptx_context=8", "ppo.adam_eps=1.0")
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    nothing = torch.zeros_like(rollout.values)
+    rows = torch.stack([made.text[(3 * 5 + i) % len(made.text)]["input_ids"] for i in range(5)])
+    model = models.load_policy(tmp_path / "sft")
+    (0.7 * model(input_ids=rows, labels=rows).loss).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+    metrics = ppo.minibatch_step(made, rollout, nothing, nothing, torch.arange(12), 3)
+    assert metrics["ptx_loss"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_rows_of_text_are_those_of_the_packed_stream(tmp_path):
+    made = loaded(tmp_path, "ppo.ptx_coef=0.7", "ppo.ptx_context=16")
+    assert isinstance(made.text, packing.PackedRows) and len(made.text) > 1000
+    assert made.text[0]["input_ids"][0] == tiny_tokenizer().bos_token_id
+
+
+# Memory
+
+
+@pytest.mark.parametrize("reward", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_statement_counts_every_weight_once(tmp_path, kind, reward):
+    used = loaded(tmp_path, *KINDS[kind], reward=reward).actors
+    found = memory.statement(used, 100, 8, 4)
+    whole = []
+    for actor in (used.policy, used.reference, used.critic, used.reward_model):
+        model = getattr(actor, "base", actor)
+        whole += [*model.parameters(), *actor.parameters()]
+    distinct = {p.data_ptr(): p.numel() for p in whole}
+    assert sum(size for name, size in found.items() if name.endswith("weights")) == 4 * sum(distinct.values())
+    trainable = sum(p.numel() for actor in (used.policy, used.critic) for p in actor.parameters())
+    assert sum(size for name, size in found.items() if name.endswith("Adam")) == 12 * trainable
+    assert (
+        found["cache"] == 2 * 4 * 2 * 8 * 100 * 1 * 8
+    )  # keys and values of 4 bytes, layers, replies, tokens, heads, width
+    assert all(name in memory.line(found) for name in found)
+
+
+def test_lora_on_one_base_takes_less_than_four_models(tmp_path):
+    full = memory.statement(loaded(tmp_path / "full").actors, 100, 8, 4)
+    one = memory.statement(loaded(tmp_path / "one", *LORA, reward="lora").actors, 100, 8, 4)
+    assert sum(one.values()) < sum(full.values())
+
+
+def test_a_shortage_of_memory_is_said_beforehand(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 100)
+    assert memory.shortage({"weights": 100}) is None
+    assert "will not fit" in memory.shortage({"weights": 101})

@@ -1,0 +1,85 @@
+"""Guards of PPO: what trips them, and what becomes of the policy then."""
+
+import math
+
+import pytest
+import torch
+from helpers import PROMPTS, flat, make_ppo
+
+from pipeline import guards
+from pipeline.config import compose
+from pipeline.errors import UserError
+from stages import ppo
+
+HEALTHY = {"kl": 3.0, "policy_loss": -0.1, "entropy": 2.0, "score_std": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "limit", "metric", "ill"),
+    [
+        ("max_kl", 5.0, "kl", 5.1),
+        ("max_loss", 10.0, "policy_loss", -11.0),
+        ("min_entropy", 0.5, "entropy", 0.4),
+        ("min_score_std", 0.1, "score_std", 0.0),
+    ],
+)
+def test_each_guard_trips_beyond_its_limit_only(key, limit, metric, ill):
+    config = make_config(f"ppo.{key}={limit}")
+    assert guards.tripped(HEALTHY, config) is None
+    assert guards.tripped(HEALTHY | {metric: math.copysign(limit, ill)}, config) is None
+    reason = guards.tripped(HEALTHY | {metric: ill}, config)
+    assert reason.startswith(metric) and reason.endswith(f"ppo.{key}={limit}")
+    assert guards.tripped(HEALTHY | {metric: ill}, make_config(f"ppo.{key}=null")) is None
+    others = {name: value for name, value in HEALTHY.items() if name != metric}
+    assert guards.tripped(others, config) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_trips(value):
+    assert guards.tripped(HEALTHY | {"grad_norm": value}, make_config()) == f"grad_norm is {value}"
+
+
+def make_config(*overrides):
+    return compose(["experiment=smoke", *overrides]).ppo
+
+
+def failing_at(made: ppo.Ppo, rollout: int, monkeypatch) -> None:
+    """Have the update of a rollout, counted from 1, end in weights and a loss that are no numbers."""
+    whole = ppo.update
+
+    def update(made, rolled, advantages, returns, number):
+        metrics = whole(made, rolled, advantages, returns, number)
+        if number == rollout - 1:
+            next(made.actors.policy.parameters()).data.fill_(math.nan)
+            metrics["policy_loss"] = math.nan
+        return metrics
+
+    monkeypatch.setattr(ppo, "update", update)
+
+
+FOUR = ["ppo.episodes=48", "runtime.checkpoints=3", "ppo.learning_rate=0.001"]
+
+
+def test_lost_weights_are_an_error_unless_going_back_is_asked_for(tmp_path, monkeypatch):
+    made = make_ppo(tmp_path, 12, *FOUR)
+    failing_at(made, 3, monkeypatch)
+    with pytest.raises(UserError, match=r"policy_loss is nan at rollout 3; lower ppo\.learning_rate"):
+        ppo.train(made, PROMPTS)
+
+
+@pytest.mark.parametrize(("rollout", "left"), [(3, 2), (1, 0)])
+def test_going_back_keeps_the_last_good_policy_and_critic(tmp_path, monkeypatch, capsys, rollout, left):
+    undisturbed = make_ppo(tmp_path / "undisturbed", 12, *FOUR, f"ppo.episodes={12 * max(1, left)}")
+    if left:
+        monkeypatch.setattr(ppo, "set_learning_rates", lambda *_: None)  # the schedule knows the length of training
+        ppo.train(undisturbed, PROMPTS)
+    made = make_ppo(tmp_path / "failing", 12, *FOUR, "ppo.on_trip=rollback")
+    failing_at(made, rollout, monkeypatch)
+    result = ppo.train(made, PROMPTS)
+    assert torch.equal(flat(made.actors.policy), flat(undisturbed.actors.policy))
+    assert torch.equal(flat(made.actors.critic), flat(undisturbed.actors.critic))
+    assert result["stopped"] == "policy_loss is nan" and "policy_loss" not in result
+    assert (
+        f"stopped at rollout {rollout}: policy_loss is nan; back to the policy of rollout {left}"
+        in capsys.readouterr().out
+    )
