@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo $(STAGES) report status test test-all lint clean
+.PHONY: help install demo $(STAGES) report status test test-all bench-ppo bench-sampler lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ test: install ## run the tests
 
 test-all: install ## run the tests and the slow proofs
 	$(VENV)/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
+	$(VENV)/bin/python tests/bench_ppo.py $(ARGS)
+
+bench-sampler: install ## compare the sampler with generate: tokens per second at batch 128, 32 and 1
+	$(VENV)/bin/python tests/bench_sampler.py $(ARGS)
 
 lint: install ## check style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
