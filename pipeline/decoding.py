@@ -120,6 +120,7 @@ class FusedDecoder(Decoder):
         self.hidden = None if mask.all() else _hidden(mask, room, states.dtype)
         return states
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """States [B, D] after one more token [B] for each row."""
         self.position = self.position + 1

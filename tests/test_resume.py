@@ -1,7 +1,9 @@
 """A training stage killed with SIGKILL continues to the same bits as one that was left alone."""
 
 import filecmp
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -61,3 +63,56 @@ def whole_checkpoints(runs: Path, stage: str) -> list[Path]:
         if f.name == "complete"
         or (f.name == "state.json" and f.parent.name.startswith("rollout-") and f.parent.suffix != ".part")
     ]
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import checkpoint, cli, decoding, rollouts
+from stages import ppo
+
+places = {
+    "prompt": (rollouts, "collect"), "token": (decoding.FusedDecoder, "step"), "update": (ppo, "minibatch_step"),
+    "weights": (checkpoint.torch, "save"), "finish": (Path, "rename"), "clean": (checkpoint.shutil, "rmtree"),
+}
+(owner, name), after, calls = places[sys.argv[1]], int(sys.argv[2]), 0
+original = getattr(owner, name)
+
+def killing(*given, **options):
+    global calls
+    calls += 1
+    if calls == after:
+        if name == "save":
+            given[1].write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*given, **options)
+
+setattr(owner, name, killing)
+cli.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_ppo_killed_at_ten_moments_ends_with_the_same_bits(smoke, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for runs in (undisturbed, killed):
+        shutil.copytree(smoke / "artifacts", runs / "artifacts", ignore=shutil.ignore_patterns("wandb"))
+    options = ["experiment=smoke", "tracker=none", "target=ppo", "runtime.checkpoints=16", "ppo.seed=5"]
+    options += ["ppo.episodes=256", "ppo.kl_controller=adaptive"]
+    cli.main(["run", *options, f"runs={undisturbed}"])
+    generator = random.Random(1)
+    places = ["prompt", "token", "token", "update", "update", "weights", "weights", "finish", "clean", "update"]
+    most = {"prompt": 2, "token": 50, "update": 8, "weights": 2, "finish": 2, "clean": 3}
+    for place in places:
+        moment = [place, str(generator.randint(1, most[place]))]
+        arguments = [sys.executable, "-c", KILLER, *moment, "run", *options, f"runs={killed}"]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stdout, done.stderr)
+    cli.main(["run", *options, f"runs={killed}"])
+    for name in ("model.safetensors", "critic/model.safetensors"):
+        assert filecmp.cmp(killed / "smoke" / "ppo" / name, undisturbed / "smoke" / "ppo" / name, shallow=False)
+    logs = [(runs / "smoke" / "ppo" / "log.jsonl").read_text().splitlines() for runs in (killed, undisturbed)]
+    timeless = [
+        [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in log] for log in logs
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 16
