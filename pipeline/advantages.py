@@ -31,7 +31,19 @@ def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Ten
     }
     if config.advantage == "gae":
         metrics["explained_variance"] = estimators.explained_variance(rollout.values, returns, mask).item()
+    if config.sampler != "own":
+        metrics |= engine_ratio(rollout)
     return advantages, returns, metrics
+
+
+def engine_ratio(rollout: Rollout) -> dict[str, float]:
+    """How far the policy's probabilities of the reply tokens are from those of the engine that sampled them.
+
+    Mean and maximum of |ratio - 1| over all reply tokens, raw: nothing is truncated or left out.
+    """
+    chosen = rollout.mask.bool()
+    error = (rollout.logprobs - rollout.sampled_logprobs)[chosen].exp().sub(1).abs()
+    return {"engine_ratio_mean": error.mean().item(), "engine_ratio_max": error.max().item()}
 
 
 def advantages_of(rewards: Tensor, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:
         if isinstance(module, BaseTunerLayer):
             model.base_model.get_submodule(name).weight.data += module.get_delta_weight(adapter)
     return model
+
+
+@torch.no_grad()
+def merged_weights(base: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the model that the base is with the adapter merged, made one at a time."""
+    for name, parameter in base.named_parameters():
+        if "lora_" in name:
+            continue
+        layer, matrix, _ = name.partition(".base_layer.weight")
+        weight = parameter + base.get_submodule(layer).get_delta_weight(adapter) if matrix else parameter.detach()
+        yield name.replace(".base_layer.", "."), weight
 
 
 class Adapted:

@@ -27,7 +27,7 @@ class Prompt:
 
 
 Reward = Callable[[list[Prompt], list[Reply]], list[float]]
-PER_TOKEN = ("reply", "mask", "logprobs", "reference_logprobs", "values")
+PER_TOKEN = ("reply", "mask", "logprobs", "reference_logprobs", "values", "sampled_logprobs")
 
 
 @dataclass
@@ -38,11 +38,12 @@ class Rollout:
     prompt_mask: Tensor  # [B, P]
     reply: Tensor  # token ids [B, R], the end token included
     mask: Tensor  # [B, R], 1 on the reply's tokens
-    logprobs: Tensor  # [B, R] under the policy that sampled
+    logprobs: Tensor  # [B, R] under the policy, before the update
     reference_logprobs: Tensor  # [B, R] under the reference
     values: Tensor  # [B, R] of the text before each token; 0 without a critic
     scores: Tensor  # [B] normalised, with the penalty for a missing end
     ended: Tensor  # [B] 1 where the reply ended by itself
+    sampled_logprobs: Tensor  # [B, R] as the sampler recorded them
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -88,9 +89,12 @@ def joined(parts: list[Rollout], pad: int) -> Rollout:
 @torch.no_grad()
 def collect(
     actors: Actors, reward: Reward, prompts: list[Prompt], replies: list[Reply], temperature: float, pad: int,
-    missing_end_penalty: float | None, micro: int,
+    missing_end_penalty: float | None, micro: int, foreign: bool = False,
 ) -> Rollout:  # fmt: skip
-    """The policy's replies, one to each prompt, scored; `micro` rows per forward pass of the scoring models."""
+    """The policy's replies, one to each prompt, scored; `micro` rows per forward pass of the scoring models.
+
+    With `foreign` replies, which another engine sampled, the policy gives log-probabilities and values anew.
+    """
     device = actors.policy.device
     prompt, prompt_mask = likelihood.left_padded([p.ids for p in prompts], pad, device)
     reply, mask = likelihood.right_padded([r.ids for r in replies], pad, device)
@@ -102,9 +106,16 @@ def collect(
     scores = torch.tensor(reward(prompts, replies), device=device)
     if missing_end_penalty is not None:
         scores = torch.where(ended.bool(), scores, torch.full_like(scores, missing_end_penalty))
-    rollout = Rollout(prompt, prompt_mask, reply, mask, logprobs, torch.zeros_like(logprobs), values, scores, ended)
+    rollout = Rollout(
+        prompt, prompt_mask, reply, mask, logprobs.clone(), torch.zeros_like(logprobs), values, scores, ended, logprobs
+    )
     for rows in rollout.by_length(torch.arange(len(rollout), device=device), micro):
         part = rollout.take(rows)
+        if foreign:
+            states = token_states(actors.policy, part)
+            _put(rollout.logprobs, rows, part.mask, reply_logprobs(actors.policy, part, states, temperature))
+            if actors.shared:
+                _put(rollout.values, rows, part.mask, reply_values(actors.critic, states))
         found = reply_logprobs(actors.reference, part, token_states(actors.reference, part), temperature)
         _put(rollout.reference_logprobs, rows, part.mask, found)
         if actors.critic is not None and not actors.shared:

@@ -194,6 +194,8 @@ class PpoConfig:
     max_grad_norm: float = number(0.0)
     advantage: str = one_of("gae", "rloo", "grpo", "reinforce++")
     critic: str = one_of("separate", "shared")
+    sampler: str = one_of("own", "vllm")
+    vllm_memory_share: float = number(0.01, 1.0)
     lora_rank: int | None = number(1)
     lora_alpha: float = number(0.0)
     gamma: float = number(0.0, 1.0)

@@ -34,6 +34,7 @@ from pipeline import (
     chat,
     checkpoint,
     data,
+    engines,
     estimators,
     guards,
     likelihood,
@@ -67,6 +68,7 @@ class Ppo:
     text: packing.PackedRows | None  # pretraining text, with ppo.ptx_coef
     micro: int  # replies per forward pass
     kl_coef: float = 0.0  # of the current rollout
+    engine: engines.Engine | None = None  # that samples instead of our own sampler
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -138,13 +140,14 @@ def load(job: Job) -> Ppo:
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     micro = job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
+    engine = engines.load(job, accelerator.num_processes, tokenizer.eos_token_id)
     loaded = actors.load(config, job.inputs, str(accelerator.device))
     optimizers = {"policy": adam(loaded.policy, config)}
     if loaded.critic is not None:
         optimizers["critic"] = adam(loaded.critic, config)
     reward = load_reward(config, loaded, tokenizer, micro)
     text = pretraining_text(job, tokenizer) if config.ptx_coef else None
-    return Ppo(job, config, accelerator, tokenizer, loaded, reward, optimizers, text, micro, config.kl_coef)
+    return Ppo(job, config, accelerator, tokenizer, loaded, reward, optimizers, text, micro, config.kl_coef, engine)
 
 
 def adam(model: Any, config: Any) -> torch.optim.Optimizer:
@@ -187,7 +190,8 @@ def announce(ppo: Ppo, prompts: list[Prompt], total: int) -> None:
     flops = passes * models.parameter_count(ppo.actors.policy) * length * config.batch_size * total
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
-    needed = memory.statement(ppo.actors, longest, min(limits.batch_size, config.batch_size), ppo.micro)
+    sampled = 0 if ppo.engine else min(limits.batch_size, config.batch_size)  # vLLM has taken its memory by now
+    needed = memory.statement(ppo.actors, longest, sampled, ppo.micro)
     ppo.job.say(memory.line(needed))
     if advice := memory.shortage(needed):
         ppo.job.say(advice)
@@ -205,16 +209,19 @@ def batch_of(prompts: list[Prompt], number: int, size: int, samples: int = 1) ->
 def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     """Sample and score replies to a batch of prompts [3] [4] [5]; each process does its share and gets the whole."""
     limits, accelerator, pad = ppo.job.config.sampling, ppo.accelerator, ppo.tokenizer.pad_token_id
+    policy, penalty = ppo.actors.policy, ppo.config.missing_end_penalty
     seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
     rows = ranks.share(range(len(prompts)), accelerator)
     mine, numbers = [prompts[i] for i in rows], sampling.random_numbers(seed, len(prompts), limits)[list(rows)]
+    ids, foreign = [p.ids for p in mine], ppo.engine is not None
+    if foreign:  # without autocast, for the engine has a precision of its own
+        replies = ppo.engine.sample(policy, ids, numbers)
     head = ppo.actors.critic.score if ppo.actors.shared else None
     with accelerator.autocast():
-        replies = sampling.sample(
-            ppo.actors.policy, [p.ids for p in mine], limits, ppo.tokenizer, numbers, value_head=head
-        )
+        if not foreign:
+            replies = sampling.sample(policy, ids, limits, ppo.tokenizer, numbers, value_head=head)
         found = rollouts.collect(
-            ppo.actors, ppo.reward, mine, replies, limits.temperature, pad, ppo.config.missing_end_penalty, ppo.micro
+            ppo.actors, ppo.reward, mine, replies, limits.temperature, pad, penalty, ppo.micro, foreign
         )
     if accelerator.num_processes == 1:
         return found

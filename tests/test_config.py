@@ -101,7 +101,8 @@ SOURCES = [
 ]
 
 
-PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py"]}  # modules that take a stage's section of the configuration
+# modules that take a stage's section of the configuration
+PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"]}
 
 
 @pytest.mark.parametrize("key", keys())
