@@ -1,6 +1,5 @@
 """The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
 
-import importlib
 import time
 import traceback
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline import launch
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.errors import UserError
 from pipeline.sources import checkpoint_digest, function_digest, source_parts
@@ -130,8 +130,6 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
 
 def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> bool:
     """Make one artifact under its lock; False when another process made it while this one waited."""
-    from pipeline.job import Job
-
     artifact = entry.artifact
     artifact.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = artifact.lock()
@@ -142,22 +140,18 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
             return False
         artifact.open()
         inputs = {parent: planned[parent].artifact.folder for parent in STAGES[entry.stage].parents}
-        job = Job(entry.stage, view(config, entry.stage), inputs, artifact.out, artifact.checkpoints)
         try:
-            _run(job, entry)
+            _run(config, entry, inputs)
         except Exception as error:
             (artifact.work / "failed.txt").write_text((str(error) or type(error).__name__).splitlines()[0] + "\n")
             (artifact.work / "traceback.txt").write_text(traceback.format_exc())
             raise
-        finally:
-            job.close()
     return True
 
 
-def _run(job: Any, entry: Planned) -> None:
+def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
     started = time.time()
-    job.start()
-    metrics = importlib.import_module(f"stages.{entry.stage}").run(job)
+    execution = _execute(config, entry, inputs)
     manifest = {
         "stage": entry.stage,
         "fingerprint": entry.fingerprint,
@@ -167,8 +161,23 @@ def _run(job: Any, entry: Planned) -> None:
             key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")
         },
     }
-    manifest |= job.finish(metrics, fingerprint=entry.fingerprint)
-    entry.artifact.finish(manifest)
+    entry.artifact.finish(manifest | execution)
+
+
+def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> dict[str, Any]:
+    """Run the stage, in this process or in `launch.processes`; returns what the manifest says of the execution."""
+    stage, artifact, seen, processes = entry.stage, entry.artifact, view(config, entry.stage), config.launch.processes
+    if processes > 1 and STAGES[stage].several_processes:
+        folders = {parent: str(folder) for parent, folder in inputs.items()}
+        places = str(artifact.out), str(artifact.checkpoints)
+        task = launch.Task(stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, processes)
+        return launch.run(task, artifact.work)
+    from pipeline.job import Job, execute
+
+    job = Job(stage, seen, inputs, artifact.out, artifact.checkpoints)
+    if processes > 1:
+        job.say(f"runs in one process: launch.processes={processes} does not concern it")
+    return execute(job, entry.fingerprint)
 
 
 def _flatten(key: str, value: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ GROUPS = [
     "model",
     "data",
     "tracker",
+    "launch",
     "experiment",
     "reward@comparisons.judge",
     "reward@ppo.reward",
@@ -93,6 +94,8 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
     if config.ppo.batch_size % config.ppo.samples_per_prompt:
         raise UserError(f"ppo.samples_per_prompt={config.ppo.samples_per_prompt}: must divide ppo.batch_size")
+    if config.launch.processes > config.ppo.batch_size:
+        raise UserError(f"launch.processes={config.launch.processes}: is above ppo.batch_size={config.ppo.batch_size}")
     if config.ppo.advantage in ("rloo", "grpo") and config.ppo.samples_per_prompt < 2:
         raise UserError(f"ppo.samples_per_prompt: ppo.advantage={config.ppo.advantage} compares replies; set 2 or more")
     if config.ppo.kl_in == "loss" and config.ppo.kl_estimator == "k1":

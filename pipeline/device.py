@@ -24,24 +24,40 @@ class Device:
 
     type: str  # cpu or cuda
     bf16: bool
-    threads: int
+    threads: int  # of this process
+    processes: int = 1  # that share the work
 
     def __str__(self) -> str:
         place = f"{self.threads} CPU threads" if self.type == "cpu" else torch.cuda.get_device_name()
-        return f"{place}, {'bf16' if self.bf16 else 'fp32'}"
+        several = f"{self.processes} × " if self.processes > 1 else ""
+        return f"{several}{place}, {'bf16' if self.bf16 else 'fp32'}"
 
 
-def set_up(runtime: DictConfig, precision: str) -> Device:
-    """Choose the device, set torch's threads, and return what was chosen. Raises `UserError` for a missing GPU."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device; several would silently share a Trainer's batch
-    if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device=cuda: torch sees no GPU here; use runtime.device=auto or cpu")
-    kind = "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+def set_up(runtime: DictConfig, precision: str, processes: int = 1) -> Device:
+    """Choose the device, set torch's threads (a share of them for each of `processes`), and return what was chosen.
+
+    Raises `UserError` for a missing GPU.
+    """
+    if processes == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several would silently share a Trainer's batch
+    kind = choose(runtime, processes)
     threads = runtime.threads or min(psutil.cpu_count(logical=False) or 1, _usable_cpus())
+    threads = max(1, threads // processes)
     torch.set_num_threads(threads)
     _keep_freed_memory()
     bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
-    return Device(kind, bf16, threads)
+    return Device(kind, bf16, threads, processes)
+
+
+def choose(runtime: DictConfig, processes: int) -> str:
+    """cuda or cpu. Raises `UserError` where not every one of `processes` would have a GPU of its own."""
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device=cuda: torch sees no GPU here; use runtime.device=auto or cpu")
+    kind = "cuda" if runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and torch.cuda.device_count() < processes:
+        seen = torch.cuda.device_count()
+        raise UserError(f"launch.processes={processes}: each needs a GPU of its own, and torch sees {seen} here")
+    return kind
 
 
 def _keep_freed_memory() -> None:
@@ -83,6 +99,12 @@ def reset_peak_memory() -> None:
             Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def free_memory() -> None:
+    """Give GPU memory that torch keeps for later back to the system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes() -> int:

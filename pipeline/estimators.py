@@ -104,7 +104,7 @@ def value_losses(
     """
     if clip_range is None:
         return 0.5 * (values - returns) ** 2, torch.zeros_like(values)
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    near = values.clamp(old_values - clip_range, old_values + clip_range)  # exactly the value where that is near
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(free, clipped), (clipped > free).float()
 

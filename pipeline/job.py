@@ -1,5 +1,6 @@
 """What a stage is given while it runs: its configuration, inputs, an empty folder, and ways to report."""
 
+import importlib
 import os
 import platform
 import sys
@@ -26,32 +27,40 @@ class Job:
     """One execution of a stage.
 
     `config` holds the keys that the fingerprint covers, `inputs` the artifact folder of each parent, `out` the folder
-    to fill, `checkpoints` a folder that survives a kill and goes when the stage is done.
+    to fill, `checkpoints` a folder that survives a kill and goes when the stage is done. Where several processes
+    execute a stage together, each has a job, and that of `rank` 0 alone writes, speaks and tracks.
     """
 
-    def __init__(self, stage: str, config: DictConfig, inputs: dict[str, Path], out: Path, checkpoints: Path):
+    def __init__(
+        self, stage: str, config: DictConfig, inputs: dict[str, Path], out: Path, checkpoints: Path,
+        rank: int = 0, processes: int = 1,
+    ):  # fmt: skip
         self.stage, self.config, self.inputs = stage, config, inputs
-        self.out, self.checkpoints = out, checkpoints
-        self.steps = StepLog(out / "log.jsonl")
+        self.out, self.checkpoints, self.main = out, checkpoints, rank == 0
+        self.steps = StepLog(out / "log.jsonl" if self.main else Path(os.devnull))
         self.wandb: WandbRun | None = None
         self.started = time.perf_counter()
-        self.device = device.set_up(config.runtime, config.get("precision", "auto"))
+        self.device = device.set_up(config.runtime, config.get("precision", "auto"), processes)
 
     def start(self) -> None:
         """Save the configuration, begin tracking, and measure memory and time from here."""
-        OmegaConf.save(self.config, self.out / "config.yaml")
         device.reset_peak_memory()
         quiet_libraries()
+        if not self.main:
+            return
+        OmegaConf.save(self.config, self.out / "config.yaml")
         if self.config.tracker.kind == "wandb":
             self.wandb = WandbRun(self.config.tracker, self.stage, self.config.run, self.checkpoints, self.config)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
-        tqdm.write(f"{self.stage:<12} {text}")
+        if self.main:
+            tqdm.write(f"{self.stage:<12} {text}")
 
     def announce(self, batch: str, steps: int | None, flops: float) -> None:
         """State device, precision, effective batch or amount of work, and estimated time from the stage's `flops`."""
-        about = f", about {_duration(device.estimated_seconds(flops))}" if self.device.type == "cpu" else ""
+        share = flops / self.device.processes
+        about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
         self.say(f"{self.device} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
     def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
@@ -60,7 +69,7 @@ class Job:
         bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]"
         return tqdm(
             total=total, initial=initial, unit=unit, unit_scale=True, desc=self.stage, bar_format=bar,
-            leave=False, mininterval=30 if quiet else 0.5, file=sys.stderr,
+            leave=False, mininterval=30 if quiet else 0.5, file=sys.stderr, disable=not self.main,
         )  # fmt: skip
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -76,16 +85,28 @@ class Job:
             "peak_memory_bytes": device.peak_memory_bytes(),
             "fingerprint": fingerprint,
         }
-        write_json(self.out / "metrics.json", metrics | cost)
+        if self.main:
+            write_json(self.out / "metrics.json", metrics | cost)
         if self.wandb:
             self.wandb.summarise(metrics | cost)
         environment = {"python": platform.python_version(), "device": str(self.device)}
         return cost | {"environment": environment | {name: version(name) for name in VERSIONED}}
 
     def close(self) -> None:
-        """End tracking, whether the stage succeeded or not."""
+        """End tracking, whether the stage succeeded or not, and leave the GPU's memory to others."""
         if self.wandb:
             self.wandb.close()
+        device.free_memory()
+
+
+def execute(job: Job, fingerprint: str) -> dict[str, Any]:
+    """Run the stage of `job` from start to end; returns what the manifest says of this execution."""
+    try:
+        job.start()
+        metrics = importlib.import_module(f"stages.{job.stage}").run(job)
+        return job.finish(metrics, fingerprint)
+    finally:
+        job.close()
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,6 @@
 """What PPO will take of memory, said before it begins."""
 
+import os
 from typing import Any
 
 import psutil
@@ -66,8 +67,10 @@ def _readable(size: int) -> str:
 
 
 def available() -> int:
-    """Bytes that are free: of the GPU where there is one, otherwise of the machine."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    """Bytes that are free: of the GPU where there is one, otherwise this process's share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def shortage(found: dict[str, Any]) -> str | None:

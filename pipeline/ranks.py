@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
@@ -53,3 +53,8 @@ def summed(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, flo
 def highest(value: float, accelerator: Accelerator) -> float:
     """The highest of the values of all processes."""
     return max(gather_object([value])) if accelerator.num_processes > 1 else value
+
+
+def decided(value: Any, accelerator: Accelerator) -> Any:
+    """What the main process says, for all: processes that round differently must still take the same way."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value

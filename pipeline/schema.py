@@ -28,6 +28,13 @@ class RuntimeConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """How many processes run a stage together."""
+
+    processes: int = number(1)
+
+
+@dataclass
 class ModelConfig:
     """The architecture to pretrain, or the checkpoint to start from."""
 
@@ -257,6 +264,7 @@ class Config:
     seed: int = number(0)
     precision: str = one_of("auto", "fp32", "bf16")
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -16,6 +16,7 @@ class Stage:
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
     version: int = 1
     metric: str = ""  # the metric that tables show
+    several_processes: bool = False  # whether several processes can run it together (`launch.processes`)
 
 
 STAGES = {
@@ -64,6 +65,7 @@ STAGES = {
         functions=("ppo.reward",),
         version=2,
         metric="score",
+        several_processes=True,
     ),
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),

@@ -94,13 +94,13 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         rollout = roll_out(ppo, batch_of(prompts, number, config.batch_size, config.samples_per_prompt), number)
         advantages, returns, metrics = estimate(rollout, ppo.kl_coef, config)
         metrics["rollout_seconds"] = time.perf_counter() - started
-        reason = guards.tripped(metrics, config)
+        reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is None:
             set_learning_rates(ppo, 1 - number / total)
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
             ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
-            reason = guards.tripped(metrics, config)
+            reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
             result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
             break
@@ -146,7 +146,8 @@ def load(job: Job) -> Ppo:
     if loaded.critic is not None:
         optimizers["critic"] = adam(loaded.critic, config)
     reward = load_reward(config, loaded, tokenizer, micro)
-    text = pretraining_text(job, tokenizer) if config.ptx_coef else None
+    with accelerator.main_process_first():  # it writes the tokens that the others read
+        text = pretraining_text(job, tokenizer) if config.ptx_coef else None
     return Ppo(job, config, accelerator, tokenizer, loaded, reward, optimizers, text, micro, config.kl_coef, engine)
 
 
@@ -386,6 +387,7 @@ def load_checkpoint(ppo: Ppo) -> int:
 def resume(ppo: Ppo) -> int:
     """Load the last checkpoint and cut the step log there; returns the rollouts that are done."""
     done = load_checkpoint(ppo)
+    ppo.accelerator.wait_for_everyone()  # before the main process writes another
     if done:
         ppo.job.say(f"continues after {done:,} rollouts")
     ppo.job.steps.rewind(done)

@@ -172,6 +172,8 @@ def test_value_loss_is_the_worse_of_free_and_clipped():
         assert losses[i].item() == pytest.approx(0.5 * max((v - r) ** 2, (near - r) ** 2), abs=1e-5)
         assert bool(clipped[i]) == ((near - r) ** 2 > (v - r) ** 2)
     assert 0 < clipped.mean() < 1
+    values = old + 0.19 * (values - old).sign()  # rounding is no clipping
+    assert not estimators.value_losses(values, old, returns, 0.2)[1].any()
 
 
 @pytest.mark.parametrize(("kl", "error"), [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (5.4, -0.1), (0.0, -0.2), (-3.0, -0.2)])

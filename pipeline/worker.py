@@ -1,0 +1,79 @@
+"""One of the processes that run a stage together: `python -m pipeline.worker JOB_FILE`, started by pipeline/launch.py.
+
+Only the main process (rank 0) writes files, speaks and tracks.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline import launch
+from pipeline.artifact import write_json
+from pipeline.errors import UserError
+
+MODES = {"cpu": ("MULTI_CPU", "gloo"), "cuda": ("MULTI_GPU", "nccl")}  # device → accelerate's mode, torch's backend
+
+
+def main(file: Path) -> None:
+    """Do this process's part of the task in `file`; after an error, which it reports to the driver, exit status 1."""
+    end_with_the_driver()
+    sys.path.insert(0, "")  # reward functions by import path may lie beside the user
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        os.dup2(1, 2)  # the launcher's stderr is a file: the progress bar goes to where the driver prints
+    try:
+        result = run(launch.read(file), rank)
+    except Exception as error:
+        launch.report(error, file.parent)
+        sys.exit(1)
+    if rank == 0:
+        write_json(file.parent / "result.json", result)
+
+
+def run(task: launch.Task, rank: int) -> dict[str, Any]:
+    """Join the other processes and run the stage; returns what the manifest says of the execution."""
+    from accelerate import PartialState
+    from omegaconf import OmegaConf
+
+    from pipeline import device
+    from pipeline.job import Job, execute
+
+    config = OmegaConf.create(task.config)
+    OmegaConf.set_struct(config, True)
+    OmegaConf.set_readonly(config, True)
+    kind = device.choose(config.runtime, task.processes)
+    state = PartialState(cpu=kind == "cpu")
+    require_mode(state, kind, task.processes)
+    inputs = {stage: Path(folder) for stage, folder in task.inputs.items()}
+    job = Job(task.stage, config, inputs, Path(task.out), Path(task.checkpoints), rank, task.processes)
+    result = execute(job, task.fingerprint)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return result
+
+
+def require_mode(state: Any, kind: str, processes: int) -> None:
+    """Raise `UserError` where accelerate has silently set up anything but `processes` processes of equal rank."""
+    found = (state.num_processes, state.distributed_type.name, state.backend)
+    if found != (processes, *MODES[kind]):
+        raise UserError(
+            f"launch.processes={processes}: accelerate set up {' '.join(map(str, found))} instead of {processes} "
+            f"{' '.join(MODES[kind])}; unset the ACCELERATE_ variables of the environment"
+        )
+
+
+def end_with_the_driver() -> None:
+    """End this process at once when the driver is gone or wants it: then standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
