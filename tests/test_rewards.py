@@ -9,11 +9,13 @@ from omegaconf import OmegaConf
 import conf
 import rewards
 from pipeline.errors import UserError
+from rewards.exact import exact_match
 from rewards.length import length
 from rewards.sentiment import textblob, vader
 
 TEXTS = ["I love this, it is wonderful!", "I hate this, it is terrible.", "The table has four legs.", "", "x" * 1000]
 CONFIGS = [yaml.safe_load(file.read_text()) for file in sorted((Path(conf.__file__).parent / "reward").glob("*.yaml"))]
+CONFIGS = [config for config in CONFIGS if config["function"]]  # null is the learned reward model
 
 
 def load(function, **args):
@@ -24,10 +26,10 @@ def load(function, **args):
 def test_each_configured_function_scores_each_completion_and_takes_extra_columns(config):
     function = load(config["function"], **config.get("args", {}))
     scores = function(prompts=["hello"] * len(TEXTS), completions=TEXTS, answer=["x"] * len(TEXTS), step=3)
-    assert scores == function(prompts=[""] * len(TEXTS), completions=TEXTS)
+    assert scores == function(prompts=[""] * len(TEXTS), completions=TEXTS, answer=["x"] * len(TEXTS))
     assert len(scores) == len(TEXTS) and all(isinstance(score, float) and -1 <= score <= 1 for score in scores)
-    assert [function(prompts=["q"], completions=[text])[0] for text in TEXTS] == scores
-    assert function(prompts=[], completions=[]) == []
+    assert [function(prompts=["q"], completions=[text], answer=["x"])[0] for text in TEXTS] == scores
+    assert function(prompts=[], completions=[], answer=[]) == []
 
 
 @pytest.mark.parametrize("function", [vader, textblob])
@@ -45,6 +47,12 @@ def test_vader_is_the_compound_score_of_the_package():
 
 def test_length_is_the_share_of_its_cap():
     assert length([""] * 4, ["", "a" * 25, "a" * 50, "a" * 80], cap=50) == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_exact_match_is_equality_but_for_white_space():
+    pairs = [("42", "42"), (" 42\n", "42"), ("4 2", "42"), ("42.", "42"), ("", "42"), ("a  b\nc", "a b c"), ("A", "a")]
+    completions, answer = zip(*pairs, strict=True)
+    assert exact_match(prompts=[""] * 7, completions=completions, answer=answer) == [1, 1, 0, 0, 0, 1, 0]
 
 
 def test_arguments_of_the_configuration_are_bound():
