@@ -65,6 +65,20 @@ def test_an_argument_that_the_function_lacks_is_refused():
         load("rewards.length:length", kap=20)
 
 
+def test_a_function_that_needs_a_column_which_is_not_there_is_refused():
+    config = OmegaConf.create({"function": "rewards.exact:exact_match", "args": {}})
+    assert rewards.load(config) is exact_match
+    with pytest.raises(UserError, match="missing a required argument: 'answer'; it is given"):
+        rewards.load(config, columns=())
+
+
+def test_a_function_that_takes_no_further_columns_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text("def f(prompts, completions):\n    return [0.0 for _ in prompts]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="got an unexpected keyword argument 'answer'"):
+        load("narrow:f")
+
+
 def test_a_function_of_ones_own_module_is_found_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def vowels(prompts, completions, **columns):\n    return [c.count('a') for c in completions]\n"
