@@ -15,17 +15,18 @@ from pipeline.job import Job
 from pipeline.sources import is_task
 from stages import MODELS
 
+GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
+
 
 def run(job: Job) -> dict[str, Any]:
     """Sample, judge, and compare with people's own replies; all replies are left in samples.jsonl."""
     config = job.config.evaluate
     stages = {name: stage for name, stage in MODELS.items() if name in config.models}
-    made = [stage for stage in ("sft", *stages.values(), "reward") if stage in job.inputs]
-    tokenizer = chat.require_same_template({stage: job.inputs[stage] for stage in made})
+    tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     examples = held_out(job, tokenizer, reference)
     announce(job, len(examples), reference)
-    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type) if "reward" in made else None
+    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type) if "reward" in job.inputs else None
     bar = job.progress(len(stages) * len(examples), "replies")
     found, replies = {}, {}
     if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
@@ -70,9 +71,6 @@ def measured(
         gold, _ = judge(job, examples, [chat.reply_text(tokenizer, reply.ids) for reply in greedy])
         metrics |= with_interval("greedy_gold", gold, job.config.evaluate)
     return metrics, [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
-
-
-GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
 
 
 def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline import chain, cli
+from pipeline import chain, cli, data
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose
 
@@ -56,6 +56,8 @@ def test_scores_and_the_evaluation_are_shares_of_exact_matches(run, runs):
     result = read_json(runs / run / "evaluate/metrics.json")
     assert result["judge"] == "exact_match" and set(result["models"]) == {"base", "sft", "ppo"}
     samples = read_lines(runs / run / "evaluate/samples.jsonl")
+    held_out = {row["key"] for row in data.load(compose(SMALL).data.replies, "test").rows}
+    assert {row["prompt"][0]["content"] for row in samples} <= held_out
     for name, model in result["models"].items():
         right = [answer_of(row) == row[name]["reply"] for row in samples]
         assert model["gold_mean"] == pytest.approx(sum(right) / 32)
