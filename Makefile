@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo $(STAGES) report status test test-all bench-ppo bench-sampler lint clean
+.PHONY: help install demo arithmetic $(STAGES) report status test test-all bench-ppo bench-sampler lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ install: $(VENV)/.installed ## create .venv and install the pinned packages
 
 demo: install ## run the whole chain on the embedded conversations (about 8 minutes on two cores)
 	$(THREEFOLD) run experiment=demo $(ARGS)
+
+arithmetic: install ## learn sums and differences with a reward by rule (about 6 minutes on two cores)
+	$(THREEFOLD) run experiment=arithmetic $(ARGS)
 
 tokenizer: install ## train the tokenizer
 pretrain: install ## pretrain the base model

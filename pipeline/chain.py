@@ -12,7 +12,7 @@ from pipeline import launch
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.errors import UserError
 from pipeline.sources import checkpoint_digest, function_digest, source_parts
-from stages import STAGES, depending_on, needed_by
+from stages import STAGES, depending_on, needed_by, parents
 
 
 @dataclass
@@ -30,11 +30,11 @@ class Planned:
 
 
 def plan(config: DictConfig, names: list[str] | None = None) -> dict[str, Planned]:
-    """The stages `names` (default all; parents before children) with fingerprints; reads data files, runs nothing."""
+    """The stages `names` (default: the whole chain) with fingerprints, parents before children; runs nothing."""
     planned: dict[str, Planned] = {}
-    for name in names or list(STAGES):
+    for name in names or needed_by(None, config):
         parts = fingerprint_parts(config, name)
-        parts |= {f"parent.{parent}": planned[parent].fingerprint for parent in STAGES[name].parents}
+        parts |= {f"parent.{parent}": planned[parent].fingerprint for parent in parents(name, config)}
         planned[name] = Planned(name, parts, Artifact(Path(config.runs), name, fingerprint_of(parts)))
     return planned
 
@@ -72,7 +72,7 @@ def view(config: DictConfig, name: str) -> DictConfig:
 
 
 def status(config: DictConfig) -> list[dict[str, Any]]:
-    """A row for each stage: its state, the reason, fingerprint, time of making and main metric."""
+    """A row for each stage of the whole chain: its state, the reason, fingerprint, time of making and main metric."""
     run = Path(config.runs) / config.run
     return [_status_row(planned, run) for planned in plan(config).values()]
 
@@ -116,10 +116,10 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     if config.target is not None and config.target not in STAGES:
         raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
     run = Path(config.runs) / config.run
-    wanted = needed_by(config.target) if config.target else list(STAGES)
+    wanted = needed_by(config.target, config)
     if config.target and config.dependents:
-        made = [name for name in depending_on(config.target) if (run / name).exists()]
-        wanted = [name for name in STAGES if any(name in needed_by(w) for w in [*wanted, *made])]
+        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
+        wanted = [name for name in STAGES if any(name in needed_by(w, config) for w in [*wanted, *made])]
     planned, ran = plan(config, wanted), []
     for entry in planned.values():
         if not entry.artifact.finished and make(config, entry, planned):
@@ -139,7 +139,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
         if artifact.finished:
             return False
         artifact.open()
-        inputs = {parent: planned[parent].artifact.folder for parent in STAGES[entry.stage].parents}
+        inputs = {parent: planned[parent].artifact.folder for parent in parents(entry.stage, config)}
         try:
             _run(config, entry, inputs)
         except Exception as error:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.errors import UserError, nearest
 from pipeline.schema import Config
+from stages import MODELS
 
 GROUPS = [
     "model",
@@ -90,6 +91,7 @@ def check_together(config: DictConfig) -> None:
     for judge in ("comparisons.judge", "evaluate.judge", "evaluate.second_judge"):
         if OmegaConf.select(config, judge).function is None:
             raise UserError(f"{judge}.function has no value: choose a reward function by import path, module:function")
+    _check_models(config.evaluate.models)
     if config.ppo.batch_size % config.ppo.minibatches:
         raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
     if config.ppo.batch_size % config.ppo.samples_per_prompt:
@@ -116,6 +118,14 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size")
     if (model.num_attention_heads or 1) % (model.num_key_value_heads or 1):
         raise UserError(f"model.num_key_value_heads={model.num_key_value_heads}: must divide num_attention_heads")
+
+
+def _check_models(models: list[str]) -> None:
+    if not models:
+        raise UserError(f"evaluate.models: is empty; name models of the chain: {', '.join(MODELS)}")
+    for name in models:
+        if name not in MODELS:
+            raise UserError(f"evaluate.models: {name} must be one of {', '.join(MODELS)}{nearest(name, MODELS)}")
 
 
 def _addable(override: str) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline import tasks
 from pipeline.errors import UserError
 from pipeline.formats import FORMATS, Message, Row, UnusableRowError, alternating
-from pipeline.sources import is_local, is_package, local_files, package_file
+from pipeline.sources import is_local, is_package, is_task, local_files, package_file
 
 BUCKETS = {"test": range(0, 5), "validation": range(5, 10), "train": range(10, 100)}
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -101,6 +102,8 @@ def _read(source: DictConfig, split: str) -> list[tuple[str, int, Row]]:
     """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
     if source.format == "chitchat":
         return _read_chitchat(package_file(source.path) if is_package(source.path) else local_files(source.path)[0])
+    if is_task(source.path):
+        return [(source.path, number, row) for number, row in enumerate(tasks.generator(source.path)(), start=1)]
     if is_package(source.path) or is_local(source.path):
         files = (
             [package_file(source.path)]

@@ -25,7 +25,7 @@ CURVES = {
         "logps/rejected": "log-probability of rejected, nats",
     },
     "ppo": {
-        "score": "normalised reward model score",
+        "score": "score, normalised where a reward model gives it",
         "kl": "KL to the SFT model, nats per reply",
         "reply_tokens": "reply length, tokens",
         "entropy": "entropy, nats per token",
@@ -48,7 +48,7 @@ def write_report(config: DictConfig) -> Path:
         run=config.run,
         written=time.strftime("%Y-%m-%d %H:%M"),
         stages=stage_rows(summary["stages"]),
-        models=model_rows(summary["stages"]),
+        models=model_table(summary["stages"]),
         outdated=summary["outdated"],
         samples=samples(folder, summary["stages"]),
         figures=figures(folder),
@@ -103,11 +103,11 @@ def stage_rows(stages: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ),
         "ppo": lambda m: (
             f"score {m['score']:+.2f} at KL {m['kl']:.1f} nats per reply, {m['episodes']:,} episodes",
-            "SFT model: score 0 ± 1, KL 0",
+            "SFT model: KL 0, and 0 ± 1 where a reward model scores",
         ),
         "evaluate": lambda m: (
-            f"gold mean {m['models']['ppo']['gold_mean']:.3f} with PPO, {m['models']['dpo']['gold_mean']:.3f} with DPO",
-            f"SFT {m['models']['sft']['gold_mean']:.3f}, people {m['models']['human']['gold_mean']:.3f}",
+            f"{m['judge']} {_gold_means(m['models'], {'ppo': 'with PPO', 'dpo': 'with DPO'})}",
+            _gold_means(m["models"], {"base": "base", "sft": "SFT", "human": "people"}),
         ),
     }
     return [
@@ -115,27 +115,44 @@ def stage_rows(stages: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def model_rows(stages: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each model that was evaluated; empty when none was."""
-    models = stages.get("evaluate", {}).get("models", {})
-    return [(name, *_model_row(models[name])) for name in ORDER if name in models]
+def _gold_means(models: dict[str, Any], words: dict[str, str]) -> str:
+    return ", ".join(f"{models[name]['gold_mean']:.3f} {said}" for name, said in words.items() if name in models)
 
 
-MODEL_COLUMNS = (
-    "model", "gold judge", "second judge", "reward model", "KL, nats per reply", "length, characters", "distinct-2",
-    "ended", "reply bits per byte",
-)  # fmt: skip
+# columns of the table of models: metric → (heading, format); a column that no model has is left out
+COLUMNS = {
+    "gold_mean": ("gold judge: {judge}", ".3f"),
+    "greedy_gold_mean": ("{judge}, greedy", ".3f"),
+    "second_judge_mean": ("second judge: {second_judge}", ".3f"),
+    "proxy_mean": ("reward model", "+.2f"),
+    "kl": ("KL, nats per reply", ".2f"),
+    "length": ("length, characters", ".1f"),
+    "distinct_2": ("distinct-2", ".3f"),
+    "ended_share": ("ended", ".1%"),
+    "reply_bits_per_byte": ("reply bits per byte", ".3f"),
+}
 
 
-def _model_row(m: dict[str, Any]) -> tuple[str, ...]:
-    def cell(key: str, form: str) -> str:
-        return format(m[key], form) if key in m else "–"
+def model_table(stages: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The heading and a row for each model that was evaluated; empty when none was."""
+    if "evaluate" not in stages:
+        return []
+    evaluate, models = stages["evaluate"], stages["evaluate"]["models"]
+    columns = {key: column for key, column in COLUMNS.items() if any(key in m for m in models.values())}
+    heading = ("model", *(said.format(**evaluate) for said, _ in columns.values()))
+    rows = [
+        (name, *(_cell(models[name], key, form) for key, (_, form) in columns.items()))
+        for name in ORDER
+        if name in models
+    ]
+    return [heading, *rows]
 
-    gold = f"{m['gold_mean']:.3f} {_interval(m['gold_ci95'], '.3f')}"
-    return (
-        gold, cell("second_judge_mean", ".3f"), cell("proxy_mean", "+.2f"), cell("kl", ".2f"), cell("length", ".1f"),
-        cell("distinct_2", ".3f"), cell("ended_share", ".1%"), cell("reply_bits_per_byte", ".3f"),
-    )  # fmt: skip
+
+def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
+    if key not in metrics:
+        return "–"
+    interval = metrics.get(f"{key.removesuffix('_mean')}_ci95")
+    return format(metrics[key], form) + (f" {_interval(interval, form)}" if interval else "")
 
 
 def _interval(bounds: list[float], form: str) -> str:
@@ -147,8 +164,8 @@ def print_table(folder: Path) -> None:
     stages = summarise(folder)["stages"]
     console = Console(width=None if Console().is_terminal else 170)
     console.print(_table(("stage", "result", "measured against", "time"), stage_rows(stages)))
-    if rows := model_rows(stages):
-        console.print(_table(MODEL_COLUMNS, rows))
+    if table := model_table(stages):
+        console.print(_table(table[0], table[1:]))
     console.print(f"report: {folder / 'report.html'}   numbers: {folder / 'summary.json'}", highlight=False)
 
 

@@ -235,7 +235,9 @@ class PpoConfig:
 class EvaluateConfig:
     """Stage `evaluate`."""
 
+    models: list[str] = field(default_factory=list)
     prompts: int = number(2)
+    greedy: bool = MISSING
     samples_shown: int = number(0)
     bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)

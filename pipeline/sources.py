@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from pipeline import tasks
 from pipeline.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
@@ -15,6 +16,11 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 def is_package(path: str) -> bool:
     """Whether `path` names a file inside an installed package, package:MODULE/FILE."""
     return path.startswith("package:")
+
+
+def is_task(path: str) -> bool:
+    """Whether `path` names problems that the project generates, task:NAME."""
+    return path.startswith("task:")
 
 
 def is_local(path: str) -> bool:
@@ -56,8 +62,12 @@ def source_parts(source: Any) -> dict[str, Any]:
     The path of a local file is no part of it: the same content elsewhere is the same data.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
-    if source.splits and (is_package(source.path) or source.format == "chitchat"):
-        raise UserError(f"{source.path}: is one file, so it cannot have splits; leave splits out")
+    if source.splits and (is_package(source.path) or is_task(source.path) or source.format == "chitchat"):
+        kind = "generated" if is_task(source.path) else "one file"
+        raise UserError(f"{source.path}: is {kind}, so it cannot have splits; leave splits out")
+    if is_task(source.path):
+        tasks.generator(source.path)  # refuses an unknown name
+        return parts | {"path": source.path, "content": file_digest(Path(tasks.__file__))}
     if is_package(source.path):
         return parts | {"content": file_digest(package_file(source.path))}
     if source.splits and "train" not in source.splits:

@@ -1,6 +1,7 @@
 """The chain: every stage with what it needs. Importing this package imports no stage, so it costs nothing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,7 +11,7 @@ class Stage:
     `version` is raised whenever the stage's numerics change: artifacts of an older version are stale.
     """
 
-    parents: tuple[str, ...]
+    parents: tuple[str, ...]  # all that it can need; `parents` has those of a configuration
     keys: tuple[str, ...]  # the configuration it may read; all of it is in its fingerprint
     sources: tuple[str, ...] = ()  # keys of data sources whose content is in its fingerprint
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
@@ -78,19 +79,33 @@ STAGES = {
 }
 
 
-def needed_by(target: str) -> list[str]:
-    """The stages that `target` needs, itself included, in the order they run."""
-    needed = {target}
+MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # a model's name → the stage that makes it
+
+
+def parents(name: str, config: Any) -> list[str]:
+    """The stages whose artifacts stage `name` needs under `config`, in the order they run.
+
+    PPO with a reward by rule needs no reward model. The evaluation needs the models that it compares, SFT as the
+    reference of KL, and the comparisons and reward model only where one of these was made with them.
+    """
+    if name == "ppo" and config.ppo.reward.function is not None:
+        return ["sft"]
+    if name == "evaluate":
+        compared = ["sft", *(MODELS[model] for model in config.evaluate.models)]
+        made_with = {stage for model in compared for stage in needed_by(model, config)}
+        return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
+    return list(STAGES[name].parents)
+
+
+def needed_by(target: str | None, config: Any) -> list[str]:
+    """The stages that `target` needs, itself included, in the order they run; None is the last stage of the chain."""
+    needed = {target or list(STAGES)[-1]}
     for name in reversed(STAGES):
         if name in needed:
-            needed.update(STAGES[name].parents)
+            needed.update(parents(name, config))
     return [name for name in STAGES if name in needed]
 
 
-def depending_on(target: str) -> list[str]:
+def depending_on(target: str, config: Any) -> list[str]:
     """The stages that need `target`, directly or not, in the order they run, without itself."""
-    depending = {target}
-    for name, stage in STAGES.items():
-        if depending & set(stage.parents):
-            depending.add(name)
-    return [name for name in STAGES if name in depending and name != target]
+    return [name for name in STAGES if name != target and target in needed_by(name, config)]

@@ -51,7 +51,7 @@ def _preference_rows(loaded: data.Rows) -> list[dict[str, Any]]:
 def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """Pairs of samples of the SFT model, and of two people's replies to one context, labelled by the judge."""
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
-    judge = rewards.load(config.judge)
+    judge = rewards.load(config.judge, columns=())
     sampled, held_out, unfinished = sampled_replies(job)
     people = data.replies_by_prompt(data.training_examples(job.config.data.replies, job.config.data.dialogue))
     train, kept = best_pairs(sampled, judge, config, "samples")

@@ -1,9 +1,10 @@
-"""Stage `evaluate`: all models of the run reply to the same held-out prompts, judged by two judges."""
+"""Stage `evaluate`: the models of the run reply to the same held-out prompts, judged by two judges."""
 
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 import rewards
 from pipeline import chat, data, likelihood, models, rollouts, sampling, statistics
@@ -11,60 +12,89 @@ from pipeline.artifact import read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.sources import is_task
+from stages import MODELS
 
-MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}
+GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
 
 
 def run(job: Job) -> dict[str, Any]:
     """Sample, judge, and compare with people's own replies; all replies are left in samples.jsonl."""
     config = job.config.evaluate
-    tokenizer = chat.require_same_template({name: job.inputs[name] for name in (*MODELS.values(), "reward")})
+    stages = {name: stage for name, stage in MODELS.items() if name in config.models}
+    tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     examples = held_out(job, tokenizer, reference)
     announce(job, len(examples), reference)
-    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type)
-    bar = job.progress(len(MODELS) * len(examples), "replies")
-    found, replies = {}, {"human": [example.reply for example in examples]}
-    for name, stage in MODELS.items():
+    reward_model = models.load_reward_model(job.inputs["reward"], job.device.type) if "reward" in job.inputs else None
+    bar = job.progress(len(stages) * len(examples), "replies")
+    found, replies = {}, {}
+    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
+        found["human"], replies["human"] = {}, [example.reply for example in examples]
+    for name, stage in stages.items():
         policy = models.load_policy(job.inputs[stage], job.device.type)
-        sampled = sample(job, policy, tokenizer, examples)
-        replies[name] = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
-        prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-        found[name] = {
-            "ended_share": float(np.mean([reply.ended for reply in sampled])),
-            "kl": kl(job, policy, reference, prompts, sampled, tokenizer.pad_token_id),
-            "reply_bits_per_byte": reply_bits_per_byte(policy, tokenizer, examples),
-            "proxy_mean": proxy(reward_model, prompts, sampled, tokenizer.pad_token_id),
-        }
+        found[name], replies[name] = measured(job, policy, reference, reward_model, tokenizer, examples)
         bar.update(len(examples))
     bar.close()
-    judged = {name: judge(job, examples, texts) for name, texts in replies.items()}
-    for name, (gold, second) in judged.items():
-        found[name] = {
-            "gold_mean": float(np.mean(applicable(gold, "judge"))),
-            "gold_ci95": statistics.mean_interval(applicable(gold, "judge"), config.bootstrap, config.seed),
-            "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
-            "length": float(np.mean([len(text) for text in replies[name]])),
-            "distinct_2": distinct_n(replies[name], 2),
-        } | found.get(name, {})
+    scores = {name: judge(job, examples, texts) for name, texts in replies.items()}
+    for name, (gold, second) in scores.items():
+        found[name] = judged(job, replies[name], gold, second) | found[name]
     rows = [
-        {"prompt": e.prompt, **{name: {"reply": replies[name][i], "gold": judged[name][0][i]} for name in replies}}
+        {"prompt": e.prompt, **{name: {"reply": replies[name][i], "gold": scores[name][0][i]} for name in replies}}
         for i, e in enumerate(examples)
     ]
     write_lines(job.out / "samples.jsonl", rows)
-    return {
+    return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "prompts": len(examples),
-        "ppo_gold_mean": found["ppo"]["gold_mean"],
+        "judge": config.judge.function.partition(":")[2],
+        "second_judge": config.second_judge.function.partition(":")[2],
         "shown": config.samples_shown,
     }
 
 
+def measured(
+    job: Job, policy: Any, reference: Any, reward_model: Any, tokenizer: Any, examples: list[Example]
+) -> tuple[dict[str, Any], list[str]]:
+    """What is measured of a model itself, and its sampled replies."""
+    sampled = sample(job, policy, tokenizer, examples, job.config.sampling)
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    metrics = {
+        "ended_share": float(np.mean([reply.ended for reply in sampled])),
+        "kl": kl(job, policy, reference, prompts, sampled, tokenizer.pad_token_id),
+        "reply_bits_per_byte": reply_bits_per_byte(policy, tokenizer, examples),
+    }
+    if reward_model is not None:
+        metrics["proxy_mean"] = proxy(reward_model, prompts, sampled, tokenizer.pad_token_id)
+    if job.config.evaluate.greedy:
+        greedy = sample(job, policy, tokenizer, examples, OmegaConf.merge(job.config.sampling, GREEDY))
+        gold, _ = judge(job, examples, [chat.reply_text(tokenizer, reply.ids) for reply in greedy])
+        metrics |= with_interval("greedy_gold", gold, job.config.evaluate)
+    return metrics, [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
+
+
+def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
+    """What the judges' scores of one model's replies, and the replies as text, come to."""
+    return with_interval("gold", gold, job.config.evaluate) | {
+        "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
+        "length": float(np.mean([len(text) for text in replies])),
+        "distinct_2": distinct_n(replies, 2),
+    }
+
+
+def with_interval(name: str, scores: list[float | None], config: Any) -> dict[str, Any]:
+    """The mean of the gold judge's scores and its bootstrap 95 % interval over prompts."""
+    found = applicable(scores, "judge")
+    interval = statistics.mean_interval(found, config.bootstrap, config.seed)
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
+
+
 def announce(job: Job, prompts: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
-    replies = len(MODELS) * prompts
+    compared = len(set(job.config.evaluate.models))
+    replies = compared * prompts
     flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
-    job.announce(f"{replies:,} replies of {len(MODELS)} models to {prompts} held-out prompts", None, flops)
+    job.announce(f"{replies:,} replies of {compared} models to {prompts} held-out prompts", None, flops)
 
 
 def held_out(job: Job, tokenizer: Any, model: Any) -> list[Example]:
@@ -73,18 +103,19 @@ def held_out(job: Job, tokenizer: Any, model: Any) -> list[Example]:
     trained_on = {
         data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
     }
-    trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
+    if "comparisons" in job.inputs:
+        trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
     found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
     drawn = data.draw(found, 2 * job.config.evaluate.prompts, job.config.evaluate.seed)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
     return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][: job.config.evaluate.prompts]
 
 
-def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example]) -> list[sampling.Reply]:
-    """One reply to each prompt."""
+def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example], how: Any) -> list[sampling.Reply]:
+    """One reply to each prompt, sampled as `how` says."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), job.config.sampling)
-    return sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
+    numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), how)
+    return sampling.sample(policy, prompts, how, tokenizer, numbers)
 
 
 @torch.no_grad()
@@ -127,10 +158,10 @@ def proxy(reward_model: Any, prompts: list[list[int]], replies: list[sampling.Re
 
 
 def judge(job: Job, examples: list[Example], replies: list[str]) -> tuple[list[float | None], list[float | None]]:
-    """Scores of each reply by the gold judge and by the second judge."""
-    prompts = [example.prompt[-1]["content"] for example in examples]
+    """Scores of each reply by the gold judge and by the second judge; both get the data's own reply as `answer`."""
+    columns = {"prompts": [e.prompt[-1]["content"] for e in examples], "answer": [e.reply for e in examples]}
     gold, second = (
-        rewards.load(config)(prompts=prompts, completions=replies)
+        rewards.load(config)(completions=replies, **columns)
         for config in (job.config.evaluate.judge, job.config.evaluate.second_judge)
     )
     return gold, second

@@ -17,7 +17,7 @@ from pipeline import chain, sources
 from pipeline.artifact import Artifact, read_json, read_lines
 from pipeline.config import compose, keys
 from pipeline.errors import UserError
-from stages import STAGES, Stage, depending_on, needed_by
+from stages import STAGES, Stage, depending_on, needed_by, parents
 
 ALL = ("tokenizer", "pretrain", "sft", "comparisons", "reward", "dpo", "ppo", "evaluate")
 FROM_SFT = set(ALL[2:])
@@ -205,8 +205,52 @@ def test_parents_stand_before_their_children():
     ],
 )
 def test_needed_by_and_depending_on(stage, needed, depending):
-    assert needed_by(stage) == needed
-    assert depending_on(stage) == depending
+    assert needed_by(stage, composed()) == needed
+    assert depending_on(stage, composed()) == depending
+
+
+RULE = "reward@ppo.reward=length"
+NO_DPO = "evaluate.models=[base,sft,ppo]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chain_without", "inputs"),
+    [
+        ([], set(), {"pretrain", "sft", "comparisons", "reward", "dpo", "ppo"}),
+        ([RULE], {"reward"}, {"pretrain", "sft", "comparisons", "dpo", "ppo"}),
+        ([NO_DPO], {"dpo"}, {"pretrain", "sft", "comparisons", "reward", "ppo"}),
+        ([RULE, NO_DPO], {"comparisons", "reward", "dpo"}, {"pretrain", "sft", "ppo"}),
+        (["evaluate.models=[dpo]"], {"reward", "ppo"}, {"sft", "comparisons", "dpo"}),
+        (["evaluate.models=[base]"], {"comparisons", "reward", "dpo", "ppo"}, {"pretrain", "sft"}),
+    ],
+)
+def test_the_chain_holds_what_the_evaluation_needs(overrides, chain_without, inputs):
+    config = composed(*overrides)
+    assert needed_by(None, config) == [name for name in ALL if name not in chain_without]
+    assert set(parents("evaluate", config)) == inputs
+    assert list(chain.plan(config)) == needed_by(None, config)
+
+
+def test_a_stage_that_the_chain_leaves_out_can_still_be_asked_for():
+    config = composed(RULE, NO_DPO)
+    assert needed_by("dpo", config) == ["tokenizer", "pretrain", "sft", "comparisons", "dpo"]
+    assert depending_on("dpo", config) == depending_on("reward", config) == []
+    assert depending_on("sft", config) == ["comparisons", "reward", "dpo", "ppo", "evaluate"]
+
+
+def test_a_rule_of_ppo_is_in_its_fingerprint_and_the_reward_model_is_not(tmp_path, monkeypatch):
+    def fingerprint(*overrides):
+        return fingerprints(RULE, *overrides, names=["tokenizer", "pretrain", "sft", "ppo"])["ppo"]
+
+    assert fingerprint() == fingerprint("reward.epochs=2", "comparisons.min_gap=0.1")
+    assert len({fingerprint(), fingerprint("ppo.reward.args.cap=50"), fingerprints()["ppo"]}) == 3
+    monkeypatch.syspath_prepend(tmp_path)
+    found = set()
+    for code in ("1", "2"):
+        (tmp_path / "my_rule.py").write_text(f"def score(**rows): return {code}\n")
+        sources.file_digest.cache_clear()
+        found.add(fingerprint("ppo.reward.function=my_rule:score"))
+    assert len(found) == 2
 
 
 # a chain of stages that only count how often they run:  first ─▶ second ─▶ third

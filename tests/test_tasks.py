@@ -1,0 +1,64 @@
+"""Generated problems: the same every time, right by another calculation, and in one split each."""
+
+import re
+
+import pytest
+
+from pipeline import chain, data, tasks
+from pipeline.config import compose
+from pipeline.errors import UserError
+
+
+def test_a_generator_gives_the_same_problems_every_time():
+    assert tasks.arithmetic() == tasks.arithmetic() != tasks.arithmetic(seed=1)
+
+
+def test_sums_and_differences_are_right():
+    for problem in tasks.arithmetic():
+        assert re.fullmatch(r"\d{1,2}[+-]\d{1,2}", problem["prompt"])
+        first, sign, second = re.split(r"([+-])", problem["prompt"])
+        unary = len(range(int(first))) + (1 if sign == "+" else -1) * len(range(int(second)))
+        assert problem["completion"] == f"{unary}" and unary >= 0
+
+
+def test_no_problem_occurs_twice_even_with_its_terms_exchanged():
+    found = [(re.sub(r"\d", "", p["prompt"]), *sorted(re.split(r"[+-]", p["prompt"]))) for p in tasks.arithmetic()]
+    assert len(set(found)) == len(found) == 100 * 101
+
+
+def splits(source):
+    return {split: {row["key"] for row in data.load(source, split).rows} for split in ("train", "validation", "test")}
+
+
+def test_what_is_held_out_occurs_in_no_training_data():
+    """The texts of pretraining and the prompts of the later stages are split alike."""
+    sources = compose(["data=arithmetic"]).data
+    text, replies = splits(sources.text), splits(sources.replies)
+    assert text == replies
+    assert sum(map(len, text.values())) == len(set().union(*text.values())) == 100 * 101
+    assert min(map(len, text.values())) > 400
+    first = data.texts(data.load(sources.text, "test").rows)[0]
+    assert first in {f"{p['prompt']}\n{p['completion']}" for p in tasks.arithmetic()}
+
+
+def test_a_task_counts_in_the_fingerprint_by_name_and_source_code(tmp_path, monkeypatch):
+    def fingerprint():
+        return chain.plan(compose(["data=arithmetic"]), ["tokenizer"])["tokenizer"]
+
+    before = fingerprint()
+    assert before.parts["data.text.path"] == "task:arithmetic"
+    (tmp_path / "tasks.py").write_text("# another source\n")
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "tasks.py"))
+    assert fingerprint().fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("path=task:arithmetics", r"task:arithmetics: no such task \(nearest: arithmetic\); there are arithmetic"),
+        ("splits={train: a}", "task:arithmetic: is generated, so it cannot have splits"),
+    ],
+)
+def test_a_task_that_is_not_there_or_cannot_be_split_is_refused_before_any_work(override, message):
+    with pytest.raises(UserError, match=message):
+        chain.plan(compose(["data=arithmetic", f"data.text.{override}"]), ["tokenizer"])
