@@ -4,6 +4,7 @@ Only the main process (rank 0) writes files, speaks and tracks.
 """
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ MODES = {"cpu": ("MULTI_CPU", "gloo"), "cuda": ("MULTI_GPU", "nccl")}  # device 
 def main(file: Path) -> None:
     """Do this process's part of the task in `file`; after an error, which it reports to the driver, exit status 1."""
     end_with_the_driver()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end without a traceback
     sys.path.insert(0, "")  # reward functions by import path may lie beside the user
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

@@ -71,7 +71,7 @@ def test_a_value_reaches_its_stage_and_what_depends_on_it_and_no_other(override,
 def test_names_folders_and_the_machine_reach_no_fingerprint(tmp_path):
     elsewhere = ["run=other", f"runs={tmp_path}", "target=ppo", "dependents=false", "tracker=none", "tracker.project=x"]
     machine = ["device=cpu", "threads=1", "micro_batch_size=4", "checkpoints=2", "log_every=3"]
-    assert changed(*elsewhere, *(f"runtime.{m}" for m in machine)) == set()
+    assert changed("launch=ddp", *elsewhere, *(f"runtime.{m}" for m in machine)) == set()
 
 
 def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
         (tmp_path / f"hh-rlhf/{split}.jsonl.gz").touch()
     config = compose(["experiment=hh", "reward@evaluate.judge=length"])
     covered = {part for planned in chain.plan(config).values() for part in planned.parts}
-    neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.")
+    neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.")
     # of a local source its content counts, not its place; entries of a dictionary count one by one
     local = (".path", ".config_name", ".splits", ".columns", ".args")
     local = [k for k in keys() if k.endswith(local) or (k.startswith("data.") and k.endswith(".revision"))]

@@ -97,6 +97,21 @@ def test_more_processes_than_replies_are_refused():
         compose(["launch=ddp", "launch.processes=4", "ppo.batch_size=2", "ppo.minibatches=1"])
 
 
+def test_only_stages_that_can_are_started_in_several_processes(tmp_path, monkeypatch, capsys):
+    options = ["experiment=smoke", "launch=ddp", "tracker=none", "runtime.device=cpu", f"runs={tmp_path}"]
+    config, tasks = compose(options), []
+    planned = chain.plan(config)
+    monkeypatch.setattr(launch, "run", lambda task, work: tasks.append(task) or {"seconds": 1})
+    monkeypatch.setitem(sys.modules, "stages.dpo", SimpleNamespace(run=lambda job: {"accuracy": 0.5}))
+    for stage in ("dpo", "ppo"):
+        assert chain.make(config, planned[stage], planned)
+    assert "dpo          runs in one process: launch.processes=2 does not concern it" in capsys.readouterr().out
+    (task,) = tasks
+    assert (task.stage, task.processes) == ("ppo", 2) and set(task.inputs) == {"sft", "reward"}
+    assert task.config == OmegaConf.to_container(chain.view(config, "ppo"))
+    assert read_json(planned["ppo"].artifact.folder / "manifest.json")["seconds"] == 1
+
+
 # The driver's side, with small programs in place of the launcher
 
 TASK = launch.Task("ppo", {}, {}, "out", "checkpoints", "abc", 2)
@@ -252,12 +267,13 @@ def test_ranks_without_rows_and_a_guard_that_rolls_back_stay_in_step(smoke, plac
 def test_adapters_shared_trunk_and_pretraining_text_agree_up_to_a_guard_that_stops(smoke, places, capfd):
     one, two = places
     options = [*PPO, "ppo.critic=shared", "ppo.lora_rank=4", "ppo.ptx_coef=0.5", "ppo.ptx_batch_size=3"]
-    options += ["ppo.ptx_context=32", "ppo.max_kl=2.5", "ppo.learning_rate=0.005", "ppo.batch_size=10"]
+    options += ["ppo.ptx_context=32", "ppo.max_kl=0.8", "ppo.learning_rate=0.005", "ppo.batch_size=10"]
+    options += ["ppo.epochs=1", "ppo.episodes=40"]
     cli.main(["run", *options, f"runs={one}"])
     cli.main(["run", *options, "launch=ddp", f"runs={two}"])
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ppo ") and "stopped" in line]
     assert len(said) == 2 and said[0] == said[1] and "the policy stays as it is" in said[0]
-    assert len(agree(one, two, smoke)) > 1
+    assert len(agree(one, two, smoke)) == 3
 
 
 FUNCTION = """
