@@ -120,7 +120,6 @@ class FusedDecoder(Decoder):
         self.hidden = None if mask.all() else _hidden(mask, room, states.dtype)
         return states
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """States [B, D] after one more token [B] for each row."""
         self.position = self.position + 1
@@ -132,7 +131,7 @@ class FusedDecoder(Decoder):
 
     def _layer(self, x: Tensor, weights: dict[str, Any], cached: RoomyLayer, cosine: Tensor, sine: Tensor) -> Tensor:
         h = _normed(x, weights["attention_norm"])
-        h = F.linear(h, *weights["qkv"]).view(len(x), -1, self.width)  # [B, H + 2 G, W]
+        h = _product(h, *weights["qkv"]).view(len(x), -1, self.width)  # [B, H + 2 G, W]
         turning, values = h.split([self.heads + self.groups, self.groups], 1)
         if weights["head_norm"] is not None:
             turning = _normed(turning, weights["head_norm"])
@@ -144,10 +143,10 @@ class FusedDecoder(Decoder):
         if self.hidden is not None:
             scores = scores + self.hidden[..., : keys.size(2)]
         h = (scores.softmax(-1) @ values).reshape(len(x), -1)
-        x = x + F.linear(h, *weights["out"])
+        x = x + _product(h, *weights["out"])
         h = _normed(x, weights["mlp_norm"])
-        gate, up = F.linear(h, *weights["gate_up"]).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, *weights["down"])
+        gate, up = _product(h, *weights["gate_up"]).chunk(2, -1)
+        return x + _product(F.silu(gate) * up, *weights["down"])
 
     def keep(self, rows: Tensor) -> None:
         """Only the rows [n] go on."""
@@ -186,7 +185,12 @@ def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
 def _stacked(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases).detach()
-    return torch.cat([merged_weight(projection) for projection in projections]).detach(), bias
+    return torch.cat([merged_weight(projection) for projection in projections]).detach().t().contiguous(), bias
+
+
+def _product(h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear layer makes of `h` [B, in]; `matrix` [in, out] is transposed beforehand: faster for few rows."""
+    return h @ matrix if bias is None else torch.addmm(bias, h, matrix)
 
 
 def _norm(weight: Tensor, config: Any) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def set_up(runtime: DictConfig, precision: str, processes: int = 1) -> Device:
     threads = runtime.threads or min(psutil.cpu_count(logical=False) or 1, _usable_cpus())
     threads = max(1, threads // processes)
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    _manage_freed_memory(runtime.keep_freed_memory)
     bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
     return Device(kind, bf16, threads, processes)
 
@@ -60,16 +60,19 @@ def choose(runtime: DictConfig, processes: int) -> str:
     return kind
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed blocks of up to 32 MiB instead of returning them: training asks for them again at once.
+def _manage_freed_memory(keep: bool) -> None:
+    """Have glibc keep freed blocks of up to 32 MiB for what comes next, or return those of 128 KiB and more at once.
 
-    Without this a fifth of a small model's training time on CPU goes into page faults (docs/log.md). Other C
-    libraries have no `mallopt`, and are left as they are.
+    Training asks for them again at once: where they are returned, a fifth of a small model's training time on CPU goes
+    into page faults; where they are kept, gaps between them cost memory (docs/log.md). Other C libraries have no
+    `mallopt`, and are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        for parameter, size in ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20)):
-            mallopt(parameter, size)
+    if not mallopt:
+        return
+    kept = ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20))
+    for parameter, size in kept if keep else ((M_MMAP_THRESHOLD, 128 * 2**10),):
+        mallopt(parameter, size)
 
 
 def _usable_cpus() -> int:

@@ -28,7 +28,7 @@ class Reply:
     values: list[float]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model: nn.Module,
     prompts: list[list[int]],

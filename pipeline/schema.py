@@ -22,6 +22,7 @@ class RuntimeConfig:
 
     device: str = one_of("auto", "cpu", "cuda")
     threads: int | None = number(1)
+    keep_freed_memory: bool = MISSING
     micro_batch_size: int | None = number(1)
     checkpoints: int = number(1)
     log_every: int = number(1)

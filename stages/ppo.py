@@ -188,7 +188,8 @@ def announce(ppo: Ppo, prompts: list[Prompt], total: int) -> None:
     length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
     trained = 1 + (ppo.actors.critic is not None and not ppo.actors.shared)
     passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
-    flops = passes * models.parameter_count(ppo.actors.policy) * length * config.batch_size * total
+    size = models.parameter_count(getattr(ppo.actors.policy, "base", ppo.actors.policy))
+    flops = passes * size * length * config.batch_size * total
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
     sampled = 0 if ppo.engine else min(limits.batch_size, config.batch_size)  # vLLM has taken its memory by now

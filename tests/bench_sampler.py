@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model-type", default="llama", help="architecture: llama, qwen3, qwen2, mistral, ...")
     given = parser.parse_args()
-    device.set_up(OmegaConf.create({"device": "cpu", "threads": 1}), "fp32")
+    device.set_up(OmegaConf.create({"device": "cpu", "threads": 1, "keep_freed_memory": True}), "fp32")
     table = Table("replies", "batch", "generate", "generate, log-probabilities", "ours", "ratio", "ratio, log-prob.")
     for ending in (False, True):
         model = model_of(given.model_type, ending)
