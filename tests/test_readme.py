@@ -101,18 +101,41 @@ def test_logged_steps_equal_their_documentation(stage, smoke):
     assert written == documented(f"{stage} steps")
 
 
+DETAIL = r"^\| (\d+) \| .*? \| \[`([\w/.]+)` `(\w+)`\]\(\.\./\2#L(\d+)\) \|"
+
+
+def line_of(file: str, function: str) -> int:
+    """The line on which a file defines a function."""
+    lines = (ROOT / file).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.startswith(f"def {function}("))
+
+
 def test_the_details_of_ppo_are_those_of_its_code():
-    rows = re.findall(r"^\| (\d+) \| .*? \| `([\w/.]+)` `(\w+)` \|", PPO, re.MULTILINE)
+    rows = re.findall(DETAIL, PPO, re.MULTILINE)
     explained, code = (ROOT / "stages/ppo.py").read_text().split('"""', 2)[1:]
     numbers = re.findall(r"^ ?\[(\d+)\] ", explained, re.MULTILINE)
-    assert [number for number, _, _ in rows] == numbers == [str(i + 1) for i in range(len(rows))]
+    assert [number for number, *_ in rows] == numbers == [str(i + 1) for i in range(len(rows))]
     code += (ROOT / "pipeline/advantages.py").read_text()
-    for number, file, function in rows:
+    for number, file, function, line in rows:
         assert f"[{number}]" in code, f"no line of PPO's code is marked [{number}]"
-        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (file, function)
+        assert line_of(file, function) == int(line), "run `python tests/test_readme.py` after moving code"
     for test in set(re.findall(r"tests/\w+\.py", PPO)):
         assert (ROOT / test).is_file()
 
 
 def test_the_make_default_lists_the_targets():
     assert ".DEFAULT_GOAL := help" in MAKEFILE
+
+
+def write_lines_of_details() -> None:
+    """Bring the line numbers in docs/ppo.md up to date."""
+    new = re.sub(
+        r"\[`([\w/.]+)` `(\w+)`\]\(\.\./\1#L\d+\)",
+        lambda found: f"[`{found[1]}` `{found[2]}`](../{found[1]}#L{line_of(found[1], found[2])})",
+        PPO,
+    )
+    (ROOT / "docs" / "ppo.md").write_text(new)
+
+
+if __name__ == "__main__":
+    write_lines_of_details()
