@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline import chain, chat, estimators, likelihood, models, rollouts, sampling
 from pipeline.advantages import estimate
 from pipeline.config import compose
-from pipeline.job import Job
+from pipeline.job import Job, quiet_libraries
 from stages import evaluate, ppo
 
 CHUNK = 32  # rows per forward pass
@@ -212,7 +212,7 @@ def gold(policy: Any, job: Job) -> float:
     tokenizer = chat.require_same_template(job.inputs)
     job = Job("evaluate", job.config, {**job.inputs, "comparisons": comparisons_of(job)}, job.out, job.checkpoints)
     examples = evaluate.held_out(job, tokenizer, policy)
-    replies = evaluate.sample(job, policy, tokenizer, examples)
+    replies = evaluate.sample(job, policy, tokenizer, examples, job.config.sampling)
     texts = [chat.reply_text(tokenizer, reply.ids) for reply in replies]
     return float(np.mean(evaluate.applicable(evaluate.judge(job, examples, texts)[0], "judge")))
 
@@ -226,12 +226,14 @@ def comparisons_of(job: Job) -> Path:
 def main() -> None:
     """Time every variant on the same rollouts, then train both to the end with several seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="timed rollouts of each variant")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rollouts of each variant; 0 is none")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparison of gains; 0 is none")
     parser.add_argument("--rollouts", type=int, default=5, help="rollouts of each of these")
     given = parser.parse_args()
+    quiet_libraries()
     with TemporaryDirectory() as folder:
-        speed(Path(folder), given.rounds)
+        if given.rounds:
+            speed(Path(folder), given.rounds)
         if given.seeds:
             gains(Path(folder), given.seeds, given.rollouts)
 
