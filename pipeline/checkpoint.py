@@ -15,6 +15,8 @@ import torch
 def save(folder: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
     """Write the `state_dict` of every part, and `state` with its key `rollouts`; older checkpoints go then."""
     whole = folder / f"rollout-{state['rollouts']}"
+    if whole.exists():  # this run was killed after writing it, and has come here again
+        return
     fresh = whole.with_suffix(".part")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()

@@ -100,6 +100,12 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"launch.processes={config.launch.processes}: is above ppo.batch_size={config.ppo.batch_size}")
     if config.ppo.advantage in ("rloo", "grpo") and config.ppo.samples_per_prompt < 2:
         raise UserError(f"ppo.samples_per_prompt: ppo.advantage={config.ppo.advantage} compares replies; set 2 or more")
+    if config.ppo.critic_warmup and config.ppo.advantage != "gae":
+        raise UserError(f"ppo.critic_warmup: ppo.advantage={config.ppo.advantage} has no critic; leave it 0")
+    if config.ppo.whiten_rewards and config.ppo.advantage in ("rloo", "grpo"):
+        raise UserError(f"ppo.whiten_rewards: would pay {config.ppo.advantage} for length; leave it false")
+    if config.ppo.kl_controller == "adaptive" and config.ppo.kl_target == 0:
+        raise UserError("ppo.kl_target=0: the adaptive controller needs a KL above 0 to aim at")
     if config.ppo.kl_in == "loss" and config.ppo.kl_estimator == "k1":
         raise UserError("ppo.kl_estimator=k1: has a gradient of mean zero as a loss; with ppo.kl_in=loss use k2 or k3")
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
@@ -111,7 +117,11 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:
-        for key in ("pretrain.context", "sampling.max_new_tokens", "ppo.ptx_context"):
+        for key in (
+            "pretrain.context",
+            "sampling.max_new_tokens",
+            *(["ppo.ptx_context"] if config.ppo.ptx_coef else []),
+        ):
             if OmegaConf.select(config, key) > model.max_position_embeddings:
                 raise UserError(f"{key}: is above model.max_position_embeddings={model.max_position_embeddings}")
     if model.hidden_size and not model.head_dim and model.hidden_size % (model.num_attention_heads or 1):

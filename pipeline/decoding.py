@@ -185,7 +185,11 @@ def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
 def _stacked(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases).detach()
-    return torch.cat([merged_weight(projection) for projection in projections]).detach().t().contiguous(), bias
+    matrix = torch.cat([merged_weight(projection) for projection in projections]).detach().t().contiguous()
+    if torch.is_autocast_enabled(matrix.device.type):  # once, rather than for every token
+        dtype = torch.get_autocast_dtype(matrix.device.type)
+        matrix, bias = matrix.to(dtype), None if bias is None else bias.to(dtype)
+    return matrix, bias
 
 
 def _product(h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

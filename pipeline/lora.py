@@ -75,7 +75,8 @@ def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:
     """`model`, a copy of the base without adapters, with what the adapter adds to the base added to its weights."""
     for name, module in base.base_model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            model.base_model.get_submodule(name).weight.data += module.get_delta_weight(adapter)
+            weight = model.base_model.get_submodule(name).weight
+            weight.data += module.get_delta_weight(adapter).to(weight.device)
     return model
 
 

@@ -1,23 +1,25 @@
 """What PPO will take of memory, said before it begins."""
 
 import os
-from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
 from pipeline.actors import Actors
+from pipeline.decoding import FUSED
 
+KEPT_WIDTHS, KEPT_INNER, KEPT_LOGITS = 14, 4, 3  # vectors of a token that a block of Qwen3, its MLP and the loss keep
 FLOAT = 4  # bytes; weights, gradients, optimisers and caches are fp32 but where autocast makes them smaller
 
 
 def statement(actors: Actors, tokens: int, sampled: int, micro: int) -> dict[str, int]:
     """Bytes by what takes them.
 
-    `tokens` is the most that prompt and reply have, `sampled` the replies sampled at once, `micro` the replies of one
-    forward and backward pass. Weights, gradients and Adam's two moments are exact, the cache is that of full-length
-    replies, and activations are about what autograd keeps of one forward pass.
+    Models are in memory when this is said; the rest is to come. `tokens` is the most that prompt and reply have,
+    `sampled` the replies sampled at once, `micro` those of one forward and backward pass. Weights, gradients and
+    Adam's two moments are exact, the cache is that of full-length replies, and activations are about what autograd
+    keeps of one forward pass.
     """
     config = actors.policy.config
     found = {f"{name} weights": size for name, size in _weights(actors).items()}
@@ -27,14 +29,13 @@ def statement(actors: Actors, tokens: int, sampled: int, micro: int) -> dict[str
             found[f"{name} gradient and Adam"] = 3 * size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type in FUSED:
+        found["sampler's copies"] = next(iter(found.values()))
     found["cache"] = 2 * FLOAT * config.num_hidden_layers * sampled * tokens * heads * width
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     per_token = config.num_hidden_layers * (KEPT_WIDTHS * config.hidden_size + KEPT_INNER * inner)
     found["activations"] = FLOAT * micro * tokens * (per_token + KEPT_LOGITS * config.vocab_size)
     return found
-
-
-KEPT_WIDTHS, KEPT_INNER, KEPT_LOGITS = 14, 4, 3  # vectors of a token that a block, its MLP and the loss keep
 
 
 def _weights(actors: Actors) -> dict[str, int]:
@@ -54,10 +55,15 @@ def _weights(actors: Actors) -> dict[str, int]:
     return found
 
 
-def line(found: dict[str, int]) -> str:
-    """The statement on one line."""
+def line(found: dict[str, int], free: int) -> str:
+    """The statement on one line; `free` are the bytes that are free."""
     parts = ", ".join(f"{name} {_readable(size)}" for name, size in found.items())
-    return f"memory: about {_readable(sum(found.values()))} of {_readable(available())} free: {parts}"
+    total, rest = sum(found.values()), _to_come(found)
+    return f"memory: about {_readable(total)}, {_readable(rest)} of it to come of {_readable(free)} free: {parts}"
+
+
+def _to_come(found: dict[str, int]) -> int:
+    return sum(size for name, size in found.items() if not name.endswith("weights"))
 
 
 def _readable(size: int) -> str:
@@ -66,15 +72,15 @@ def _readable(size: int) -> str:
     return f"{size / unit:.3g} {name}"
 
 
-def available() -> int:
-    """Bytes that are free: of the GPU where there is one, otherwise this process's share of the machine's."""
-    if torch.cuda.is_available():
+def available(device: str) -> int:
+    """Bytes that are free: of the GPU where `device` is cuda, otherwise this process's share of the machine's."""
+    if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def shortage(found: dict[str, Any]) -> str | None:
-    """What to do when it will not fit, or None."""
-    if sum(found.values()) <= available():
+def shortage(found: dict[str, int], free: int) -> str | None:
+    """What to do when what is to come will not fit into `free` bytes, or None."""
+    if _to_come(found) <= free:
         return None
     return "this will not fit: lower runtime.micro_batch_size or sampling.batch_size, or set ppo.lora_rank"

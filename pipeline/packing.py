@@ -7,6 +7,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from pipeline import data
+from pipeline.errors import UserError
+from pipeline.job import Job
+
 
 def packed(texts: list[str], tokenizer: Any, file: Path) -> np.ndarray:
     """All texts as one stream of tokens, a BOS before each, in a memory-mapped file [tokens]."""
@@ -38,3 +42,13 @@ class PackedRows(Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.stream[i * self.context : (i + 1) * self.context].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+def shuffled_rows(job: Job, tokenizer: Any, context: int, seed: int) -> PackedRows:
+    """Rows of the pretraining text in an order that the seed decides. Raises `UserError` where it does not fill one."""
+    texts = data.texts(data.load(job.config.data.text, "train").rows)
+    stream = packed(data.draw(texts, len(texts), seed), tokenizer, job.checkpoints / "tokens.bin")
+    rows = PackedRows(stream, context)
+    if not len(rows):
+        raise UserError(f"data.text: {len(stream)} tokens in all, which do not fill a row of {context}; give more text")
+    return rows

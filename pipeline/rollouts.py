@@ -89,11 +89,11 @@ def joined(parts: list[Rollout], pad: int) -> Rollout:
 @torch.no_grad()
 def collect(
     actors: Actors, reward: Reward, prompts: list[Prompt], replies: list[Reply], temperature: float, pad: int,
-    missing_end_penalty: float | None, micro: int, foreign: bool = False,
+    missing_end_penalty: float | None, micro: int, again: bool = False,
 ) -> Rollout:  # fmt: skip
     """The policy's replies, one to each prompt, scored; `micro` rows per forward pass of the scoring models.
 
-    With `foreign` replies, which another engine sampled, the policy gives log-probabilities and values anew.
+    With `again` the policy gives log-probabilities and values anew: its forward pass rounds otherwise than the sampler.
     """
     device = actors.policy.device
     prompt, prompt_mask = likelihood.left_padded([p.ids for p in prompts], pad, device)
@@ -111,7 +111,7 @@ def collect(
     )
     for rows in rollout.by_length(torch.arange(len(rollout), device=device), micro):
         part = rollout.take(rows)
-        if foreign:
+        if again:
             states = token_states(actors.policy, part)
             _put(rollout.logprobs, rows, part.mask, reply_logprobs(actors.policy, part, states, temperature))
             if actors.shared:

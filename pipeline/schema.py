@@ -191,7 +191,7 @@ class PpoConfig:
     """Stage `ppo`."""
 
     episodes: int = number(1)
-    batch_size: int = number(1)
+    batch_size: int = number(2)
     samples_per_prompt: int = number(1)
     minibatches: int = number(1)
     epochs: int = number(1)

@@ -96,6 +96,8 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         metrics["rollout_seconds"] = time.perf_counter() - started
         reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is None:
+            if checkpoint_due(ppo, number, first, total):  # the policy of `number` rollouts has just passed the guards
+                save_checkpoint(ppo, number)
             set_learning_rates(ppo, 1 - number / total)
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
@@ -109,8 +111,6 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         bar.update(config.batch_size)
         if config.reference_sync_every and (number + 1) % config.reference_sync_every == 0:
             actors.synchronise_reference(ppo.actors)
-        if (number + 1) % max(1, total // (job.config.runtime.checkpoints + 1)) == 0 and number + 1 < total:
-            save_checkpoint(ppo, number + 1)
     bar.close()
     return result
 
@@ -147,7 +147,7 @@ def load(job: Job) -> Ppo:
         optimizers["critic"] = adam(loaded.critic, config)
     reward = load_reward(config, loaded, tokenizer, micro)
     with accelerator.main_process_first():  # it writes the tokens that the others read
-        text = pretraining_text(job, tokenizer) if config.ptx_coef else None
+        text = packing.shuffled_rows(job, tokenizer, config.ptx_context, config.seed) if config.ptx_coef else None
     return Ppo(job, config, accelerator, tokenizer, loaded, reward, optimizers, text, micro, config.kl_coef, engine)
 
 
@@ -161,15 +161,6 @@ def load_reward(config: Any, loaded: Actors, tokenizer: Any, micro: int) -> Rewa
     if loaded.reward_model is not None:
         return rollouts.model_reward(loaded.reward_model, tokenizer, micro)
     return rollouts.rule_reward(rewards.load(config.reward), config.reward.function, tokenizer)
-
-
-def pretraining_text(job: Job, tokenizer: Any) -> packing.PackedRows:
-    """Rows of the pretraining text in an order that the seed decides, for PPO-ptx."""
-    texts = data.texts(data.load(job.config.data.text, "train").rows)
-    shuffled = data.draw(texts, len(texts), job.config.ppo.seed)
-    return packing.PackedRows(
-        packing.packed(shuffled, tokenizer, job.checkpoints / "tokens.bin"), job.config.ppo.ptx_context
-    )
 
 
 def prompt_pool(ppo: Ppo) -> list[Prompt]:
@@ -194,8 +185,9 @@ def announce(ppo: Ppo, prompts: list[Prompt], total: int) -> None:
     ppo.job.announce(batch, total * config.minibatches * config.epochs, flops)
     sampled = 0 if ppo.engine else min(limits.batch_size, config.batch_size)  # vLLM has taken its memory by now
     needed = memory.statement(ppo.actors, longest, sampled, ppo.micro)
-    ppo.job.say(memory.line(needed))
-    if advice := memory.shortage(needed):
+    free = memory.available(ppo.job.device.type)
+    ppo.job.say(memory.line(needed, free))
+    if advice := memory.shortage(needed, free):
         ppo.job.say(advice)
 
 
@@ -216,6 +208,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     rows = ranks.share(range(len(prompts)), accelerator)
     mine, numbers = [prompts[i] for i in rows], sampling.random_numbers(seed, len(prompts), limits)[list(rows)]
     ids, foreign = [p.ids for p in mine], ppo.engine is not None
+    again = foreign or ppo.job.device.bf16  # in bf16 the fused decoder rounds otherwise than a forward pass
     if foreign:  # without autocast, for the engine has a precision of its own
         replies = ppo.engine.sample(policy, ids, numbers)
     head = ppo.actors.critic.score if ppo.actors.shared else None
@@ -223,7 +216,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
         if not foreign:
             replies = sampling.sample(policy, ids, limits, ppo.tokenizer, numbers, value_head=head)
         found = rollouts.collect(
-            ppo.actors, ppo.reward, mine, replies, limits.temperature, pad, penalty, ppo.micro, foreign
+            ppo.actors, ppo.reward, mine, replies, limits.temperature, pad, penalty, ppo.micro, again
         )
     if accelerator.num_processes == 1:
         return found
@@ -369,6 +362,13 @@ def parts(ppo: Ppo) -> dict[str, Any]:
     return {name: part for name, part in found.items() if part is not None}
 
 
+def checkpoint_due(ppo: Ppo, number: int, first: int, total: int) -> bool:
+    """Whether to write a checkpoint after `number` rollouts; where guards go back to the last one, after each."""
+    if ppo.config.on_trip == "rollback":
+        return number == 0 or number > first
+    return number > first and number % max(1, total // (ppo.job.config.runtime.checkpoints + 1)) == 0
+
+
 def save_checkpoint(ppo: Ppo, number: int) -> None:
     """Write everything that training after `number` rollouts goes on from."""
     if ppo.accelerator.is_main_process:
@@ -392,6 +392,4 @@ def resume(ppo: Ppo) -> int:
     if done:
         ppo.job.say(f"continues after {done:,} rollouts")
     ppo.job.steps.rewind(done)
-    if done == 0 and ppo.config.on_trip == "rollback":
-        save_checkpoint(ppo, 0)
     return done

@@ -1,12 +1,14 @@
 """Guards of PPO: what trips them, and what becomes of the policy then."""
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import PROMPTS, flat, make_ppo
 
 from pipeline import guards
+from pipeline.advantages import estimate
 from pipeline.config import compose
 from pipeline.errors import UserError
 from stages import ppo
@@ -83,3 +85,39 @@ def test_going_back_keeps_the_last_good_policy_and_critic(tmp_path, monkeypatch,
         f"stopped at rollout {rollout}: policy_loss is nan; back to the policy of rollout {left}"
         in capsys.readouterr().out
     )
+
+
+def test_going_back_from_a_kl_that_is_too_high_leaves_the_policy_that_had_it(tmp_path, capsys):
+    options = ["ppo.learning_rate=0.3", "ppo.max_kl=0.5", "ppo.min_score_std=null", "runtime.checkpoints=50"]
+    options += ["ppo.episodes=120", "ppo.on_trip=rollback"]
+    made = make_ppo(tmp_path / "back", 12, *options)
+    result = ppo.train(made, PROMPTS)
+    assert result["stopped"].startswith("kl ") and result["kl"] > 0.5
+    tripped, left = map(int, re.search(r"rollout (\d+): .* of rollout (\d+)", capsys.readouterr().out).groups())
+    assert left == tripped - 2  # the policy of rollout tripped - 1 has the KL, and that before it passed
+    undisturbed = make_ppo(tmp_path / "whole", 12, *options, "ppo.max_kl=null")
+    stopped_before(undisturbed, left)
+    assert torch.equal(flat(made.actors.policy), flat(undisturbed.actors.policy))
+
+
+def stopped_before(made: ppo.Ppo, rollouts: int) -> None:
+    """Train for the first `rollouts` of the run's rollouts."""
+    total = made.config.episodes // made.config.batch_size
+    for number in range(rollouts):
+        rollout = ppo.roll_out(made, ppo.batch_of(PROMPTS, number, made.config.batch_size), number)
+        advantages, returns, _ = estimate(rollout, made.kl_coef, made.config)
+        ppo.set_learning_rates(made, 1 - number / total)
+        ppo.update(made, rollout, advantages, returns, number)
+
+
+def test_a_run_killed_in_its_first_rollout_starts_again_where_guards_go_back(tmp_path, monkeypatch):
+    options = ["ppo.episodes=24", "ppo.on_trip=rollback", "ppo.min_score_std=null"]
+    whole, cut = make_ppo(tmp_path / "whole", 12, *options), make_ppo(tmp_path / "cut", 12, *options)
+    ppo.train(whole, PROMPTS)
+    original = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(cut, PROMPTS)
+    monkeypatch.setattr(ppo, "update", original)
+    ppo.train(cut, PROMPTS)
+    assert torch.equal(flat(cut.actors.policy), flat(whole.actors.policy))
