@@ -22,7 +22,7 @@ install: $(VENV)/.installed ## create .venv and install the pinned packages
 demo: install ## run the whole chain on the embedded conversations (about 8 minutes on two cores)
 	$(THREEFOLD) run experiment=demo $(ARGS)
 
-arithmetic: install ## learn sums and differences with a reward by rule (about 6 minutes on two cores)
+arithmetic: install ## learn sums and differences with a reward by rule (about 6 minutes on one core)
 	$(THREEFOLD) run experiment=arithmetic $(ARGS)
 
 tokenizer: install ## train the tokenizer

@@ -1,6 +1,8 @@
 """PPO's stage with tiny models: what a rollout holds, what a step does, and each variant against plain arithmetic."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +91,22 @@ def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
     assert abs(metrics["kl"]) < 1e-4 and 0 <= metrics["kl_k3"] < 1e-6
     updated = ppo.update(made, rollout, advantages, returns, 0)
     assert updated["first_ratio_error"] < 1e-4 < updated["ratio_error"]
+
+
+def test_in_bf16_the_first_ratios_are_those_of_one_forward_pass(tmp_path):
+    def first(folder, bf16: bool) -> tuple[float, float]:
+        made = make_ppo(folder, 5)
+        made.accelerator = SimpleNamespace(
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16), num_processes=1, process_index=0, device="cpu"
+        )
+        made.job.device = replace(made.job.device, bf16=bf16)
+        rollout = ppo.roll_out(made, PROMPTS, 0)
+        advantages, returns, metrics = estimate(rollout, 0.05, made.config)
+        return abs(metrics["kl"]), ppo.update(made, rollout, advantages, returns, 0)["first_ratio_error"]
+
+    kl, error = first(tmp_path / "again", True)
+    assert kl < 1e-6 and error < 5e-3
+    assert first(tmp_path / "recorded", False)[1] > 2 * error  # what the sampler recorded is rounded otherwise
 
 
 def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(tmp_path):
