@@ -43,10 +43,10 @@ status: install ## show which stages are fresh, stale or running, and why
 	$(THREEFOLD) status $(ARGS)
 
 test: install ## run the tests
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: install ## run the tests and the slow proofs
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow" $(ARGS)
 
 bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
 	$(VENV)/bin/python tests/bench_ppo.py $(ARGS)

@@ -260,7 +260,7 @@ def test_ranks_without_rows_and_a_guard_that_rolls_back_stay_in_step(smoke, plac
     cli.main(["run", *options, f"runs={one}"])
     cli.main(["run", *options, "launch=ddp", f"runs={two}"])
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ppo ") and "stopped" in line]
-    assert len(said) == 2 and said[0] == said[1] and "back to the policy of rollout 2" in said[0]
+    assert len(said) == 2 and said[0] == said[1] and "back to the policy of rollout 1" in said[0]
     assert len(agree(one, two, smoke)) == 2
 
 
