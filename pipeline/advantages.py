@@ -51,10 +51,10 @@ def advantages_of(rewards: Tensor, rollout: Rollout, config: Any) -> tuple[Tenso
     mask = rollout.mask
     if config.whiten_rewards:
         rewards = estimators.whiten(rewards, mask, shift_mean=False)
-    returns = estimators.returns_to_go(rewards, mask, config.gamma)
     if config.advantage == "gae":
         advantages, returns = estimators.gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)  # [8]
         return estimators.whiten(advantages, mask), returns  # [9]
+    returns = estimators.returns_to_go(rewards, mask, config.gamma)
     if config.advantage == "reinforce++":
         return estimators.whiten(returns, mask), returns  # [9]
     compare = estimators.rloo if config.advantage == "rloo" else estimators.grpo

@@ -30,7 +30,8 @@ def save(folder: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
 
 def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
     """Give every part its state in the last whole checkpoint; returns `state`, or None when there is no checkpoint."""
-    states = [json.loads(file.read_text()) for file in folder.glob("rollout-*/state.json") if _whole(file.parent)]
+    files = [file for file in folder.glob("rollout-*/state.json") if file.parent.suffix != ".part"]
+    states = [json.loads(file.read_text()) for file in files]
     if not states:
         return None
     last = max(states, key=lambda state: state["rollouts"])
@@ -38,7 +39,3 @@ def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return last
-
-
-def _whole(folder: Path) -> bool:
-    return folder.suffix != ".part"

@@ -92,22 +92,7 @@ def check_together(config: DictConfig) -> None:
         if OmegaConf.select(config, judge).function is None:
             raise UserError(f"{judge}.function has no value: choose a reward function by import path, module:function")
     _check_models(config.evaluate.models)
-    if config.ppo.batch_size % config.ppo.minibatches:
-        raise UserError(f"ppo.minibatches={config.ppo.minibatches}: must divide ppo.batch_size={config.ppo.batch_size}")
-    if config.ppo.batch_size % config.ppo.samples_per_prompt:
-        raise UserError(f"ppo.samples_per_prompt={config.ppo.samples_per_prompt}: must divide ppo.batch_size")
-    if config.launch.processes > config.ppo.batch_size:
-        raise UserError(f"launch.processes={config.launch.processes}: is above ppo.batch_size={config.ppo.batch_size}")
-    if config.ppo.advantage in ("rloo", "grpo") and config.ppo.samples_per_prompt < 2:
-        raise UserError(f"ppo.samples_per_prompt: ppo.advantage={config.ppo.advantage} compares replies; set 2 or more")
-    if config.ppo.critic_warmup and config.ppo.advantage != "gae":
-        raise UserError(f"ppo.critic_warmup: ppo.advantage={config.ppo.advantage} has no critic; leave it 0")
-    if config.ppo.whiten_rewards and config.ppo.advantage in ("rloo", "grpo"):
-        raise UserError(f"ppo.whiten_rewards: would pay {config.ppo.advantage} for length; leave it false")
-    if config.ppo.kl_controller == "adaptive" and config.ppo.kl_target == 0:
-        raise UserError("ppo.kl_target=0: the adaptive controller needs a KL above 0 to aim at")
-    if config.ppo.kl_in == "loss" and config.ppo.kl_estimator == "k1":
-        raise UserError("ppo.kl_estimator=k1: has a gradient of mean zero as a loss; with ppo.kl_in=loss use k2 or k3")
+    _check_ppo(config.ppo, config.launch.processes)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
@@ -117,17 +102,33 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:
-        for key in (
-            "pretrain.context",
-            "sampling.max_new_tokens",
-            *(["ppo.ptx_context"] if config.ppo.ptx_coef else []),
-        ):
+        ptx = ["ppo.ptx_context"] if config.ppo.ptx_coef else []
+        for key in ["pretrain.context", "sampling.max_new_tokens", *ptx]:
             if OmegaConf.select(config, key) > model.max_position_embeddings:
                 raise UserError(f"{key}: is above model.max_position_embeddings={model.max_position_embeddings}")
     if model.hidden_size and not model.head_dim and model.hidden_size % (model.num_attention_heads or 1):
         raise UserError(f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size")
     if (model.num_attention_heads or 1) % (model.num_key_value_heads or 1):
         raise UserError(f"model.num_key_value_heads={model.num_key_value_heads}: must divide num_attention_heads")
+
+
+def _check_ppo(ppo: DictConfig, processes: int) -> None:
+    if ppo.batch_size % ppo.minibatches:
+        raise UserError(f"ppo.minibatches={ppo.minibatches}: must divide ppo.batch_size={ppo.batch_size}")
+    if ppo.batch_size % ppo.samples_per_prompt:
+        raise UserError(f"ppo.samples_per_prompt={ppo.samples_per_prompt}: must divide ppo.batch_size")
+    if processes > ppo.batch_size:
+        raise UserError(f"launch.processes={processes}: is above ppo.batch_size={ppo.batch_size}")
+    if ppo.advantage in ("rloo", "grpo") and ppo.samples_per_prompt < 2:
+        raise UserError(f"ppo.samples_per_prompt: ppo.advantage={ppo.advantage} compares replies; set 2 or more")
+    if ppo.critic_warmup and ppo.advantage != "gae":
+        raise UserError(f"ppo.critic_warmup: ppo.advantage={ppo.advantage} has no critic; leave it 0")
+    if ppo.whiten_rewards and ppo.advantage in ("rloo", "grpo"):
+        raise UserError(f"ppo.whiten_rewards: would pay {ppo.advantage} for length; leave it false")
+    if ppo.kl_controller == "adaptive" and ppo.kl_target == 0:
+        raise UserError("ppo.kl_target=0: the adaptive controller needs a KL above 0 to aim at")
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        raise UserError("ppo.kl_estimator=k1: has a gradient of mean zero as a loss; with ppo.kl_in=loss use k2 or k3")
 
 
 def _check_models(models: list[str]) -> None:

@@ -13,9 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.likelihood import positions
 
-KEEP_ABOVE = (
-    0.875  # rows leave the batch when this share or less is alive: leaving copies the cache, staying costs work
-)
+# rows leave the batch when this share or less of it is alive: leaving copies the cache, staying costs work
+KEEP_ABOVE = 0.875
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # architectures that `FusedDecoder` knows
 STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not change with the length
 

@@ -52,10 +52,7 @@ def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
     config = LoraConfig.from_pretrained(str((folder / SAVED).parent))
     config.modules_to_save = config.task_type = None
     _add(base, config, name)
-    with torch.no_grad():
-        for key, parameter in base.named_parameters():
-            if f".{name}." in key:
-                parameter.copy_(saved[key.replace(f".{name}.", ".")])
+    _fill(base, name, saved)
     score = nn.Linear(base.config.hidden_size, 1, bias=False, device=base.device)
     score.load_state_dict({"weight": saved["score.weight"]})
     return score
@@ -64,11 +61,16 @@ def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
 def copy_adapter(base: nn.Module, source: str, name: str) -> None:
     """Give the base one more adapter that equals the adapter `source`."""
     _add(base, copy.deepcopy(base.peft_config[source]), name)
-    found = dict(base.named_parameters())
-    with torch.no_grad():
-        for key, parameter in found.items():
-            if f".{name}." in key:
-                parameter.copy_(found[key.replace(f".{name}.", f".{source}.")])
+    own = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
+    _fill(base, name, own)
+
+
+@torch.no_grad()
+def _fill(base: nn.Module, name: str, values: dict[str, Tensor]) -> None:
+    """Copy into the adapter `name` the values of its parameters, by their names without the adapter's."""
+    for key, parameter in base.named_parameters():
+        if f".{name}." in key:
+            parameter.copy_(values[key.replace(f".{name}.", ".")])
 
 
 def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:

@@ -30,7 +30,7 @@ def statement(actors: Actors, tokens: int, sampled: int, micro: int) -> dict[str
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.model_type in FUSED:
-        found["sampler's copies"] = next(iter(found.values()))
+        found["sampler's copies"] = found["policy weights"]
     found["cache"] = 2 * FLOAT * config.num_hidden_layers * sampled * tokens * heads * width
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     per_token = config.num_hidden_layers * (KEPT_WIDTHS * config.hidden_size + KEPT_INNER * inner)
