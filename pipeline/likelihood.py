@@ -81,6 +81,28 @@ def replies_logprobs(
 
 
 @torch.no_grad()
+def kl(
+    policy: nn.Module, reference: nn.Module, prompts: list[list[int]], replies: list[list[int]], temperature: float,
+    pad: int, batch_size: int = 64,
+) -> float:  # fmt: skip
+    """KL(policy, reference) in nats per reply, at `temperature`, from replies that the policy sampled.
+
+    At each token the divergence of the two next-token distributions is summed exactly over the vocabulary, and added
+    up over the reply: unbiased like the mean log ratio, with less variance.
+    """
+    total = 0.0
+    for start in range(0, len(prompts), batch_size):
+        prompt, prompt_mask = left_padded(prompts[start : start + batch_size], pad, policy.device)
+        reply, mask = right_padded(replies[start : start + batch_size], pad, policy.device)
+        ours, theirs = (
+            (reply_logits(model, prompt, prompt_mask, reply, mask) / temperature).log_softmax(-1)
+            for model in (policy, reference)
+        )
+        total += ((ours.exp() * (ours - theirs)).sum(-1) * mask).sum().item()
+    return total / len(prompts)
+
+
+@torch.no_grad()
 def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64) -> float:
     """Total negative log-likelihood, in nats, of tokenised texts, each after its first token.
 

@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 
 import rewards
-from pipeline import arena, chat, contamination, data, ensemble, held_out_text, likelihood, models, sampling, statistics
+from pipeline import arena, chat, contamination, data, ensemble, held_out, likelihood, models, sampling, statistics
 from pipeline.artifact import read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
@@ -27,14 +26,14 @@ def run(job: Job) -> dict[str, Any]:
     stages = {name: stage for name, stage in MODELS.items() if name in config.models}
     tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
-    examples = held_out(job, tokenizer, reference)
+    examples = held_out.prompts(job, tokenizer, reference, config.prompts, config.seed)
     examples, contaminated = checked_for_copies(job, examples)
     announce(job, len(examples), reference)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:
         proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
-    texts = held_out_text.first_texts(
+    texts = held_out.first_texts(
         data.texts(data.load(job.config.data.text, "test").rows), tokenizer, config.text_tokens
     )
     bar = job.progress((len(stages) + (config.best_of or 0)) * len(examples), "replies")
@@ -44,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     for name, stage in stages.items():
         policy = models.load_policy(job.inputs[stage], job.device.type)
         found[name], replies[name], by_proxy = measured(job, policy, reference, proxy, judges[0], tokenizer, examples)
-        found[name]["text_bits_per_byte"] = held_out_text.text_bits_per_byte(
+        found[name]["text_bits_per_byte"] = held_out.text_bits_per_byte(
             policy, tokenizer, texts, job.config.pretrain.context
         )  # as pretraining measures it: what alignment took from the language model
         if by_proxy is not None:
@@ -77,16 +76,18 @@ def measured(
     """What is measured of a model itself, its sampled replies, and their scores by `proxy`, PPO's reward model."""
     sampled = sample(job, policy, tokenizer, examples, job.config.sampling)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    texts = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
+    ids = [reply.ids for reply in sampled]
+    texts = [chat.reply_text(tokenizer, reply) for reply in ids]
     metrics = {
         "ended_share": float(np.mean([reply.ended for reply in sampled])),
-        "kl": kl(job, policy, reference, prompts, sampled, tokenizer.pad_token_id),
-        "reply_bits_per_byte": reply_bits_per_byte(policy, tokenizer, examples),
+        "kl": likelihood.kl(policy, reference, prompts, ids, job.config.sampling.temperature, tokenizer.pad_token_id),
+        "reply_bits_per_byte": held_out.reply_bits_per_byte(
+            policy, tokenizer, examples, policy.config.max_position_embeddings
+        ),
     }
     by_proxy = None
     if proxy is not None:
-        ids = {"prompt_ids": prompts, "completion_ids": [reply.ids for reply in sampled]}
-        by_proxy = proxy([e.prompt for e in examples], texts, **ids)
+        by_proxy = proxy([e.prompt for e in examples], texts, prompt_ids=prompts, completion_ids=ids)
         metrics["proxy_mean"] = float(np.mean(by_proxy))
     if job.config.evaluate.greedy:
         greedy = sample(job, policy, tokenizer, examples, OmegaConf.merge(job.config.sampling, GREEDY))
@@ -168,20 +169,6 @@ def announce(job: Job, prompts: int, model: Any) -> None:
     job.announce(f"{replies:,} replies of {compared} models to {prompts} held-out prompts", None, flops)
 
 
-def held_out(job: Job, tokenizer: Any, model: Any) -> list[Example]:
-    """Prompts of the test split that no training split and no comparison contains, each with a person's reply."""
-    source, dialogue = job.config.data.replies, job.config.data.dialogue
-    trained_on = {
-        data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
-    }
-    if "comparisons" in job.inputs:
-        trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
-    found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
-    drawn = data.draw(found, 2 * job.config.evaluate.prompts, job.config.evaluate.seed)
-    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
-    return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][: job.config.evaluate.prompts]
-
-
 def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example], dict[str, Any]]:
     """Counts of prompts (with their replies) that occur in what each stage was trained on; without them where asked."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
@@ -212,39 +199,6 @@ def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example], how: 
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), how)
     return sampling.sample(policy, prompts, how, tokenizer, numbers)
-
-
-@torch.no_grad()
-def kl(
-    job: Job, policy: Any, reference: Any, prompts: list[list[int]], replies: list[sampling.Reply], pad: int
-) -> float:
-    """KL(policy, SFT model) in nats per reply, at the sampling temperature.
-
-    At each token of the policy's own samples the divergence of the two next-token distributions is summed exactly over
-    the vocabulary, and added up over the reply: unbiased like the mean log ratio, with less variance.
-    """
-    total, temperature = 0.0, job.config.sampling.temperature
-    for start in range(0, len(prompts), 64):
-        prompt, prompt_mask = likelihood.left_padded(prompts[start : start + 64], pad, policy.device)
-        reply, mask = likelihood.right_padded([r.ids for r in replies[start : start + 64]], pad, policy.device)
-        ours, theirs = (
-            (likelihood.reply_logits(model, prompt, prompt_mask, reply, mask) / temperature).log_softmax(-1)
-            for model in (policy, reference)
-        )
-        total += ((ours.exp() * (ours - theirs)).sum(-1) * mask).sum().item()
-    return total / len(prompts)
-
-
-def reply_bits_per_byte(policy: Any, tokenizer: Any, examples: list[Example]) -> float:
-    """Bits per byte of people's replies to the prompts."""
-    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
-    fitting = [
-        i
-        for i, (prompt, reply) in enumerate(pairs)
-        if len(prompt) + len(reply) <= policy.config.max_position_embeddings
-    ]
-    nats = -likelihood.replies_logprobs(policy, [pairs[i] for i in fitting], tokenizer.pad_token_id).sum().item()
-    return likelihood.bits_per_byte(nats, [examples[i].reply for i in fitting])
 
 
 def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]) -> list[float | None]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
-from pipeline import baselines, chat, data, held_out_text, models, training
+from pipeline import baselines, chat, data, held_out, models, training
 from pipeline.job import Job
 from pipeline.muon import MuonAdamW
 from pipeline.packing import PackedRows, packed
@@ -26,9 +26,9 @@ def run(job: Job) -> dict[str, Any]:
         )
         fit(job, model, rows, steps)
     models.save(model, tokenizer, job.out)
-    texts = held_out_text.first_texts(test_texts, tokenizer, config.eval_tokens)
+    texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
     return {
-        "bits_per_byte": held_out_text.text_bits_per_byte(model.eval(), tokenizer, texts, config.context),
+        "bits_per_byte": held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context),
         "eval_bytes": sum(len(text.encode()) for text in texts),
         "baselines": baselines.text_baselines(train_texts, texts),
         "parameters": sum(p.numel() for p in model.parameters()),

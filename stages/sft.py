@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import chat, data, likelihood, models, sampling, training
+from pipeline import chat, data, held_out, models, sampling, training
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -17,8 +17,8 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
     model = models.load_policy(job.inputs["pretrain"], job.device.type)
     train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
-    held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
-    before = reply_bits_per_byte(model, tokenizer, held_out, config.max_length)
+    examples = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
+    before = held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length)
     rows = [
         row
         for row in (tokenised(tokenizer, example) for example in train)
@@ -36,9 +36,9 @@ def run(job: Job) -> dict[str, Any]:
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
-        "reply_bits_per_byte": reply_bits_per_byte(model, tokenizer, held_out, config.max_length),
+        "reply_bits_per_byte": held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length),
         "reply_bits_per_byte_base": before,
-        "ended_share": ended_share(job, model, tokenizer, held_out),
+        "ended_share": ended_share(job, model, tokenizer, examples),
         "examples": len(rows),
         "dropped_too_long": too_long,
         "template_hash": chat.template_hash(tokenizer),
@@ -64,14 +64,6 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     training.train(trainer, job, config.batch_size, "examples")
-
-
-def reply_bits_per_byte(model: Any, tokenizer: Any, examples: list[Example], max_length: int) -> float:
-    """Held-out bits per byte of people's replies given their rendered prompts; the end token's bits count as well."""
-    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
-    kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= max_length]
-    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id).sum().item()
-    return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
 
 
 def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipeline import chain, chat, ensemble, estimators, likelihood, models, rollouts, sampling
+import rewards
+from pipeline import chain, chat, ensemble, estimators, held_out, likelihood, models, rollouts, sampling
 from pipeline.advantages import estimate
 from pipeline.config import compose
 from pipeline.job import Job, quiet_libraries
@@ -216,10 +217,11 @@ def gold(policy: Any, job: Job) -> float:
     """Mean score of the demo's judge over replies to held-out prompts."""
     tokenizer = chat.require_same_template(job.inputs)
     job = Job("evaluate", job.config, {**job.inputs, "comparisons": comparisons_of(job)}, job.out, job.checkpoints)
-    examples = evaluate.held_out(job, tokenizer, policy)
+    examples = held_out.prompts(job, tokenizer, policy, job.config.evaluate.prompts, job.config.evaluate.seed)
     replies = evaluate.sample(job, policy, tokenizer, examples, job.config.sampling)
     texts = [chat.reply_text(tokenizer, reply.ids) for reply in replies]
-    return float(np.mean(evaluate.applicable(evaluate.judge(job, examples, texts)[0], "judge")))
+    judge = rewards.load(job.config.evaluate.judge)
+    return float(np.mean(evaluate.applicable(evaluate.judged_by(judge, examples, texts), "judge")))
 
 
 def comparisons_of(job: Job) -> Path:
