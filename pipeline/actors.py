@@ -127,14 +127,21 @@ def synchronise_reference(actors: Actors) -> None:
     actors.reference.load_state_dict(own)
 
 
-def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> None:
-    """Write the policy as a model folder, adapters merged (and by themselves in adapter/), the critic in critic/."""
-    policy, critic = actors.policy, actors.critic
+def save_policy(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> None:
+    """Write the policy as it is now as a model folder, an adapter merged into the SFT model."""
+    policy = actors.policy
     if isinstance(policy, lora.Adapted):
-        policy.base_model  # noqa: B018  switches the policy's adapter on: that is the one which is saved
-        policy.base.save_pretrained(out / "adapter")
         policy = lora.merge_into(models.load_policy(inputs["sft"]), policy.base, "policy")
     models.save(policy, tokenizer, out)
+
+
+def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> None:
+    """Write the policy as a model folder, adapters merged (and by themselves in adapter/), the critic in critic/."""
+    critic = actors.critic
+    save_policy(actors, inputs, tokenizer, out)
+    if isinstance(actors.policy, lora.Adapted):
+        actors.policy.base_model  # noqa: B018  switches the policy's adapter on: that is the one which is saved
+        actors.policy.base.save_pretrained(out / "adapter")
     if isinstance(critic, ValueHead):
         saved = models.new_critic(out)
     elif isinstance(critic, lora.Adapted):

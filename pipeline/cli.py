@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
     "status": "show each stage: fresh, stale and why, running, failed",
     "report": "write summary.json and report.html of a run again from its folder",
+    "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "label": "serve the page where people compare replies, on this machine alone",
     "config": "print the composed configuration",
 }
@@ -88,6 +89,18 @@ def _report(overrides: list[str]) -> None:
     from pipeline.report import print_table, write_report
 
     print_table(write_report(compose(overrides)))
+
+
+def _frontier(overrides: list[str]) -> None:
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    from pipeline import frontier
+    from pipeline.report import print_table, write_report
+
+    folder = frontier.write(config, overrides)
+    frontier.print_advice(folder)
+    print_table(write_report(config))
 
 
 def _label(overrides: list[str]) -> None:

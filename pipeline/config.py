@@ -87,8 +87,8 @@ def check_together(config: DictConfig) -> None:
     if preferences.path is not None and preferences.format not in PREFERENCE_FORMATS:
         known = ", ".join(PREFERENCE_FORMATS)
         raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
-    if config.run in ("", "artifacts") or "/" in config.run:
-        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another without slashes")
+    if not all(part.strip(".") for part in config.run.split("/")) or config.run.split("/")[0] == "artifacts":
+        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another")
     for key in REWARDS:
         _check_reward(key, OmegaConf.select(config, key))
     for key in JUDGES:
@@ -96,6 +96,7 @@ def check_together(config: DictConfig) -> None:
     _check_comparisons(config.comparisons, preferences.path is not None)
     _check_reward_model(config.reward)
     _check_models(config.evaluate.models)
+    _check_frontier(config.frontier)
     _check_ppo(config.ppo, config.launch.processes)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
@@ -213,6 +214,17 @@ def _check_models(models: list[str]) -> None:
     for name in models:
         if name not in MODELS:
             raise UserError(f"evaluate.models: {name} must be one of {', '.join(MODELS)}{nearest(name, MODELS)}")
+
+
+def _check_frontier(frontier: DictConfig) -> None:
+    for n in frontier.best_of:
+        if not 1 <= n <= frontier.samples:
+            raise UserError(f"frontier.best_of: {n} must be from 1 to frontier.samples={frontier.samples}")
+    for key in ("best_of", "seeds", "betas", "kl_coefs"):
+        if len(set(frontier[key])) < len(frontier[key]):
+            raise UserError(f"frontier.{key}={list(frontier[key])}: names one twice")
+    if not frontier.seeds:
+        raise UserError("frontier.seeds=[]: needs at least one, for example frontier.seeds=[1,2,3]")
 
 
 def _addable(override: str) -> str:

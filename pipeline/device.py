@@ -41,7 +41,7 @@ def set_up(runtime: DictConfig, precision: str, processes: int = 1) -> Device:
     if processes == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several would silently share a Trainer's batch
     kind = choose(runtime, processes)
-    threads = runtime.threads or min(psutil.cpu_count(logical=False) or 1, _usable_cpus())
+    threads = runtime.threads or min(psutil.cpu_count(logical=False) or 1, usable_cpus())
     threads = max(1, threads // processes)
     torch.set_num_threads(threads)
     _manage_freed_memory(runtime.keep_freed_memory)
@@ -75,7 +75,8 @@ def _manage_freed_memory(keep: bool) -> None:
         mallopt(parameter, size)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

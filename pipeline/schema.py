@@ -28,6 +28,7 @@ class RuntimeConfig:
     micro_batch_size: int | None = number(1)
     checkpoints: int = number(1)
     log_every: int = number(1)
+    jobs: int | None = number(1)
 
 
 @dataclass
@@ -275,6 +276,7 @@ class PpoConfig:
     min_score_std: float | None = number(0.0)
     on_trip: str = one_of("stop", "rollback")
     reference_sync_every: int | None = number(1)
+    snapshots: int = number(0)
     ptx_coef: float = number(0.0)
     ptx_batch_size: int = number(1)
     ptx_context: int = number(8)
@@ -300,6 +302,23 @@ class EvaluateConfig:
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     seed: int = number(0)
+
+
+@dataclass
+class FrontierConfig:
+    """Stage `frontier`, and the command that runs it for every method, setting and seed."""
+
+    method: str = one_of("best_of_n", "dpo", "ppo")
+    prompts: int = number(2)
+    samples: int = number(2)
+    best_of: list[int] = field(default_factory=list)
+    seed: int = number(0)
+    seeds: list[int] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    kl_coefs: list[float] = field(default_factory=list)
+    episodes: int | None = number(1)
+    snapshots: int = number(0)
+    bootstrap: int = number(100)
 
 
 @dataclass
@@ -331,6 +350,7 @@ class Config:
     target: str | None = MISSING
     dependents: bool = MISSING
     seed: int = number(0)
+    seeds: int | None = number(2)
     precision: str = one_of("auto", "fp32", "bf16")
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -345,5 +365,6 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)

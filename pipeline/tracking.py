@@ -58,7 +58,7 @@ class WandbRun:
             id=identity.read_text(),
             resume="allow",
             name=f"{run}/{stage}",
-            group=run,
+            group=run.partition("/")[0],
             job_type=stage,
             config=OmegaConf.to_container(config),
             settings=wandb.Settings(console="off", init_timeout=20, x_disable_stats=False),

@@ -17,7 +17,12 @@ from rewards.composition import RewardFunction, Scores, composed
 from rewards.messages import messages_of, text_of
 
 # further columns that the stages give to their rewards
-GIVEN = {"comparisons": (), "ppo": ("answer", "prompt_ids", "completion_ids"), "evaluate": ("answer",)}
+GIVEN = {
+    "comparisons": (),
+    "ppo": ("answer", "prompt_ids", "completion_ids"),
+    "frontier": ("answer",),
+    "evaluate": ("answer",),
+}
 
 
 def functions(config: Any) -> dict[str, str | None]:

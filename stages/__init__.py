@@ -79,6 +79,15 @@ STAGES = {
         metric="score",
         several_processes=True,
     ),
+    "frontier": Stage(
+        parents=("sft", "comparisons", "reward", "dpo", "ppo"),
+        keys=(
+            *(f"frontier.{key}" for key in ("method", "prompts", "samples", "best_of", "seed")),
+            *("evaluate.seed", "evaluate.judge", "evaluate.second_judge", "sampling", "data.dialogue", "precision"),
+        ),
+        sources=("data.replies",),
+        functions=("evaluate.judge", "evaluate.second_judge"),
+    ),
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
         keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
@@ -98,9 +107,16 @@ def parents(name: str, config: Any) -> list[str]:
 
     PPO with a reward by rules alone needs no reward model. The evaluation needs the models that it compares, SFT as the
     reference of KL, and the comparisons and reward model only where one of these was made with them, or for best-of-n.
+    The frontier needs the model of the method that it measures.
     """
     if name == "ppo" and not rewards.uses_model(config.ppo.reward):
         return ["sft"]
+    if name == "frontier":
+        return [
+            stage
+            for stage in STAGES["frontier"].parents
+            if stage not in ("dpo", "ppo") or stage == config.frontier.method
+        ]
     if name == "evaluate":
         compared = ["sft", *(MODELS[model] for model in config.evaluate.models)]
         made_with = {stage for model in compared for stage in needed_by(model, config)}

@@ -111,10 +111,18 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         result |= metrics
         job.log(number + 1, metrics)
         bar.update(config.batch_size)
+        if number + 1 in snapshots(config.snapshots, total) and ppo.accelerator.is_main_process:
+            episodes = (number + 1) * config.batch_size
+            actors.save_policy(ppo.actors, job.inputs, ppo.tokenizer, job.out / "snapshots" / str(episodes))
         if config.reference_sync_every and (number + 1) % config.reference_sync_every == 0:
             actors.synchronise_reference(ppo.actors)
     bar.close()
     return result
+
+
+def snapshots(count: int, total: int) -> set[int]:
+    """The rollouts, of `total`, after which the policy is kept: `count` in even steps, and not the last of all."""
+    return {round(total * k / (count + 1)) for k in range(1, count + 1)} - {0, total}
 
 
 def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""How reward grows, and falls, with the distance from the SFT model: the laws of Gao et al. 2022 (arXiv 2210.10760).
+
+With d the square root of KL(policy, SFT model), best-of-n gains d (alpha - beta d), RL d (alpha - beta log d). Both are
+linear in alpha and beta, which least squares finds. P: points, G: places of a grid.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# by form: the factor of -beta at distances d
+FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "best_of_n": lambda d: d * d,
+    "rl": lambda d: d * np.log(np.maximum(d, 1e-12)),
+}
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted form; `form` is a key of `FORMS`."""
+
+    form: str
+    alpha: float
+    beta: float
+
+    def gain(self, kl: np.ndarray) -> np.ndarray:
+        """The gain over the SFT model at each KL (in nats)."""
+        distance = np.sqrt(kl)
+        return self.alpha * distance - self.beta * FORMS[self.form](distance)
+
+    def peak(self) -> float | None:
+        """The KL, in nats, at which the gain is highest; None where it only grows."""
+        if self.beta <= 0 or (self.alpha <= 0 and self.form == "best_of_n"):
+            return None
+        distance = self.alpha / (2 * self.beta) if self.form == "best_of_n" else np.exp(self.alpha / self.beta - 1)
+        return float(distance**2)
+
+
+def fit(form: str, kl: np.ndarray, gain: np.ndarray) -> Law:
+    """The law of `form` nearest to gains [P] at KL [P], by least squares."""
+    distance = np.sqrt(kl)
+    columns = np.stack([distance, -FORMS[form](distance)], 1)
+    alpha, beta = np.linalg.lstsq(columns, gain, rcond=None)[0]
+    return Law(form, float(alpha), float(beta))
+
+
+def resampled(points: list[dict[str, Any]], score: str, form: str, resamples: int, seed: int) -> list[Law]:
+    """Laws fitted to bootstrap resamples: of the prompts, which all points share, and of the training seeds.
+
+    `points` have `kl`, `seed` and `gains`: for each score the gain over the SFT model at every prompt.
+    """
+    generator, seeds = np.random.default_rng(seed), sorted({point["seed"] for point in points})
+    kl, gains = np.array([point["kl"] for point in points]), np.array([point["gains"][score] for point in points])
+    of_seed = {s: [i for i, point in enumerate(points) if point["seed"] == s] for s in seeds}
+    found = []
+    for _ in range(resamples):
+        rows = [i for s in generator.choice(seeds, len(seeds)) for i in of_seed[s]]
+        prompts = generator.integers(gains.shape[1], size=gains.shape[1])
+        found.append(fit(form, kl[rows], gains[rows][:, prompts].mean(1)))
+    return found
+
+
+def band(laws: list[Law], kl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % band [G] of the gain at each KL [G]: lower and upper bound."""
+    curves = np.stack([law.gain(kl) for law in laws])
+    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def summary(points: list[dict[str, Any]], score: str, form: str, resamples: int, seed: int) -> dict[str, Any]:
+    """The law of a score with its band on a grid up to the farthest point, and where the gain peaks.
+
+    `peak_kl` is None where the fitted gain still rises at the farthest point that was measured, `farthest_kl`;
+    `peak_share` is the share of resamples whose peak lies before it.
+    """
+    kl = np.array([point["kl"] for point in points])
+    law = fit(form, kl, np.array([np.mean(point["gains"][score]) for point in points]))
+    laws, grid = resampled(points, score, form, resamples, seed), np.linspace(0, np.sqrt(kl.max()), 60) ** 2
+    low, high = band(laws, grid)
+    inside = [peak for peak in (each.peak() for each in laws) if peak is not None and peak < kl.max()]
+    peak = law.peak()
+    return {
+        "form": form,
+        "alpha": law.alpha,
+        "beta": law.beta,
+        "farthest_kl": float(kl.max()),
+        "peak_kl": peak if peak is not None and peak < kl.max() else None,
+        "peak_kl_ci95": [float(each) for each in np.quantile(inside, [0.025, 0.975])] if inside else None,
+        "peak_share": len(inside) / len(laws),
+        "curve": {"kl": grid.tolist(), "gain": law.gain(grid).tolist(), "low": low.tolist(), "high": high.tolist()},
+    }

@@ -1,0 +1,166 @@
+"""Variants of a run: the same command with other values, each in a run folder of its own, several at a time.
+
+What all variants share is made once, with all threads, before they go their ways; what some share is made by the first
+of them while the others wait for its lock.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from pipeline import chain, device
+from pipeline.config import compose
+from pipeline.errors import UserError
+from stages import needed_by
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run below the run that it varies, runs/<run>/<name>, with the overrides that make it."""
+
+    name: str
+    overrides: tuple[str, ...]
+    target: str | None  # the stage that is wanted; None is the whole chain
+
+    def arguments(self, config: DictConfig, overrides: list[str]) -> list[str]:
+        """All overrides of this variant, after those of the command."""
+        own = [f"run={config.run}/{self.name}", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
+        return [*overrides, *self.overrides, *own]
+
+
+def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> list[DictConfig]:
+    """Bring all variants of `config`, composed from `overrides`, up to date; returns their configurations.
+
+    Raises `UserError` where any failed, after all others are done; the first lines of their errors are printed.
+    """
+    composed = [compose(variant.arguments(config, overrides)) for variant in variants]
+    _make_shared(composed, Path(config.runs) / config.run)
+    jobs = min(len(variants), _jobs(config))
+    threads = config.runtime.threads or max(1, device.usable_cpus() // jobs)
+    work = {
+        variant.name: ([*variant.arguments(config, overrides), f"runtime.threads={threads}"], _log(each))
+        for variant, each in zip(variants, composed, strict=True)
+    }
+    unfinished = {name: task for (name, task), each in zip(work.items(), composed, strict=True) if not _linked(each)}
+    failed = _run(unfinished, jobs)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(variants)} variants failed; {name}: {reason} (see {work[name][1]})")
+    return composed
+
+
+def _make_shared(configs: list[DictConfig], run: Path) -> None:
+    """Make the stages that every variant needs in the same form, and link them into `run`."""
+    plans = [chain.plan(config, needed_by(config.target, config)) for config in configs]
+    planned = plans[0]
+    shared = {
+        name: entry
+        for name, entry in planned.items()
+        if all(name in plan and plan[name].fingerprint == entry.fingerprint for plan in plans)
+    }
+    chain.check_sources(configs[0], shared)
+    for entry in shared.values():
+        if not entry.artifact.finished:
+            chain.make(configs[0], entry, planned)
+        entry.artifact.link_into(run)
+
+
+def _linked(config: DictConfig) -> bool:
+    """Link what is there into the variant's run; whether that is all of it."""
+    planned = chain.plan(config, needed_by(config.target, config))
+    there = [entry for entry in planned.values() if entry.artifact.finished]
+    for entry in there:
+        entry.artifact.link_into(Path(config.runs) / config.run)
+    return len(there) == len(planned)
+
+
+def _run(work: dict[str, tuple[list[str], Path]], jobs: int) -> dict[str, str]:
+    """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed."""
+    if not work:
+        return {}
+    failed, started, done = {}, time.monotonic(), 0
+    print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
+        names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
+        for future in _as_finished(pool, set(names)):
+            name, reason, done = names[future], future.result(), done + 1
+            failed |= {name: reason} if reason else {}
+            state = f"failed: {reason}" if reason else "done"
+            print(f"{done} of {len(work)}  {name}: {state}  ({time.monotonic() - started:.0f} s)", flush=True)
+    return failed
+
+
+def _as_finished(pool: ProcessPoolExecutor, futures: set[Future[str | None]]) -> Iterator[Future[str | None]]:
+    """Futures as they finish; an interrupt ends what is running and starts no more."""
+    try:
+        while futures:
+            finished, futures = wait(futures, return_when=FIRST_COMPLETED)
+            yield from finished
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _make_one(overrides: list[str], log: Path) -> str | None:
+    """Make one variant in this process, which writes into `log`; the first line of its error, if it fails."""
+    with _output_into(log):
+        try:
+            chain.bring_up_to_date(compose(overrides))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                import traceback
+
+                traceback.print_exc()
+            return (str(error) or type(error).__name__).splitlines()[0]
+    return None
+
+
+@contextlib.contextmanager
+def _output_into(log: Path) -> Iterator[None]:
+    """What this process writes goes to the end of `log`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with log.open("a") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, former in zip((1, 2), kept, strict=True):
+                os.dup2(former, descriptor)
+                os.close(former)
+
+
+def _log(config: DictConfig) -> Path:
+    folder = Path(config.runs) / config.run
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "log.txt"
+
+
+def _end_with_the_driver() -> None:
+    """End this process when the one that started it is gone, however that ended."""
+    driver = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (driver.join(), os._exit(1)), daemon=True).start()
+
+
+def _jobs(config: DictConfig) -> int:
+    """How many variants are made at a time."""
+    if config.runtime.jobs is not None:
+        return config.runtime.jobs
+    import torch
+
+    on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
+    return 1 if on_gpu else max(1, device.usable_cpus() // (config.runtime.threads or 1))

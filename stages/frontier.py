@@ -1,0 +1,100 @@
+"""Stage `frontier`: gold and proxy reward of one method against its KL to the SFT model, on held-out prompts."""
+
+from typing import Any
+
+import numpy as np
+
+import rewards
+from pipeline import best_of, chat, ensemble, held_out, likelihood, models, sampling
+from pipeline.artifact import write_lines
+from pipeline.data import Example
+from pipeline.errors import UserError
+from pipeline.job import Job
+from rewards import RewardFunction
+from rewards.learned import learned
+
+SCORES = ("gold", "second", "proxy")  # of each prompt in points.jsonl
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Measure every point of `frontier.method`; points.jsonl has each with the scores of every prompt."""
+    config = job.config.frontier
+    tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
+    reference = models.load_policy(job.inputs["sft"], job.device.type)
+    examples = held_out.prompts(job, tokenizer, reference, config.prompts, job.config.evaluate.seed)
+    judges = {
+        "gold": rewards.load(job.config.evaluate.judge),
+        "second": rewards.load(job.config.evaluate.second_judge),
+        "proxy": learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer),
+    }
+    if config.method == "best_of_n":
+        points = best_of_points(job, reference, judges, tokenizer, examples)
+    else:
+        points = policy_points(job, reference, judges, tokenizer, examples)
+    write_lines(job.out / "points.jsonl", points)
+    means = [{name: mean(point[name]) if name in SCORES else point[name] for name in point} for point in points]
+    return {"points": means, "prompts": len(examples)}
+
+
+def best_of_points(
+    job: Job, policy: Any, judges: dict[str, RewardFunction], tokenizer: Any, examples: list[Example]
+) -> list[dict[str, Any]]:
+    """A point for each n: what the reward model's best of n samples of the SFT model scores on average."""
+    count, choices = job.config.frontier.samples, sorted({1, *job.config.frontier.best_of})
+    announce(job, policy, count * len(examples))
+    asked = [example for example in examples for _ in range(count)]
+    ids, scores = replies_scored(job, policy, judges, tokenizer, asked)
+    rows = [slice(start, start + count) for start in range(0, len(asked), count)]  # of each prompt
+    points = []
+    for n in choices:
+        found = {name: [best_of.expected(scores["proxy"][at], scores[name][at], n) for at in rows] for name in SCORES}
+        measured = [best_of.kl(scores["proxy"][at], ids[at], n) for at in rows]
+        points.append({"n": n, "kl": best_of.kl_bound(n), "kl_measured": float(np.mean(measured)), **found})
+    return points
+
+
+def policy_points(
+    job: Job, reference: Any, judges: dict[str, RewardFunction], tokenizer: Any, examples: list[Example]
+) -> list[dict[str, Any]]:
+    """A point for the SFT model, for each snapshot that the method left along its training, and for its end."""
+    final = job.inputs[job.config.frontier.method]
+    kept = sorted((final / "snapshots").glob("*"), key=lambda folder: int(folder.name))
+    announce(job, reference, (2 + len(kept)) * len(examples))
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    points = []
+    for share, folder in enumerate([job.inputs["sft"], *kept, final]):
+        policy = models.load_policy(folder, job.device.type)
+        ids, scores = replies_scored(job, policy, judges, tokenizer, examples)
+        kl = likelihood.kl(policy, reference, prompts, ids, job.config.sampling.temperature, tokenizer.pad_token_id)
+        points.append({"trained": share / (1 + len(kept)), "kl": kl, **scores})
+    return points
+
+
+def replies_scored(
+    job: Job, policy: Any, judges: dict[str, RewardFunction], tokenizer: Any, asked: list[Example]
+) -> tuple[list[list[int]], dict[str, list[float]]]:
+    """One sampled reply (token ids) to each prompt, and its scores by judge; `UserError` where one gives none."""
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
+    numbers = sampling.random_numbers(job.config.frontier.seed, len(prompts), job.config.sampling)
+    bar = job.progress(len(prompts), "replies")
+    ids = [r.ids for r in sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)]
+    bar.close()
+    messages, texts = [e.prompt for e in asked], [chat.reply_text(tokenizer, reply) for reply in ids]
+    tokens, answers = {"prompt_ids": prompts, "completion_ids": ids}, {"answer": [e.reply for e in asked]}
+    given = {"gold": answers, "second": answers, "proxy": tokens}
+    scores = {name: judge(messages, texts, **given[name]) for name, judge in judges.items()}
+    for name, found in scores.items():
+        if None in found:
+            raise UserError(f"frontier: judge {name} gives no score (None) to a reply; choose one that applies to all")
+    return ids, scores
+
+
+def mean(values: list[float]) -> float:
+    """The mean over prompts."""
+    return float(np.mean(values))
+
+
+def announce(job: Job, model: Any, replies: int) -> None:
+    """One line: device, precision, and what is sampled."""
+    flops = 2 * 3 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
+    job.announce(f"{replies:,} replies for the frontier of {job.config.frontier.method}", None, flops)
