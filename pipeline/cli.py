@@ -63,11 +63,13 @@ def _run(overrides: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
-    ran = bring_up_to_date(config)
-    if not ran:
+    if config.seeds is not None:
+        from pipeline import seeds
+
+        seeds.run(config, overrides)
+    elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
-    folder = write_report(config)
-    print_table(folder)
+    print_table(write_report(config))
 
 
 def _status(overrides: list[str]) -> None:

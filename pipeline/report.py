@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import report_arena, report_reward
+from pipeline import report_arena, report_reward, seeds
 from pipeline.artifact import read_json, read_lines, write_json, write_text
 from pipeline.errors import UserError
 from stages import STAGES
@@ -189,6 +189,15 @@ def print_table(folder: Path) -> None:
     console.print(_table(("stage", "result", "measured against", "time"), stage_rows(stages)))
     if table := model_table(stages):
         console.print(_table(table[0], table[1:]))
+    if found := seeds.current(folder):
+        heading, *rows = seeds.main_metrics(found)
+        console.print(_table(heading, rows))
+        if table := seeds.models(
+            found, {key: (said.format(**stages["evaluate"]), form) for key, (said, form) in COLUMNS.items()}
+        ):
+            console.print(_table(table[0], table[1:]))
+        for line in seeds.claims(found):
+            console.print(escape(line), highlight=False)
     console.print(f"report: {folder / 'report.html'}   numbers: {folder / 'summary.json'}", highlight=False)
 
 

@@ -87,7 +87,7 @@ def _run(work: dict[str, tuple[list[str], Path]], jobs: int) -> dict[str, str]:
     """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed."""
     if not work:
         return {}
-    failed, started, done = {}, time.monotonic(), 0
+    failed, started, done, jobs = {}, time.monotonic(), 0, min(jobs, len(work))
     print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:

@@ -102,7 +102,7 @@ SOURCES = [
 
 
 # modules that take a stage's section of the configuration
-PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"]}
+PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"], "frontier": ["frontier.py"]}
 
 
 @pytest.mark.parametrize("key", keys())

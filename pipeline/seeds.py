@@ -1,0 +1,169 @@
+"""The same run with several seeds: what of its numbers is the method, and what is luck.
+
+runs/<run>/variants/<key>-<n>   the run of each seed
+runs/<run>/seeds.json           mean, standard deviation and values of every metric that the seed reaches
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from scipy import stats
+
+from pipeline import chain, variants
+from pipeline.artifact import read_json, write_json
+from pipeline.errors import UserError
+from pipeline.variants import Variant
+from stages import STAGES, depending_on
+
+NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, which is not the seed's doing
+
+
+def run(config: DictConfig, overrides: list[str]) -> Path:
+    """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
+    key, folder = seeded_key(config), Path(config.runs) / config.run
+    first, wanted = OmegaConf.select(config, key), last_made(config, folder)
+    values = range(first, first + config.seeds)
+    members = [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in values]
+    made = variants.make(config, overrides, members)
+    for entry in chain.plan(made[0], chain.needed_by(wanted, made[0])).values():  # that of the command's own seed
+        entry.artifact.link_into(folder)
+    folders = [Path(each.runs) / each.run for each in made]
+    write_json(folder / "seeds.json", {"key": key, "seeds": list(values)} | summary(folders))
+    return folder
+
+
+def seeded_key(config: DictConfig) -> str:
+    """The seed that is varied: that of the target alone, or of all stages."""
+    if config.target is None:
+        return "seed"
+    if OmegaConf.select(config, f"{config.target}.seed") is None:
+        raise UserError(f"seeds={config.seeds}: stage {config.target} has no seed; choose another target, or none")
+    return f"{config.target}.seed"
+
+
+def last_made(config: DictConfig, folder: Path) -> str | None:
+    """The stage to make with every seed: the target, or the last one that depends on it and that the run has."""
+    if config.target is None or not config.dependents:
+        return config.target
+    made = [name for name in depending_on(config.target, config) if (folder / name).exists()]
+    return made[-1] if made else config.target
+
+
+def summary(folders: list[Path]) -> dict[str, Any]:
+    """Metrics over the runs in `folders`, one for each seed: by stage and name, and differences between models.
+
+    Stages that all runs share have no spread, and are left out; so are metrics that not every run has.
+    """
+    metrics = {}
+    fingerprints = {}
+    for stage in STAGES:
+        files = [folder / stage / "metrics.json" for folder in folders]
+        if not all(file.is_file() for file in files):
+            continue
+        found = [read_json(file) for file in files]
+        prints = [each["fingerprint"] for each in found]
+        if len(set(prints)) > 1:
+            fingerprints[stage] = prints
+            metrics[stage] = spread([numbers(each) for each in found])
+    return {"fingerprints": fingerprints, "metrics": metrics, "differences": differences(metrics.get("evaluate", {}))}
+
+
+def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number below `metrics` by its dotted name; lists are left out."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in NOT_RESULTS:
+            found[prefix + name] = float(value)
+    return found
+
+
+def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation (of a sample) and values of every number that all runs have."""
+    names = [name for name in runs[0] if all(name in each for each in runs)]
+    columns = {name: [each[name] for each in runs] for name in names}
+    return {
+        name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
+        for name, values in columns.items()
+    }
+
+
+def differences(evaluate: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gold of each trained model less the SFT model's, and PPO's less DPO's, paired by seed (Student's t test)."""
+    pairs = [("dpo", "sft"), ("ppo", "sft"), ("ppo", "dpo")]
+    columns = {name: f"models.{name}.gold_mean" for pair in pairs for name in pair}
+    return [
+        {"model": model, "against": other}
+        | paired(evaluate[columns[model]]["values"], evaluate[columns[other]]["values"])
+        for model, other in pairs
+        if columns[model] in evaluate and columns[other] in evaluate
+    ]
+
+
+def paired(values: list[float], others: list[float]) -> dict[str, Any]:
+    """The mean difference of two figures of the same seeds, its 95 % interval, and p of no difference."""
+    difference = np.subtract(values, others)
+    if np.ptp(difference) == 0:
+        return {"difference": float(difference[0]), "ci95": [float(difference[0])] * 2, "p": float(difference[0] == 0)}
+    test = stats.ttest_rel(values, others)
+    interval = test.confidence_interval()
+    return {
+        "difference": float(difference.mean()),
+        "ci95": [float(interval.low), float(interval.high)],
+        "p": float(test.pvalue),
+    }
+
+
+def current(folder: Path) -> dict[str, Any] | None:
+    """seeds.json of a run, unless a stage in it has been made anew since."""
+    file = folder / "seeds.json"
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    for stage, prints in found["fingerprints"].items():
+        if read_json(folder / stage / "metrics.json")["fingerprint"] not in prints:
+            return None
+    return found
+
+
+def main_metrics(seeds: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Heading and a row for each stage that the seed reaches: its main metric with its spread."""
+    heading = ("stage", "metric", f"mean ± standard deviation over {len(seeds['seeds'])} seeds", "values")
+    rows = []
+    for stage, metrics in seeds["metrics"].items():
+        if found := metrics.get(STAGES[stage].metric):
+            values = ", ".join(f"{value:.4g}" for value in found["values"])
+            rows.append((stage, STAGES[stage].metric, f"{found['mean']:.4g} ± {found['std']:.2g}", values))
+    return [heading, *rows]
+
+
+def models(seeds: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Heading and a row for each model: the report's columns (metric → heading, format), each with its spread."""
+    metrics = seeds["metrics"].get("evaluate", {})
+    names = list(dict.fromkeys(name.split(".")[1] for name in metrics if name.startswith("models.")))
+    shown = {key: said for key, said in columns.items() if any(f"models.{name}.{key}" in metrics for name in names)}
+    rows = [
+        (name, *(_cell(metrics.get(f"models.{name}.{key}"), form) for key, (_, form) in shown.items()))
+        for name in names
+    ]
+    return [("model", *(said for said, _ in shown.values())), *rows] if rows else []
+
+
+def _cell(found: dict[str, Any] | None, form: str) -> str:
+    return "–" if found is None else f"{found['mean']:{form}} ± {found['std']:{form.lstrip('+')}}"
+
+
+def claims(seeds: dict[str, Any]) -> list[str]:
+    """What the differences between models come to, in words."""
+    found = []
+    for each in seeds["differences"]:
+        low, high = each["ci95"]
+        verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+        found.append(
+            f"gold of {each['model']} less {each['against']}: {each['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over "
+            f"{len(seeds['seeds'])} seeds, p {each['p']:.2g}: {verdict}"
+        )
+    return found

@@ -1,0 +1,146 @@
+"""The frontier: points of the smoke run's models, the runs it needs, what it writes, and what it advises."""
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import composed, make_job
+
+from pipeline import best_of, frontier, overoptimisation, variants
+from pipeline.artifact import read_json, read_lines
+from pipeline.config import compose
+from pipeline.errors import UserError
+from stages import frontier as stage
+from stages import parents, ppo
+
+SETTINGS = ["frontier.prompts=6", "frontier.samples=8", "frontier.best_of=[2,4]"]
+
+
+def points_of(method, smoke, folder):
+    job = make_job("frontier", folder, *SETTINGS, f"frontier.method={method}")
+    names = parents("frontier", job.config)
+    job.inputs |= {name: (smoke / "smoke" / name).resolve() for name in names}
+    metrics = stage.run(job)
+    return metrics, read_lines(job.out / "points.jsonl"), names
+
+
+def test_best_of_n_is_estimated_from_all_samples_of_the_sft_model(smoke, tmp_path):
+    metrics, points, names = points_of("best_of_n", smoke, tmp_path)
+    assert names == ["sft", "comparisons", "reward"] and metrics["prompts"] == 6
+    assert [point["n"] for point in points] == [1, 2, 4]
+    assert [point["kl"] for point in points] == [best_of.kl_bound(n) for n in (1, 2, 4)]
+    assert points[0]["kl_measured"] == pytest.approx(0, abs=1e-12) and points[2]["kl_measured"] <= points[2]["kl"]
+    for lower, higher in itertools.pairwise(points):  # of more samples the best has a higher score
+        assert (np.array(higher["proxy"]) >= np.array(lower["proxy"])).all()
+    for point, means in zip(points, metrics["points"], strict=True):
+        assert means["gold"] == pytest.approx(np.mean(point["gold"])) and len(point["gold"]) == 6
+
+
+def test_a_trained_policy_is_measured_against_the_sft_model(smoke, tmp_path):
+    _, points, names = points_of("dpo", smoke, tmp_path)
+    assert names == ["sft", "comparisons", "reward", "dpo"]
+    assert [point["trained"] for point in points] == [0.0, 1.0]
+    assert points[0]["kl"] == pytest.approx(0, abs=1e-5) < points[1]["kl"]
+
+
+def test_snapshots_are_taken_in_even_steps_and_the_last_rollout_is_the_result():
+    assert ppo.snapshots(0, 10) == set()
+    assert ppo.snapshots(4, 10) == {2, 4, 6, 8}
+    assert ppo.snapshots(9, 4) == {1, 2, 3}  # not more than there are rollouts before the last
+
+
+def test_every_method_setting_and_seed_is_a_run_of_its_own():
+    config = compose(["frontier.seeds=[1,2]", "frontier.betas=[0.1,0.3]", "frontier.kl_coefs=[0.0]"])
+    members = frontier.members(config.frontier)
+    names = [variant.name for variant in members]
+    assert len(set(names)) == len(names) == 2 * (1 + 2 + 1)
+    variant = next(v for v in members if "dpo-beta0.3-seed2" in v.name)
+    assert members[variant] == {"beta": 0.3, "seed": 2} and variant.target == "frontier"
+    made = compose(variant.arguments(config, ["experiment=demo"]))
+    assert (made.dpo.beta, made.dpo.seed, made.ppo.seed, made.frontier.method) == (0.3, 2, 1, "dpo")
+
+
+def run_here(work, jobs):
+    """Make variants one after the other in this process, which has imported everything already."""
+    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+
+
+@pytest.fixture
+def written(smoke, tmp_path, monkeypatch):
+    """frontier.json of a small frontier on the smoke run's models."""
+    runs = tmp_path / "runs"
+    (runs / "artifacts").mkdir(parents=True)
+    for artifact in (smoke / "artifacts").iterdir():
+        if (artifact / "manifest.json").is_file():
+            (runs / "artifacts" / artifact.name).symlink_to(artifact.resolve())
+    monkeypatch.setattr(variants, "_run", run_here)
+    few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=1", "frontier.bootstrap=100"]
+    overrides = ["experiment=smoke", "tracker=none", f"runs={runs}", *SETTINGS, *few]
+    folder = frontier.write(compose(overrides), overrides)
+    return folder, read_json(folder / "frontier.json")
+
+
+def test_the_command_makes_every_point_once_and_fits_every_method(written):
+    folder, found = written
+    by_method = {method: [p for p in found["points"] if p["method"] == method] for method in found["laws"]}
+    assert {method: len(points) for method, points in by_method.items()} == {"best_of_n": 6, "dpo": 4, "ppo": 6}
+    assert {point["seed"] for point in found["points"]} == {1, 2}
+    assert [p["trained"] for p in by_method["ppo"]][:3] == [0.0, 0.5, 1.0]
+    assert set(found["laws"]["ppo"]) == {"gold", "second", "proxy"} and found["prompts"] == 6
+    assert found["judges"]["gold"] == "vader" and len(found["advice"]) == 4
+    assert (folder / "sft" / "manifest.json").is_file()  # what all share belongs to the run itself
+    artifacts = [each.name.partition("-")[0] for each in (folder.parent / "artifacts").glob("*-*") if each.is_dir()]
+    assert artifacts.count("reward") == 1 and artifacts.count("ppo") == 3  # that of the smoke run, and two seeds
+
+
+def law(peak, share=1.0):
+    fitted = {"form": "rl", "alpha": 1.0, "beta": 0.5, "farthest_kl": 9.0}
+    return {"gold": fitted | {"peak_kl": peak, "peak_kl_ci95": None, "peak_share": share}}
+
+
+def test_the_advice_says_where_to_stop_and_how_sure_that_is():
+    points = [{"method": "ppo", "kl_coef": 0.0, "seed": 1, "trained": 0.5, "kl": 4.0, "gold": 0.5}]
+    peaked, perhaps, rising = (
+        frontier.advice(points, {"ppo": each})[0] for each in (law(5.0), law(5.0, 0.4), law(None, 0.0))
+    )
+    assert "PPO: by the fitted law gold peaks at KL 5.0" in peaked and "stop there" in peaked
+    assert "may peak at KL 5.0" in perhaps and "40% of resamples" in perhaps
+    assert "still rises at the farthest point, KL 9.0" in rising
+    assert "0.500 at KL 4.0 (KL coefficient 0, seed 1, after 50% of training)" in rising
+
+
+def test_gains_at_a_distance_that_all_reached_are_compared():
+    points = [{"method": m, "seed": 1, "kl": 4.0, "gold": 0.5} for m in ("ppo", "dpo")]
+    near = {"gold": law(None)["gold"] | {"farthest_kl": 4.0}}
+    last = frontier.advice(points, {"ppo": law(None), "dpo": near})[-1]
+    gain = overoptimisation.Law("rl", 1.0, 0.5).gain(np.array([4.0]))[0]
+    assert last == f"At KL 4.0, the farthest that all reached, gold gains: PPO {gain:+.3f}, DPO {gain:+.3f}."
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("frontier.best_of=[128]", "frontier.samples=64"),
+        ("frontier.betas=[0.1,0.1]", "twice"),
+        ("frontier.seeds=[]", "at least one"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(override, said):
+    with pytest.raises(UserError, match=said):
+        compose([override])
+
+
+def test_a_judge_that_gives_no_score_is_refused(smoke, tmp_path):
+    job = make_job("frontier", tmp_path, *SETTINGS)
+    judges = {"gold": lambda prompts, texts, **given: [None] * len(texts)}
+    policy, tokenizer = (
+        stage.models.load_policy(smoke / "smoke" / "sft"),
+        stage.chat.load_tokenizer(smoke / "smoke" / "sft"),
+    )
+    asked = [stage.Example([{"role": "user", "content": "hello"}], "hi")]
+    with pytest.raises(UserError, match="judge gold gives no score"):
+        stage.replies_scored(job, policy, judges, tokenizer, asked)
+
+
+def test_composed_configurations_name_the_method_of_their_stage():
+    assert parents("frontier", composed("frontier.method=ppo")) == ["sft", "comparisons", "reward", "ppo"]
