@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) report status label test test-all bench-ppo bench-sampler bench-labels \
+.PHONY: help install demo arithmetic $(STAGES) frontier report status label test test-all bench-ppo bench-sampler bench-labels \
 	lint clean
 
 help: ## list the targets
@@ -36,6 +36,9 @@ ppo: install ## train with PPO
 evaluate: install ## compare the models on held-out prompts
 $(STAGES):
 	$(THREEFOLD) run target=$@ $(ARGS)
+
+frontier: install ## push best-of-n, DPO and PPO until the judge falls, three seeds (about 20 minutes)
+	$(THREEFOLD) frontier $(ARGS)
 
 report: install ## write the report of a run again from its folder
 	$(THREEFOLD) report $(ARGS)

@@ -24,7 +24,7 @@ NAMES = {"best_of_n": "best-of-n", "dpo": "DPO", "ppo": "PPO"}
 def write(config: DictConfig, overrides: list[str]) -> Path:
     """Make every point that is missing, fit the laws, and write frontier.json; returns the run's folder."""
     wanted = members(config.frontier)
-    made = variants.make(config, overrides, list(wanted))
+    made = variants.make(config, [*config.frontier.overrides, *overrides], list(wanted))
     points = [
         {"method": variant.overrides[0].partition("=")[2], **setting, **point}
         for (variant, setting), each in zip(wanted.items(), made, strict=True)
@@ -37,11 +37,10 @@ def write(config: DictConfig, overrides: list[str]) -> Path:
 
 def members(frontier: DictConfig) -> dict[Variant, dict[str, Any]]:
     """Every run that the frontier needs, with the setting that its points are of."""
-    kept = [f"ppo.snapshots={frontier.snapshots}"]
-    kept += [f"ppo.episodes={frontier.episodes}"] if frontier.episodes else []
+    kept = f"ppo.snapshots={frontier.snapshots}"
     settings = [("best_of_n", {}, [])]
     settings += [("dpo", {"beta": beta}, [f"dpo.beta={beta}"]) for beta in frontier.betas]
-    settings += [("ppo", {"kl_coef": coef}, [f"ppo.kl_coef={coef}", *kept]) for coef in frontier.kl_coefs]
+    settings += [("ppo", {"kl_coef": coef}, [f"ppo.kl_coef={coef}", kept]) for coef in frontier.kl_coefs]
     found = {}
     for method, setting, overrides in settings:
         for seed in frontier.seeds:

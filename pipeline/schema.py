@@ -316,7 +316,7 @@ class FrontierConfig:
     seeds: list[int] = field(default_factory=list)
     betas: list[float] = field(default_factory=list)
     kl_coefs: list[float] = field(default_factory=list)
-    episodes: int | None = number(1)
+    overrides: list[str] = field(default_factory=list)
     snapshots: int = number(0)
     bootstrap: int = number(100)
 
