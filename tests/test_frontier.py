@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers import composed, make_job
+from test_readme import documented
 
 from pipeline import best_of, frontier, overoptimisation, variants
 from pipeline.artifact import read_json, read_lines
@@ -34,6 +35,14 @@ def test_best_of_n_is_estimated_from_all_samples_of_the_sft_model(smoke, tmp_pat
         assert (np.array(higher["proxy"]) >= np.array(lower["proxy"])).all()
     for point, means in zip(points, metrics["points"], strict=True):
         assert means["gold"] == pytest.approx(np.mean(point["gold"])) and len(point["gold"]) == 6
+
+
+def test_its_results_equal_their_documentation(smoke, tmp_path):
+    written = set()
+    for method in ("best_of_n", "dpo"):
+        metrics, _, _ = points_of(method, smoke, tmp_path / method)
+        written |= {f"points.<number>.{key}" for point in metrics.pop("points") for key in point} | set(metrics)
+    assert written == documented("frontier")
 
 
 def test_a_trained_policy_is_measured_against_the_sft_model(smoke, tmp_path):
