@@ -41,7 +41,7 @@ HEADERS = {
 def serve(config: DictConfig, overrides: list[str]) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a missing or malformed file and for a port in use."""
     evaluated = config.label.pairs == evaluated_pairs.NAME
-    pairs, votes = _evaluated(config) if evaluated else _given(config)
+    pairs, votes = pairs_and_votes(config)
     if not pairs.is_file():
         stage = "evaluate" if evaluated else "comparisons"
         raise UserError(
@@ -60,14 +60,13 @@ def serve(config: DictConfig, overrides: list[str]) -> None:
             _say_goodbye(labelling, votes, len(labelling.votes.rows) - before)
 
 
-def _given(config: DictConfig) -> tuple[Path, Path]:
+def pairs_and_votes(config: DictConfig) -> tuple[Path, Path]:
+    """The file that pairs are read from, and the one that votes are appended to."""
+    if config.label.pairs == evaluated_pairs.NAME:
+        return evaluated_pairs.samples_file(config), evaluated_pairs.votes_file(config)
     run = Path(config.runs) / config.run
     pairs = Path(config.label.pairs or run / "comparisons" / "pool.jsonl")
     return pairs, Path(config.label.votes or run / "votes.jsonl")
-
-
-def _evaluated(config: DictConfig) -> tuple[Path, Path]:
-    return evaluated_pairs.samples_file(config), evaluated_pairs.votes_file(config)
 
 
 def report_command(overrides: list[str]) -> str:
