@@ -146,6 +146,7 @@ def _summary(
             longer = (lengths[name] - lengths[anchor])[met]
             controlled[name] = length_controlled_rate(won[met], lost[met], longer)
     return {
+        "anchor": anchor,
         "standings": [asdict(s) for s in standings(wins, models, anchor, resamples, seed)],
         "win_rates": win_rates(wins, models),
         "length_controlled": controlled,

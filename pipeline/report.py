@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import evaluated_pairs, report_arena, report_reward, votes_arena
+from pipeline import evaluated_pairs, report_arena, report_effects, report_reward, votes_arena
 from pipeline.artifact import read_json, read_lines, write_json, write_text
 from pipeline.errors import UserError
 from stages import STAGES
@@ -25,6 +25,8 @@ CURVES = {
         "rewards/accuracies": "training accuracy",
         "logps/chosen": "log-probability of chosen, nats",
         "logps/rejected": "log-probability of rejected, nats",
+        "rewards/chosen": "change of chosen against SFT, β nats",
+        "rewards/rejected": "change of rejected against SFT, β nats",
     },
     "ppo": {
         "score": "score, normalised where a reward model gives it",
@@ -49,6 +51,10 @@ def write_report(config: DictConfig) -> Path:
         metrics, gate = summary["stages"]["reward"], config.reward.gate
         checked = report_reward.section(metrics, gate)
         report_reward.write_verdict(folder / "reward_model.md", config.run, metrics, gate)
+    effects = None
+    if "evaluate" in summary["stages"]:
+        rows = read_lines(evaluated_pairs.samples_file(config))
+        effects = report_effects.section(summary["stages"]["evaluate"], rows)
     drawn = Drawn()
     page = Environment(loader=PackageLoader("pipeline", "."), autoescape=select_autoescape()).get_template(
         "report.html"
@@ -62,6 +68,7 @@ def write_report(config: DictConfig) -> Path:
         samples=samples(folder, summary["stages"]),
         contamination=summary["stages"].get("evaluate", {}).get("contamination"),
         arenas=report_arena.sections(summary["stages"]["evaluate"]) if "evaluate" in summary["stages"] else [],
+        effects=effects,
         figures=[drawn.html(figure) for figure in curves(folder)],
         reward=checked and checked | {"figure": drawn.html(checked["figure"])},
         lineage=summary["stages"],

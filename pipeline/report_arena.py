@@ -46,7 +46,7 @@ NOTES: dict[str, Callable[[dict[str, Any]], str]] = {"judge_model": position_bia
 
 def standings(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and rows of the table that arenas are known by."""
-    anchor = next((row["model"] for row in found["standings"] if row["ci95"][0] == row["ci95"][1]), "")
+    anchor = found["anchor"]
     heading = ("rank", "model", "Elo", "95 % interval", "votes", f"wins against {anchor}", "at equal lengths")
     rows = [
         (

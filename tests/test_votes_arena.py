@@ -137,9 +137,8 @@ def test_votes_of_the_page_reach_the_arena(run):
     assert votes_arena.of_run(config) is None and file.name == "evaluate_votes.jsonl"
     labelling = Labelling(evaluated_pairs.pool(rows), file, config.label.seed)
     while shown := labelling.next("anna"):
-        longer = "model_a" if len(shown.comparison.model_a) > len(shown.comparison.model_b) else "model_b"
-        sides = {shown.winner(choice): choice for choice in ("first", "second")}
-        vote_on(labelling, "anna", sides[longer] if {"human"} & set(asdict(shown.comparison).values()) else "tie")
+        by_people = [text.startswith("human") for text in (shown.first, shown.second)]
+        vote_on(labelling, "anna", {(True, False): "first", (False, True): "second"}.get(tuple(by_people), "tie"))
     found = votes_arena.of_run(config)
     assert found["votes"] == 36 and found["ties"] == 18 and found["labellers"] == 1 and found["left_out"] == 0
     assert found["arena"]["win_rates"]["human"] == {"sft": 1.0, "dpo": 1.0, "ppo": 1.0}
@@ -173,10 +172,8 @@ def test_the_page_serves_the_evaluation_and_says_what_comes_next(run, tmp_path):
         evaluated_pairs.samples_file(config), tmp_path / "smoke" / "evaluate_votes.jsonl",
     )  # fmt: skip
     chosen = ["run=mine", "label.pairs=evaluate", "label.votes=my votes.jsonl"]
-    assert (
-        label_page.report_command(chosen)
-        == "make report ARGS=\"run=mine label.pairs=evaluate 'label.votes=my votes.jsonl'\""
-    )
+    command = label_page.report_command(chosen)
+    assert command == "make report ARGS=\"run=mine label.pairs=evaluate 'label.votes=my votes.jsonl'\""
     evaluated_pairs.samples_file(config).unlink()
     with pytest.raises(UserError, match="make it with threefold run target=evaluate"):
         label_page.serve(config, [])
