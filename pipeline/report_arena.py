@@ -46,7 +46,7 @@ NOTES: dict[str, Callable[[dict[str, Any]], str]] = {"judge_model": position_bia
 
 def standings(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and rows of the table that arenas are known by."""
-    anchor = found["anchor"]
+    anchor = found.get("anchor", "sft")  # evaluations of an earlier version do not say
     heading = ("rank", "model", "Elo", "95 % interval", "votes", f"wins against {anchor}", "at equal lengths")
     rows = [
         (

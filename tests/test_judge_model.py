@@ -72,8 +72,8 @@ def test_verdicts_are_the_probabilities_of_the_two_words_in_both_orders():
     assert same == [Pair(1, "sft", "ppo")] and len(verdicts) == 5
     for verdict in verdicts:
         one, other = (REPLIES[name][verdict.pair.prompt].count("x") for name in (verdict.pair.one, verdict.pair.other))
-        assert verdict.as_a == pytest.approx(sigmoid(1 + one - other), rel=1e-5)
-        assert verdict.as_b == pytest.approx(1 - sigmoid(1 + other - one), rel=1e-5)
+        assert verdict.as_a == pytest.approx(sigmoid(1 + one - other), abs=1e-6)
+        assert verdict.as_b == pytest.approx(1 - sigmoid(1 + other - one), abs=1e-6)
     assert known["verdict_share"] == pytest.approx(1) and known["pairs"] == 5 and known["too_long"] == 0
     assert [rows for rows, _ in model.batches] == [3, 3, 3, 1]  # ten questions
     widths = [width for _, width in model.batches]
