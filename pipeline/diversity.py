@@ -17,8 +17,9 @@ def self_bleu(texts: list[str], seed: int) -> float:
     """Mean BLEU of a reply against all others (Zhu et al. 2018, Texygen, arXiv 1802.01886): 0 to 1, 1 is all alike.
 
     Of at most 100 replies, drawn by `seed` alone, so that models are compared at the same prompts. n-grams up to 4, of
-    shorter replies up to their length; no match counts 0.1 (NLTK's smoothing method 1). A reply without a word is left
-    out; where fewer than two have words, all are alike.
+    shorter replies up to their length; an order without a match counts a tenth of one (NLTK's smoothing method 1), and
+    a reply that shares no word with another is 0. A reply without a word is left out; where fewer than two have words,
+    all are alike.
     """
     drawn = np.random.default_rng(seed).permutation(len(texts))[:REPLIES]
     words = [found for i in sorted(drawn) if (found := texts[i].lower().split())]

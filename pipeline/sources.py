@@ -152,7 +152,7 @@ def model_digest(path: str, key: str) -> str:
 
     Raises `UserError` naming `key` where a local folder is not there.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if (folder / "manifest.json").is_file():
         return json.loads((folder / "manifest.json").read_text())["fingerprint"]
     if folder.is_dir():

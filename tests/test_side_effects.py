@@ -6,7 +6,7 @@ import torch
 from helpers import random_ids, tiny_policy, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from pipeline import changes, displacement, diversity
+from pipeline import changes, displacement, diversity, report_effects
 from stages import dpo
 
 SAID = ["the weather is nice today", "the weather is bad today", "I like to read", "no", "we go to the park"]
@@ -95,3 +95,11 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score():
     assert [row["text_change"] for row in found] == [1.0, 1.0, 1.0]
     assert changes.most_changed(rows, "ppo")[2]["text_change"] == pytest.approx(0.25)
     assert changes.most_changed(rows, "dpo") == []
+    drift = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9, 100, 1)
+    tested = {"model": "ppo", "against": "sft", "judge": "gold", "difference": 0.2, "ci95": [0.1, 0.3], "p": 0.01}
+    evaluate = {"judge": "vader", "second_judge": "textblob", "dpo_drift": drift}
+    shown = report_effects.section(evaluate | {"paired": [tested | {"p_holm": 0.02, "prompts": 9}]}, rows)
+    assert set(shown["changed"]) == {"ppo"} and len(shown["changed"]["ppo"]) == 4 and shown["drift"]["alarm"]
+    assert shown["paired"][1] == ("vader", "ppo − sft", "+0.200", "+0.100 to +0.300", "0.0100", "0.0200", "9")
+    of_old = report_effects.section({"judge": "vader", "second_judge": "textblob"}, [])
+    assert of_old == {"paired": [], "drift": None, "changed": {}}
