@@ -1,13 +1,14 @@
 """An arena of models: pairwise votes on replies to the same prompts, strengths in Elo points, and who is ahead of whom.
 
 M: models, P: prompts. Votes are counted as wins [.., M, M]: entry (i, j) is how often i won against j, a tie being half
-a win for both.
+a win for both. People may vote on a pair several times.
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 
 POINTS = 400 / np.log(10)  # Elo points of one unit of the Bradley-Terry model's log-strength
@@ -40,13 +41,20 @@ def wins_by_scores(scores: dict[str, list[float | None]]) -> np.ndarray:
     return found
 
 
-def strengths(wins: np.ndarray, prior: float = PRIOR) -> np.ndarray:
+def connected(wins: np.ndarray, models: list[str], anchor: str) -> list[str]:
+    """The models that votes [P, M, M] link to `anchor`, directly or by others: whose strengths can be compared."""
+    groups = connected_components(wins.sum(0), directed=False)[1]
+    return [name for name, group in zip(models, groups, strict=True) if group == groups[models.index(anchor)]]
+
+
+def strengths(wins: np.ndarray, prior: float = PRIOR, met: np.ndarray | None = None) -> np.ndarray:
     """Log-strengths [.., M] of the Bradley-Terry model, of mean 0, that are most likely given wins [.., M, M].
 
-    `prior` ties are added for each two models that met (Bradley and Terry 1952; Newton's method on the log-likelihood).
+    `prior` ties are added for each two models that met (Bradley and Terry 1952; Newton's method on the log-likelihood):
+    in `wins`, or for a resample of few votes in all of them, as `met` [M, M] says.
     """
-    met = wins + np.swapaxes(wins, -1, -2)
-    wins = wins + prior * 0.5 * (met > 0)
+    met = wins + np.swapaxes(wins, -1, -2) > 0 if met is None else met
+    wins = wins + prior * 0.5 * met
     met = wins + np.swapaxes(wins, -1, -2)
     theta, count = np.zeros(wins.shape[:-1]), wins.shape[-1]
     for _ in range(STEPS):
@@ -68,11 +76,11 @@ def standings(wins: np.ndarray, models: list[str], anchor: str, resamples: int, 
     Intervals are percentile bootstrap 95 % intervals over prompts. A model's rank is 1 and the number of models whose
     whole interval is above its own.
     """
-    at = models.index(anchor)
-    elo = _elo(strengths(wins.sum(0)), at)
+    at, total = models.index(anchor), wins.sum(0)
+    elo = _elo(strengths(total), at)
     drawn = np.random.default_rng(seed).multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
     resampled = np.einsum("rp,pij->rij", drawn.astype(float), wins)
-    low, high = np.quantile(_elo(strengths(resampled), at), [0.025, 0.975], axis=0)
+    low, high = np.quantile(_elo(strengths(resampled, met=total + total.T > 0), at), [0.025, 0.975], axis=0)
     votes = (wins + np.swapaxes(wins, -1, -2)).sum((0, 2))
     found = [
         Standing(name, float(elo[i]), (float(low[i]), float(high[i])), round(votes[i]), 1 + int((low > high[i]).sum()))
@@ -95,38 +103,50 @@ def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]
     }
 
 
-def length_controlled_rate(shares: np.ndarray, lengths: np.ndarray) -> float:
+def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarray) -> float:
     """How often a model would win against another at equal lengths.
 
-    `shares` [P] are 1 for a win, 0 for a loss and one half for a tie, `lengths` [P] the length of its reply less
-    that of the other one. A logistic regression on the length difference, squashed at its standard deviation, is read
-    at a difference of 0 (the length term of Dubois et al. 2024, arXiv 2404.04475).
+    `won` [P] are its wins at each prompt and `lost` [P] the other's, a tie being half a win for both; `lengths` [P] the
+    length of its reply less that of the other one. A logistic regression on the length difference, squashed at its
+    standard deviation, is read at a difference of 0 (the length term of Dubois et al. 2024, arXiv 2404.04475).
     """
     squashed = np.tanh(lengths / max(lengths.std(), 1e-9))[:, None]
-    features, labels = np.concatenate([squashed, squashed]), np.repeat([1, 0], len(shares))
-    weights = np.concatenate([shares, 1 - shares])
-    if weights[labels == 1].sum() == 0 or weights[labels == 0].sum() == 0:
-        return float(shares.mean())
+    features, labels = np.concatenate([squashed, squashed]), np.repeat([1, 0], len(won))
+    weights = np.concatenate([won, lost])
+    if won.sum() == 0 or lost.sum() == 0:
+        return float(won.sum() / (won + lost).sum())
     model = LogisticRegression(C=1e3, max_iter=1000).fit(features, labels, sample_weight=weights)
     return float(model.predict_proba(np.zeros((1, 1)))[0, 1])
 
 
 def summary(
-    scores: dict[str, list[float | None]], lengths: dict[str, list[int]], anchor: str, resamples: int, seed: int
+    wins: np.ndarray, models: list[str], lengths: dict[str, list[int]], anchor: str, resamples: int, seed: int
 ) -> dict[str, Any]:
     """The arena of one judge as metrics: standings, win rates, and the rate against `anchor` at equal lengths.
 
-    `scores` and `lengths` (in characters) are those of each model's reply to each prompt.
+    `wins` [P, M, M] are in the order of `models`; `lengths` are those of each model's reply to each prompt, in
+    characters. Prompts without a vote take no part, nor do models that no vote links to the anchor: `not_linked`.
     """
-    models, wins = list(scores), wins_by_scores(scores)
+    linked, voted = connected(wins, models, anchor), wins.any((1, 2))
+    kept = [models.index(name) for name in linked]
+    wins = wins[voted][:, kept][:, :, kept]
+    lengths = {name: np.array(lengths[name], dtype=float)[voted] for name in linked}
+    missing = [name for name in models if name not in linked]
+    return _summary(wins, linked, lengths, anchor, resamples, seed) | ({"not_linked": missing} if missing else {})
+
+
+def _summary(
+    wins: np.ndarray, models: list[str], lengths: dict[str, np.ndarray], anchor: str, resamples: int, seed: int
+) -> dict[str, Any]:
     at, controlled = models.index(anchor), {}
     for i, name in enumerate(models):
-        share, other = wins[:, i, at], wins[:, at, i]
-        met = share + other > 0
+        won, lost = wins[:, i, at], wins[:, at, i]
+        met = won + lost > 0
         if i != at and met.any():
-            longer = np.array(lengths[name], dtype=float) - np.array(lengths[anchor], dtype=float)
-            controlled[name] = length_controlled_rate(share[met], longer[met])
+            longer = (lengths[name] - lengths[anchor])[met]
+            controlled[name] = length_controlled_rate(won[met], lost[met], longer)
     return {
+        "anchor": anchor,
         "standings": [asdict(s) for s in standings(wins, models, anchor, resamples, seed)],
         "win_rates": win_rates(wins, models),
         "length_controlled": controlled,

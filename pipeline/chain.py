@@ -12,7 +12,7 @@ import rewards
 from pipeline import launch
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.errors import UserError
-from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, source_parts
+from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
 from stages import STAGES, depending_on, needed_by, parents
 
 
@@ -49,6 +49,9 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     parts = {key: value for key, value in parts.items() if not _below(key, stage.without)}
     for key, made_by in stage.folders:
         parts[key] = [artifact_digest(folder, key, made_by) for folder in _listed(OmegaConf.select(config, key))]
+    for key in stage.models:
+        if parts[key] is not None:
+            parts[key] = model_digest(parts[key], key)
     for key in stage.sources:
         source = OmegaConf.select(config, key)
         parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
+from pipeline import judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, Config, RewardPartConfig
@@ -97,6 +98,7 @@ def check_together(config: DictConfig) -> None:
     _check_reward_model(config.reward)
     _check_models(config.evaluate.models)
     _check_frontier(config.frontier)
+    _check_judge_model(config.evaluate.judge_model)
     _check_ppo(config.ppo, config.launch.processes)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
@@ -225,6 +227,12 @@ def _check_frontier(frontier: DictConfig) -> None:
             raise UserError(f"frontier.{key}={list(frontier[key])}: names one twice")
     if not frontier.seeds:
         raise UserError("frontier.seeds=[]: needs at least one, for example frontier.seeds=[1,2,3]")
+
+
+def _check_judge_model(judge: DictConfig) -> None:
+    if len(judge.verdicts) != 2 or judge.verdicts[0] == judge.verdicts[1]:
+        raise UserError(f"evaluate.judge_model.verdicts={judge.verdicts}: must be two different words")
+    judge_template.question(judge.template, tuple(judge.verdicts))
 
 
 def _addable(override: str) -> str:

@@ -18,7 +18,8 @@ from flask import Flask, Response, abort, redirect, render_template, request, se
 from omegaconf import DictConfig
 from werkzeug.serving import make_server
 
-from pipeline import agreement
+from pipeline import agreement, evaluated_pairs
+from pipeline.artifact import read_lines
 from pipeline.errors import UserError
 from pipeline.labelling import CHOICES, Labelling
 from pipeline.votes import only_writer, read_pool
@@ -39,23 +40,38 @@ HEADERS = {
 
 def serve(config: DictConfig, overrides: list[str]) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a missing or malformed file and for a port in use."""
-    run = Path(config.runs) / config.run
-    pairs = Path(config.label.pairs or run / "comparisons" / "pool.jsonl")
-    votes = Path(config.label.votes or run / "votes.jsonl")
+    evaluated = config.label.pairs == evaluated_pairs.NAME
+    pairs, votes = pairs_and_votes(config)
     if not pairs.is_file():
+        stage = "evaluate" if evaluated else "comparisons"
         raise UserError(
-            f"{pairs}: no such file of pairs; make it with threefold run target=comparisons, or set label.pairs"
+            f"{pairs}: no such file of pairs; make it with threefold run target={stage}, or set label.pairs"
         )
-    pool = read_pool(pairs)
+    pool = evaluated_pairs.pool(read_lines(pairs)) if evaluated else read_pool(pairs)
     with only_writer(votes), _listening(config.label.port) as listening:
         labelling = Labelling(pool, votes, config.label.seed)
-        page = make_page(labelling, votes, next_command(votes, overrides))
+        command = report_command(overrides) if evaluated else next_command(votes, overrides)
+        page = make_page(labelling, votes, command)
         before = len(labelling.votes.rows)
         with _until_interrupted():
             _announce(labelling, pairs, votes, listening.getsockname()[1])
             _answer_requests(page, listening)
         with labelling.lock:  # an answer that is being written is written to its end
             _say_goodbye(labelling, votes, len(labelling.votes.rows) - before)
+
+
+def pairs_and_votes(config: DictConfig) -> tuple[Path, Path]:
+    """The file that pairs are read from, and the one that votes are appended to."""
+    if config.label.pairs == evaluated_pairs.NAME:
+        return evaluated_pairs.samples_file(config), evaluated_pairs.votes_file(config)
+    run = Path(config.runs) / config.run
+    pairs = Path(config.label.pairs or run / "comparisons" / "pool.jsonl")
+    return pairs, Path(config.label.votes or run / "votes.jsonl")
+
+
+def report_command(overrides: list[str]) -> str:
+    """The command that shows the arena by people's votes, with the overrides that chose this run and its votes."""
+    return f'make report ARGS="{" ".join(map(shlex.quote, overrides))}"'
 
 
 def next_command(votes: Path, overrides: list[str]) -> str:

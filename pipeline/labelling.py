@@ -6,6 +6,7 @@ starts the page again goes on where they were.
 """
 
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -59,11 +60,20 @@ def _one_at_a_time(method: Callable) -> Callable:
     return alone
 
 
+def in_turns(pool: list[Comparison], seed: int) -> list[Comparison]:
+    """The pool in an order drawn from `seed`, in which pairs of models take turns: few votes reach all of them."""
+    turns: dict[tuple[str, ...], list[Comparison]] = {}
+    for comparison in sorted(pool, key=lambda c: _digest("order", seed, c.pair)):
+        turns.setdefault(tuple(sorted((comparison.model_a, comparison.model_b))), []).append(comparison)
+    rounds = itertools.zip_longest(*turns.values())
+    return [comparison for found in rounds for comparison in found if comparison is not None]
+
+
 class Labelling:
     """The comparisons of a pool, and what is known of each labeller's work on them. Safe to use from threads."""
 
     def __init__(self, pool: list[Comparison], votes_file: Path, seed: int):
-        self.pool = {c.pair: c for c in sorted(pool, key=lambda c: _digest("order", seed, c.pair))}
+        self.pool = {c.pair: c for c in in_turns(pool, seed)}
         self.seed = seed
         self.votes = Journal(votes_file, Vote)
         self.skips = Journal(votes_file.with_name(f"{votes_file.stem}.skipped{votes_file.suffix}"), Skip)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import report_arena, report_reward, seeds
+from pipeline import evaluated_pairs, report_arena, report_effects, report_reward, seeds, votes_arena
 from pipeline.artifact import read_json, read_lines, write_json, write_text
 from pipeline.errors import UserError
 from stages import STAGES
@@ -25,6 +25,8 @@ CURVES = {
         "rewards/accuracies": "training accuracy",
         "logps/chosen": "log-probability of chosen, nats",
         "logps/rejected": "log-probability of rejected, nats",
+        "rewards/chosen": "change of chosen against SFT, β nats",
+        "rewards/rejected": "change of rejected against SFT, β nats",
     },
     "ppo": {
         "score": "score, normalised where a reward model gives it",
@@ -42,12 +44,17 @@ def write_report(config: DictConfig) -> Path:
     summary = summarise(folder)
     if not summary["stages"]:
         raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={config.run}")
+    add_votes(summary["stages"], config)
     write_json(folder / "summary.json", {"run": config.run} | summary["stages"] | {"outdated": summary["outdated"]})
     checked = None
     if "reliability" in summary["stages"].get("reward", {}):
         metrics, gate = summary["stages"]["reward"], config.reward.gate
         checked = report_reward.section(metrics, gate)
         report_reward.write_verdict(folder / "reward_model.md", config.run, metrics, gate)
+    effects = None
+    if "evaluate" in summary["stages"]:
+        rows = read_lines(evaluated_pairs.samples_file(config))
+        effects = report_effects.section(summary["stages"]["evaluate"], rows)
     drawn = Drawn()
     page = Environment(loader=PackageLoader("pipeline", "."), autoescape=select_autoescape()).get_template(
         "report.html"
@@ -61,6 +68,7 @@ def write_report(config: DictConfig) -> Path:
         samples=samples(folder, summary["stages"]),
         contamination=summary["stages"].get("evaluate", {}).get("contamination"),
         arenas=report_arena.sections(summary["stages"]["evaluate"]) if "evaluate" in summary["stages"] else [],
+        effects=effects,
         figures=[drawn.html(figure) for figure in curves(folder)],
         reward=checked and checked | {"figure": drawn.html(checked["figure"])},
         lineage=summary["stages"],
@@ -68,6 +76,16 @@ def write_report(config: DictConfig) -> Path:
     )
     write_text(folder / "report.html", html)
     return folder
+
+
+def add_votes(stages: dict[str, Any], config: DictConfig) -> None:
+    """Add the arena by people's votes, where there are any on the evaluation's replies; says so in one line."""
+    if "evaluate" not in stages or (found := votes_arena.of_run(config)) is None:
+        return
+    print(f"{evaluated_pairs.votes_file(config)}: {votes_arena.in_words(found)}")
+    if "arena" in found:
+        stages["evaluate"].setdefault("arena", {})["people"] = found.pop("arena")
+    stages["evaluate"]["people"] = found
 
 
 def summarise(folder: Path) -> dict[str, Any]:
@@ -143,6 +161,7 @@ COLUMNS = {
     "kl": ("KL, nats per reply", ".2f"),
     "length": ("length, characters", ".1f"),
     "distinct_2": ("distinct-2", ".3f"),
+    "self_bleu": ("self-BLEU", ".3f"),
     "ended_share": ("ended", ".1%"),
     "repetition": ("repeated", ".1%"),
     "reply_bits_per_byte": ("reply bits per byte", ".3f"),

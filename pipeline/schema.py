@@ -288,6 +288,20 @@ class PpoConfig:
 
 
 @dataclass
+class JudgeModelConfig:
+    """A local model that judges pairs of replies."""
+
+    path: str | None = MISSING
+    revision: str | None = MISSING
+    chat: bool = MISSING
+    template: str = MISSING
+    verdicts: list[str] = field(default_factory=list)
+    margin: float = number(0.0, 0.5)
+    prompts: int | None = number(2)
+    batch_size: int = number(1)
+
+
+@dataclass
 class EvaluateConfig:
     """Stage `evaluate`."""
 
@@ -301,6 +315,7 @@ class EvaluateConfig:
     bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    judge_model: JudgeModelConfig = field(default_factory=JudgeModelConfig)
     seed: int = number(0)
 
 

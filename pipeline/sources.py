@@ -147,6 +147,21 @@ def checkpoint_digest(folder: Path) -> str:
     return hashlib.sha256("".join(f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files).encode()).hexdigest()
 
 
+def model_digest(path: str, key: str) -> str:
+    """What identifies a model: the fingerprint of an artifact, the content of another folder, or its name on the hub.
+
+    Raises `UserError` naming `key` where a local folder is not there.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        return json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    if folder.is_dir():
+        return checkpoint_digest(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"{key}: {path} is no folder; name a model's, runs/demo/sft for example, or one of the hub")
+    return path
+
+
 @functools.cache
 def file_digest(file: Path) -> str:
     """SHA-256 of a file's content, as 64 hexadecimal digits."""

@@ -114,6 +114,20 @@ def read_pool(file: Path) -> list[Comparison]:
     return [comparison for _, comparison in pool]
 
 
+def read_votes(file: Path) -> list[Vote]:
+    """The votes of a file, empty where there is none; a last line without its end is still being written.
+
+    Raises `UserError` naming file and line where one is malformed.
+    """
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return [vote for _, vote in _rows(Vote, content[: content.rfind(b"\n") + 1], file)]
+
+
 def _rows(kind: type[Row], content: bytes, file: Path) -> list[tuple[int, Row]]:
     """Rows with their line numbers; empty lines are passed over."""
     rows = []

@@ -19,6 +19,7 @@ class Stage:
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    models: tuple[str, ...] = ()  # keys of model folders, or names on the hub, whose content is in its fingerprint
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
@@ -68,6 +69,7 @@ STAGES = {
     "dpo": Stage(
         parents=("sft", "comparisons"),
         keys=("dpo", "precision"),
+        version=2,
         metric="accuracy",
     ),
     "ppo": Stage(
@@ -93,7 +95,8 @@ STAGES = {
         keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.text"),
         functions=("evaluate.judge", "evaluate.second_judge"),
-        version=3,
+        models=("evaluate.judge_model.path",),
+        version=4,
         metric="ppo_gold_mean",
     ),
 }

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer
 
-from pipeline import chat, likelihood, models, preferences, statistics, training
+from pipeline import chat, displacement, likelihood, models, preferences, statistics, training
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.preferences import TokenisedPairs
@@ -27,7 +28,12 @@ def run(job: Job) -> dict[str, Any]:
     fit(job, model, tokenizer, ordered, steps)
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
-    return metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta) | {
+    found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta)
+    if found["chosen_falls"]:
+        low, high = found["chosen_logprob_change_ci95"]
+        change = found["chosen_logprob_change"]
+        job.say(f"held-out chosen replies became less likely: {change:+.1f} nats [{low:+.1f}, {high:+.1f}]")
+    return found | {
         "pairs": len(train.rows),
         "dropped_too_long": train.dropped + test.dropped,
         "template_hash": chat.template_hash(tokenizer),
@@ -78,7 +84,7 @@ def on_disk(job: Job, tokenizer: Any, train: TokenisedPairs) -> Dataset:
 @torch.no_grad()
 def metrics(policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int]]], beta: float) -> dict[str, Any]:
     """Accuracy of the implicit reward on held-out pairs, and how log-probabilities moved, in nats per reply."""
-    change = {}
+    change, prompts = {}, [str(row["prompt_ids"]) for row in rows]
     for side in ("chosen", "rejected"):
         pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
         change[side] = likelihood.replies_logprobs(policy, pairs, pad) - likelihood.replies_logprobs(
@@ -87,9 +93,10 @@ def metrics(policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int
     right = (change["chosen"] > change["rejected"]).float() + 0.5 * (change["chosen"] == change["rejected"])
     return {
         "accuracy": right.mean().item(),
-        "accuracy_ci95": statistics.share_interval(right.tolist(), [str(row["prompt_ids"]) for row in rows]),
-        "chosen_logprob_change": change["chosen"].mean().item(),
-        "rejected_logprob_change": change["rejected"].mean().item(),
+        "accuracy_ci95": statistics.share_interval(right.tolist(), prompts),
+        **displacement.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
+        "chosen_tokens": float(np.mean([len(row["chosen_ids"]) for row in rows])),
+        "rejected_tokens": float(np.mean([len(row["rejected_ids"]) for row in rows])),
         "reward_margin": beta * (change["chosen"] - change["rejected"]).mean().item(),
         "test_pairs": len(rows),
     }

@@ -6,8 +6,23 @@ import numpy as np
 from omegaconf import OmegaConf
 
 import rewards
-from pipeline import arena, chat, contamination, data, ensemble, held_out, likelihood, models, sampling, statistics
-from pipeline.artifact import read_lines, write_lines
+from pipeline import (
+    arena,
+    chat,
+    contamination,
+    data,
+    displacement,
+    diversity,
+    ensemble,
+    held_out,
+    judge_model,
+    likelihood,
+    models,
+    paired,
+    sampling,
+    statistics,
+)
+from pipeline.artifact import read_json, read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -58,10 +73,18 @@ def run(job: Job) -> dict[str, Any]:
         found[name] = judged(job, replies[name], golds[name], seconds[name]) | found[name]
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
+    wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
+    further: dict[str, Any] = {}
+    if config.judge_model.path is not None:
+        wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
+    if "dpo" in replies and "sft" in replies:
+        further["dpo_drift"] = dpo_drift(job, replies)
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
-        "arena": {judge: in_arena(job, scores, replies) for judge, scores in by_judge.items()},
+        **further,
+        "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
+        "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
@@ -136,12 +159,36 @@ def sample_rows(
     return rows
 
 
-def in_arena(job: Job, scores: dict[str, list[float | None]], replies: dict[str, list[str]]) -> dict[str, Any]:
-    """The arena of one judge: of each two models' replies to a prompt the one that it scores higher wins."""
-    config = job.config.evaluate
-    anchor = "sft" if "sft" in scores else next(iter(scores))
-    lengths = {name: [len(text) for text in replies[name]] for name in scores}
-    return arena.summary(scores, lengths, anchor, config.bootstrap, config.seed)
+def in_arena(job: Job, wins: np.ndarray, models: list[str], replies: dict[str, list[str]]) -> dict[str, Any]:
+    """The arena of one judge from wins [P, M, M] of each two models' replies to a prompt, in the order of `models`."""
+    config, anchor = job.config.evaluate, "sft" if "sft" in models else models[0]
+    lengths = {name: [len(text) for text in replies[name][: len(wins)]] for name in models}
+    return arena.summary(wins, models, lengths, anchor, config.bootstrap, config.seed)
+
+
+def by_judge_model(
+    job: Job, examples: list[Example], replies: dict[str, list[str]]
+) -> tuple[tuple[np.ndarray, list[str]], dict[str, Any]]:
+    """Wins by the local judge model with their models, and what it is known by; verdicts.jsonl has each verdict."""
+    config = job.config.evaluate.judge_model
+    count = min(config.prompts or len(examples), len(examples))
+    different, same = judge_model.pairs(replies, count)
+    job.say(f"{2 * len(different):,} questions to the judge model {config.path}")
+    bar = job.progress(2 * len(different), "questions")
+    judge = judge_model.load(config, job.device)
+    verdicts, known = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
+    bar.close()
+    write_lines(job.out / "verdicts.jsonl", judge_model.rows(verdicts, config.margin))
+    wins = judge_model.wins(verdicts, same, list(replies), count, config.margin)
+    return (wins, list(replies)), {"path": config.path, **known, "same": len(same), "prompts": count}
+
+
+def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
+    """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
+    config, metrics = job.config.evaluate, read_json(job.inputs["dpo"] / "metrics.json")
+    found = displacement.alarm(metrics, replies["dpo"], replies["sft"], config.bootstrap, config.seed)
+    job.say(displacement.in_words(found))
+    return found
 
 
 def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
@@ -149,7 +196,8 @@ def judged(job: Job, replies: list[str], gold: list[float | None], second: list[
     return with_interval("gold", gold, job.config.evaluate) | {
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "length": float(np.mean([len(text) for text in replies])),
-        "distinct_2": distinct_n(replies, 2),
+        **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
+        "self_bleu": diversity.self_bleu(replies, job.config.evaluate.seed),
         "repetition": float(np.mean([repeated_share(text, 3) for text in replies])),
     }
 
@@ -212,10 +260,3 @@ def applicable(scores: list[float | None], judge: str) -> list[float]:
     if not found:
         raise UserError(f"evaluate.{judge}: applies to none of the replies; choose a judge that does")
     return found
-
-
-def distinct_n(texts: list[str], n: int) -> float:
-    """Different word n-grams as a share of all, over all replies together (Li et al. 2016); 1 is no repetition."""
-    words = [text.lower().split() for text in texts]
-    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))

@@ -81,7 +81,8 @@ def test_a_win_rate_that_comes_from_length_alone_is_one_half_at_equal_lengths():
     rng = np.random.default_rng(1)
     lengths = rng.normal(30, 40, 4000)  # longer on average, and judged by length alone
     shares = (rng.random(4000) < 1 / (1 + np.exp(-2 * np.tanh(lengths / lengths.std())))).astype(float)
-    assert shares.mean() > 0.65 and arena.length_controlled_rate(shares, lengths) == pytest.approx(0.5, abs=0.03)
+    assert shares.mean() > 0.65
+    assert arena.length_controlled_rate(shares, 1 - shares, lengths) == pytest.approx(0.5, abs=0.03)
     better = (rng.random(4000) < 0.8).astype(float)  # whatever the lengths
-    assert arena.length_controlled_rate(better, lengths) == pytest.approx(0.8, abs=0.03)
-    assert arena.length_controlled_rate(np.ones(5), np.arange(5.0)) == 1.0
+    assert arena.length_controlled_rate(better, 1 - better, lengths) == pytest.approx(0.8, abs=0.03)
+    assert arena.length_controlled_rate(np.ones(5), np.zeros(5), np.arange(5.0)) == 1.0

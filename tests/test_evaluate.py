@@ -50,6 +50,29 @@ def test_every_judge_has_an_arena_of_the_models_that_it_scores(evaluated):
     assert metrics["arena"]["reward_model"]["standings"][0]["model"] == "best_of_4"
 
 
+def test_paired_differences_are_those_of_the_samples(evaluated):
+    metrics, rows = evaluated
+    compared = [(judge, model, "sft") for judge in ("gold", "second") for model in ("base", "best_of_4")]
+    assert [(row["judge"], row["model"], row["against"]) for row in metrics["paired"]] == compared
+    for found in metrics["paired"]:
+        differences = [row[found["model"]][found["judge"]] - row["sft"][found["judge"]] for row in rows]
+        assert found["difference"] == pytest.approx(np.mean(differences)) and found["prompts"] == 12
+        assert found["ci95"][0] <= found["difference"] <= found["ci95"][1] and found["p"] <= found["p_holm"] <= 1
+    assert "dpo_drift" not in metrics and "judge_model" not in metrics
+
+
+def test_the_drift_of_dpo_is_measured_on_its_replies(smoke):
+    found = read_json(smoke / "smoke" / "evaluate" / "metrics.json")["dpo_drift"]
+    rows = read_lines(smoke / "smoke" / "evaluate" / "samples.jsonl")
+    longer = [len(row["dpo"]["reply"]) - len(row["sft"]["reply"]) for row in rows]
+    stage = read_json(smoke / "smoke" / "dpo" / "metrics.json")
+    assert found["length_change"] == pytest.approx(np.mean(longer))
+    assert found["chosen_logprob_change"] == stage["chosen_logprob_change"]
+    assert found["alarm"] == (stage["chosen_falls"] and found["length_change_ci95"][0] > 0)
+    page = (smoke / "smoke" / "report.html").read_text()
+    assert "Is one better than the other?" in page and "Most changed prompts" in page
+
+
 def test_base_text_is_measured_as_pretraining_measures_it(evaluated, smoke):
     metrics, _ = evaluated
     pretrain = read_json(smoke / "smoke" / "pretrain" / "metrics.json")["bits_per_byte"]
