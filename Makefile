@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report status label test test-all bench-ppo bench-sampler bench-labels \
+.PHONY: help install demo arithmetic $(STAGES) frontier sweep report status label test test-all bench-ppo bench-sampler bench-labels \
 	lint clean
 
 help: ## list the targets
@@ -39,6 +39,10 @@ $(STAGES):
 
 frontier: install ## push best-of-n, DPO and PPO until the judge falls, three seeds (about 20 minutes)
 	$(THREEFOLD) frontier $(ARGS)
+
+# each override is quoted, as Hydra's sweep syntax has parentheses; none may hold a space
+sweep: install ## make a run with several values of some keys, or search them: ARGS="dpo.beta=0.05,0.1 seed=1,2,3"
+	$(THREEFOLD) sweep $(foreach override,$(ARGS),'$(override)')
 
 report: install ## write the report of a run again from its folder
 	$(THREEFOLD) report $(ARGS)

@@ -6,6 +6,7 @@ runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
 runs/<run>/<stage>                          a link to the artifact that the run uses
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+STOP = "stop.txt"  # in the work folder: why the process that makes the artifact, wherever it runs, is to end
 
 
 def fingerprint_of(parts: dict[str, Any]) -> str:
@@ -62,7 +65,13 @@ class Artifact:
         """Make the work folders, keeping what an interrupted attempt left in them."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        (self.work / "failed.txt").unlink(missing_ok=True)
+        for name in ("failed.txt", STOP):
+            (self.work / name).unlink(missing_ok=True)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Have its maker end with an error at the next step that it logs; it continues from there when made again."""
+        with contextlib.suppress(FileNotFoundError):  # it is finished by now, or was never begun
+            write_text(self.work / STOP, reason)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, move `out` to its final name in one step, and drop the work folder."""

@@ -11,13 +11,14 @@ COMMANDS = {
     "status": "show each stage: fresh, stale and why, running, failed",
     "report": "write summary.json and report.html of a run again from its folder",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
+    "sweep": "make a run with several values of some keys, or search them with Optuna: a table and plots",
     "label": "serve the page where people compare replies, on this machine alone",
     "config": "print the composed configuration",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with status 2 after one line on bad input, 130 when interrupted."""
+    """Run one command; exits with 2 after a line on bad input, 130 when interrupted, 1 where runs of a sweep failed."""
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         command, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -103,6 +104,16 @@ def _frontier(overrides: list[str]) -> None:
     folder = frontier.write(config, overrides)
     frontier.print_advice(folder)
     print_table(write_report(config))
+
+
+def _sweep(overrides: list[str]) -> None:
+    from pipeline import sweep_space
+
+    config, fixed, space = sweep_space.read(overrides)
+    from pipeline import sweep
+
+    if sweep.run(config, fixed, space)["failed"]:
+        sys.exit(1)  # the table is there, without them; the same command makes them alone
 
 
 def _label(overrides: list[str]) -> None:

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pipeline import device
-from pipeline.artifact import write_json
+from pipeline.artifact import STOP, write_json
+from pipeline.errors import UserError
 from pipeline.tracking import StepLog, WandbRun
 
 # TRL, transformers and datasets then send nothing about their use
@@ -73,10 +74,12 @@ class Job:
         )  # fmt: skip
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of one step in the step log and the tracker."""
+        """Record metrics of one step in the step log and the tracker; raises `UserError` where asked to end here."""
         self.steps.write(step, metrics)
         if self.wandb:
             self.wandb.log(step, metrics)
+        if self.main and (asked := self.out.parent / STOP).exists():
+            raise UserError(f"{self.stage}: ended at step {step}: {asked.read_text()}")
 
     def finish(self, metrics: dict[str, Any], fingerprint: str) -> dict[str, Any]:
         """Write `metrics.json`; returns what the manifest says of this execution."""

@@ -347,6 +347,23 @@ class LabelConfig:
 
 
 @dataclass
+class SweepConfig:
+    """`threefold sweep`: how settings are compared, searched and ended early; no stage sees this."""
+
+    metric: str | None = MISSING
+    direction: str | None = one_of("maximize", "minimize")
+    kl: str | None = MISSING
+    trials: int | None = number(1)
+    batch: int = number(1)
+    random_trials: int = number(1)
+    seed: int = number(0)
+    prune: str | None = MISSING
+    prune_direction: str | None = one_of("maximize", "minimize")
+    prune_after_trials: int = number(1)
+    prune_after_steps: int = number(0)
+
+
+@dataclass
 class TrackerConfig:
     """Where metrics go besides the run folder."""
 
@@ -383,3 +400,4 @@ class Config:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -23,6 +23,14 @@ from pipeline.errors import UserError
 from stages import needed_by
 
 
+class Failed(UserError):
+    """Variants that could not be made; `reasons` has the first line of each one's error by its name."""
+
+    def __init__(self, message: str, reasons: dict[str, str]):
+        super().__init__(message)
+        self.reasons = reasons
+
+
 @dataclass(frozen=True)
 class Variant:
     """A run below the run that it varies, runs/<run>/<name>, with the overrides that make it."""
@@ -33,17 +41,18 @@ class Variant:
 
     def arguments(self, config: DictConfig, overrides: list[str]) -> list[str]:
         """All overrides of this variant, after those of the command."""
-        own = [f"run={config.run}/{self.name}", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
+        own = [f"run='{config.run}/{self.name}'", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
         return [*overrides, *self.overrides, *own]
 
 
 def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> list[DictConfig]:
     """Bring all variants of `config`, composed from `overrides`, up to date; returns their configurations.
 
-    Raises `UserError` where any failed, after all others are done; the first lines of their errors are printed.
+    Raises `Failed` where any failed, after all others are done; the first lines of their errors are printed.
     """
     composed = [compose(variant.arguments(config, overrides)) for variant in variants]
-    _make_shared(composed, Path(config.runs) / config.run)
+    if len(composed) > 1:  # one alone shares nothing, and is made in a process of its own as well
+        _make_shared(composed, Path(config.runs) / config.run)
     jobs = min(len(variants), _jobs(config))
     threads = config.runtime.threads or max(1, device.usable_cpus() // jobs)
     work = {
@@ -54,7 +63,8 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
     failed = _run(unfinished, jobs)
     if failed:
         name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(variants)} variants failed; {name}: {reason} (see {work[name][1]})")
+        message = f"{len(failed)} of {len(variants)} variants failed; {name}: {reason} (see {work[name][1]})"
+        raise Failed(message, failed)
     return composed
 
 

@@ -23,6 +23,17 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def borrowed(smoke: Path, tmp_path: Path) -> Path:
+    """A `runs` folder with the artifacts of the smoke run."""
+    runs = tmp_path / "runs"
+    (runs / "artifacts").mkdir(parents=True)
+    for artifact in (smoke / "artifacts").iterdir():
+        if (artifact / "manifest.json").is_file():
+            (runs / "artifacts" / artifact.name).symlink_to(artifact.resolve())
+    return runs
+
+
+@pytest.fixture
 def pool(tmp_path: Path) -> Path:
     """A file of twelve pairs to compare."""
     from pools import row, write_pool

@@ -79,17 +79,6 @@ def test_a_target_takes_along_what_depends_on_it_in_the_run(tmp_path):
     assert seeds.last_made(config, tmp_path) == "evaluate"
 
 
-@pytest.fixture
-def borrowed(smoke, tmp_path):
-    """A `runs` folder with the artifacts of the smoke run."""
-    runs = tmp_path / "runs"
-    (runs / "artifacts").mkdir(parents=True)
-    for artifact in (smoke / "artifacts").iterdir():
-        if (artifact / "manifest.json").is_file():
-            (runs / "artifacts" / artifact.name).symlink_to(artifact.resolve())
-    return runs
-
-
 def test_the_command_makes_each_seed_once_in_processes_of_their_own(borrowed, capsys):
     command = ["run", "experiment=smoke", "tracker=none", f"runs={borrowed}", "target=dpo", "seeds=2", "runtime.jobs=2"]
     cli.main(command)

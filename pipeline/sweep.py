@@ -1,0 +1,168 @@
+"""The sweep: a run with several values of some keys, all combinations of them or as a search by Optuna chooses.
+
+runs/<run>/variants/<key=value,…>   the run of each setting and seed
+runs/<run>/sweep.json               settings with their spread, the best, importance, failed runs
+runs/<run>/sweep.csv, sweep.html    a line for each run; the table and plots
+runs/<run>/sweep.journal            Optuna's trials, where it is a search
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+
+from pipeline import report_sweep, seeds, sweep_table, variants
+from pipeline.artifact import read_json, write_json, write_text
+from pipeline.config import compose
+from pipeline.errors import UserError, nearest
+from pipeline.sweep_metric import direction, kl_metric, metric, stage_wanted
+from pipeline.sweep_space import Dimension, combinations, spelt
+from pipeline.variants import Variant
+from stages import needed_by
+
+LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
+NOT_MADE = "ended without an error of its own, perhaps for lack of memory; its log says more"
+
+
+def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
+    """Make a sweep over `space`, print its table and write its files; returns what sweep.json holds.
+
+    Runs that fail are in `failed`. What is there is not made again, so the same command continues an interrupted sweep
+    and makes failed runs alone. Raises `UserError` for bad input.
+    """
+    with alone(config):
+        found = _search(config, overrides, space) if config.sweep.trials else _grid(config, overrides, space)
+    sweep_table.print_result(found, Path(config.runs) / config.run)
+    return found
+
+
+@contextlib.contextmanager
+def alone(config: DictConfig) -> Iterator[None]:
+    """Hold the run's sweep; raises `UserError` while another process does."""
+    folder = Path(config.runs) / config.run
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"run={config.run}: another sweep of it is going on; wait, or choose another run") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def members(
+    space: list[Dimension], settings: list[dict[str, Any]], target: str | None
+) -> dict[Variant, dict[str, Any]]:
+    """Every run of the settings, each with every combination of seeds: its variant, setting and repetition."""
+    repeated = combinations([dimension for dimension in space if dimension.repeats])
+    return {
+        variant(setting | repetition, target): {"setting": setting, "repetition": repetition}
+        for setting, repetition in itertools.product(settings, repeated)
+    }
+
+
+def variant(values: dict[str, Any], target: str | None) -> Variant:
+    """The variant with `values`, in the folder that is called after them."""
+    overrides = spelt(values)
+    return Variant(f"variants/{folder_name(','.join(overrides))}", tuple(overrides), target)
+
+
+def folder_name(text: str) -> str:
+    """`text` if it can name a folder, otherwise what is left of it and a digest of the whole."""
+    kept = re.sub(r"[^\w.,=+@-]", "_", text)[:LONGEST]
+    return text if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def make(config: DictConfig, overrides: list[str], wanted: dict[Variant, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make the runs of `wanted`; returns each with its folder, state, value, KL and first error line."""
+    reasons = {}
+    try:
+        variants.make(config, overrides, list(wanted))
+    except variants.Failed as failed:
+        reasons = failed.reasons
+    except BrokenExecutor:  # a process was killed, and took the others with it
+        reasons = {each.name: NOT_MADE for each in wanted if not made(config, overrides, each)}
+    return [result(config, each, known, reasons.get(each.name)) for each, known in wanted.items()]
+
+
+def made(config: DictConfig, overrides: list[str], wanted: Variant) -> bool:
+    """Whether all that a variant wants is there."""
+    composed = compose(wanted.arguments(config, overrides))
+    planned = variants.chain.plan(composed, needed_by(composed.target, composed))
+    return all(entry.artifact.finished for entry in planned.values())
+
+
+def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    """A run as sweep.json lists it, with its value and KL unless it failed for `reason`."""
+    name = f"{config.run}/{wanted.name}"
+    row = known | {"run": name, "state": "complete", "value": None, "kl": None, "reason": reason}
+    if reason:
+        return row | {"state": "failed"}
+    folder, kl = Path(config.runs) / name, kl_metric(config)
+    value = measured(folder, metric(config))
+    if not math.isfinite(value):
+        return row | {"state": "failed", "reason": f"{metric(config)} is {value}"}
+    return row | {"value": value, "kl": measured(folder, kl) if kl else None}
+
+
+def measured(folder: Path, name: str) -> float:
+    """The number STAGE.METRIC of a run; raises `UserError` where its stage has no such number."""
+    stage, _, key = name.partition(".")
+    known = seeds.numbers(read_json(folder / stage / "metrics.json"))
+    if key not in known:
+        raise UserError(f"{name}: is not among the numbers of {folder / stage / 'metrics.json'}{nearest(key, known)}")
+    return known[key]
+
+
+def _grid(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
+    """All combinations."""
+    settings = combinations([dimension for dimension in space if not dimension.repeats])
+    runs = make(config, overrides, members(space, settings, config.target))
+    return write(config, space, runs, sweep_table.variance_shares(runs), "main effects")
+
+
+def _search(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
+    """What Optuna chooses."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("sweep.trials: a search needs Optuna; install it with: pip install 'threefold[sweep]'")
+    from pipeline import sweep_search
+
+    return sweep_search.run(config, overrides, space)
+
+
+def write(
+    config: DictConfig, space: list[Dimension], runs: list[dict[str, Any]], importance: dict[str, float], by: str
+) -> dict[str, Any]:
+    """Write sweep.json, sweep.csv and sweep.html from `runs`; returns the first one's content."""
+    found = {
+        "run": config.run,
+        "search": config.sweep.trials is not None,
+        "target": stage_wanted(config),
+        "metric": metric(config),
+        "direction": direction(metric(config), config.sweep.direction),
+        "kl_metric": kl_metric(config),
+        "keys": [dimension.key for dimension in space if not dimension.repeats],
+        "log_keys": [dimension.key for dimension in space if dimension.log],
+        "repeated": [dimension.key for dimension in space if dimension.repeats],
+        "importance": importance,
+        "importance_by": by,
+        "failed": [run for run in runs if run["state"] == "failed"],
+        "runs": runs,
+    }
+    found["settings"] = sweep_table.settings(runs, found["direction"])
+    folder = Path(config.runs) / config.run
+    write_json(folder / "sweep.json", found)
+    sweep_table.write_csv(folder / "sweep.csv", runs, found["metric"])
+    write_text(folder / "sweep.html", report_sweep.page(found))
+    return found

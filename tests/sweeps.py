@@ -1,0 +1,85 @@
+"""Sweeps in this process: stages that are written at once instead of made, with results that follow from their keys."""
+
+import json
+import math
+import time
+
+import yaml
+from helpers import composed
+from omegaconf import OmegaConf
+
+from pipeline import sweep, sweep_search, sweep_space, variants
+from pipeline.artifact import STOP, write_json
+from pipeline.config import check
+from pipeline.errors import UserError
+from pipeline.schema import Config
+
+
+def quality(config) -> float:
+    """What the stand-in for DPO reaches: best at beta 0.1 and learning rate 3e-4, and a little by its seed."""
+    far = math.log10(config.dpo.beta / 0.1) ** 2 + 0.5 * math.log10(config.dpo.learning_rate / 3e-4) ** 2
+    return 0.9 - 0.2 * far + 0.01 * (config.dpo.seed - 2)
+
+
+class Stages:
+    """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log."""
+
+    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0):
+        self.made, self.breaks, self.steps, self.patience = [], breaks or (lambda config: None), steps, patience
+
+    def make(self, config, entry, planned) -> bool:
+        artifact, metrics = entry.artifact, {"fingerprint": entry.fingerprint}
+        artifact.open()
+        if entry.stage == "dpo":
+            self.breaks(config)
+            self.log(config, artifact)
+            metrics |= {"accuracy": quality(config), "drift": {"kl": 1 / config.dpo.beta}}
+        write_json(artifact.out / "metrics.json", metrics)
+        artifact.finish({"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": {}, "parents": {}})
+        self.made.append((entry.stage, entry.fingerprint))
+        return True
+
+    def log(self, config, artifact) -> None:
+        """Log the quality at each step, giving the sweep `patience` seconds to end a run of low quality after each."""
+        for step in range(1, self.steps + 1):
+            with (artifact.out / "log.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": step, "rewards/accuracies": quality(config)}) + "\n")
+            waited = time.monotonic() + (self.patience if quality(config) < 0.8 else 0)
+            while not (asked := (artifact.work / STOP).exists()) and time.monotonic() < waited:
+                time.sleep(0.01)
+            if asked:
+                raise UserError(f"dpo: ended at step {step}")
+
+
+def run_here(work, jobs):
+    """Make variants one after the other in this process."""
+    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+
+
+def quick(overrides: list[str]):
+    """The smoke configuration with plain values set on it; composing takes longer."""
+    config = composed().copy()
+    OmegaConf.set_readonly(config, False)
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key not in ("experiment", "tracker"):
+            OmegaConf.update(config, key, yaml.safe_load(value))
+    check(config, Config)
+    return config
+
+
+def stand_in(monkeypatch, **options) -> Stages:
+    """Have stages made by `Stages` and variants in this process; returns the stand-in."""
+    stages = Stages(**options)
+    for module in (variants, sweep, sweep_space, sweep_search):
+        monkeypatch.setattr(module, "compose", quick)
+    monkeypatch.setattr(variants, "_run", run_here)
+    monkeypatch.setattr(variants.chain, "make", stages.make)
+    monkeypatch.setattr(variants.chain, "check_sources", lambda config, planned: None)
+    return stages
+
+
+def swept(runs, *overrides: str) -> dict:
+    """A sweep of the smoke run's DPO below `runs`; returns what sweep.json holds."""
+    found = sweep.run(*sweep_space.read([f"runs={runs}", "target=dpo", "runtime.jobs=1", *overrides]))
+    assert found == json.loads((runs / "smoke" / "sweep.json").read_text())
+    return found
