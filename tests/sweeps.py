@@ -1,11 +1,12 @@
 """Sweeps in this process: stages that are written at once instead of made, with results that follow from their keys."""
 
+import functools
 import json
 import math
 import time
 
 import yaml
-from helpers import composed
+from helpers import composed_once
 from omegaconf import OmegaConf
 
 from pipeline import sweep, sweep_search, sweep_space, variants
@@ -56,14 +57,16 @@ def run_here(work, jobs):
     return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
 
 
-def quick(overrides: list[str]):
+@functools.cache
+def quickly(*overrides: str):
     """The smoke configuration with plain values set on it; composing takes longer."""
-    config = composed().copy()
+    config = composed_once().copy()
     OmegaConf.set_readonly(config, False)
     for key, _, value in (text.partition("=") for text in overrides):
         if key not in ("experiment", "tracker"):
             OmegaConf.update(config, key, yaml.safe_load(value))
     check(config, Config)
+    OmegaConf.set_readonly(config, True)
     return config
 
 
@@ -71,7 +74,7 @@ def stand_in(monkeypatch, **options) -> Stages:
     """Have stages made by `Stages` and variants in this process; returns the stand-in."""
     stages = Stages(**options)
     for module in (variants, sweep, sweep_space, sweep_search):
-        monkeypatch.setattr(module, "compose", quick)
+        monkeypatch.setattr(module, "compose", lambda given: quickly(*given))
     monkeypatch.setattr(variants, "_run", run_here)
     monkeypatch.setattr(variants.chain, "make", stages.make)
     monkeypatch.setattr(variants.chain, "check_sources", lambda config, planned: None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import sweep_space
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose, keys
 from stages import STAGES
@@ -12,7 +13,8 @@ from stages import STAGES
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PPO = (ROOT / "docs/ppo.md").read_text()
-DOCS = README + PPO + (ROOT / "docs/rewards.md").read_text()  # all whose commands and keys must exist
+CLUSTER = (ROOT / "docs/cluster.md").read_text()
+DOCS = README + PPO + (ROOT / "docs/rewards.md").read_text() + CLUSTER  # all whose commands and keys must exist
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -35,13 +37,16 @@ def test_every_make_target_is_in_the_readme_and_in_its_own_list():
 
 @pytest.mark.parametrize("arguments", re.findall(r'ARGS="([^"]+)"', DOCS))
 def test_every_override_of_the_readme_composes(arguments):
-    compose(arguments.split())
+    fixed, space = sweep_space.parse(arguments.split())
+    config = compose(fixed)
+    if space:
+        sweep_space.check(config, fixed, space)
 
 
-@pytest.mark.parametrize(
-    "key",
-    sorted(set(re.findall(r"`((?:data|model|sampling|evaluate|comparisons|ppo|pretrain|sft)\.[a-z_.]+)[=`]", DOCS))),
-)
+SECTIONS = "data|model|sampling|evaluate|comparisons|ppo|pretrain|sft|runtime|sweep(?!\\.(?:html|json|csv|journal))"
+
+
+@pytest.mark.parametrize("key", sorted(set(re.findall(rf"`((?:{SECTIONS})\.[a-z_.]+)[=`]", DOCS))))
 def test_every_key_of_the_readme_exists(key):
     metrics = [f"{stage}.{name}" for stage in STAGES for name in documented(stage)]
     assert key in keys() or any(known.startswith(f"{key}.") for known in keys()) or key in metrics

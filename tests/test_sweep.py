@@ -178,7 +178,7 @@ def test_failed_runs_are_listed_and_the_same_command_makes_them_alone(tmp_path, 
     before = len(stages.made)
     broken.clear()
     cli.main(command)
-    assert len(stages.made) == before + 1 and "failed" not in capsys.readouterr().out
+    assert len(stages.made) == before + 1 and "runs failed" not in capsys.readouterr().out
     assert read_json(tmp_path / "smoke/sweep.json")["failed"] == []
 
 
