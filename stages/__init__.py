@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import rewards
+from pipeline import players
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Stage:
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    named: tuple[str, ...] = ()  # those keys of folders whose names, RUN/STAGE, its results hold: they count as well
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
@@ -84,13 +86,12 @@ STAGES = {
         keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.text"),
         functions=("evaluate.judge", "evaluate.second_judge"),
-        version=3,
+        folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
+        named=("evaluate.earlier",),
+        version=4,
         metric="ppo_gold_mean",
     ),
 }
-
-
-MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # a model's name → the stage that makes it
 
 
 def parents(name: str, config: Any) -> list[str]:
@@ -102,10 +103,9 @@ def parents(name: str, config: Any) -> list[str]:
     if name == "ppo" and not rewards.uses_model(config.ppo.reward):
         return ["sft"]
     if name == "evaluate":
-        compared = ["sft", *(MODELS[model] for model in config.evaluate.models)]
-        made_with = {stage for model in compared for stage in needed_by(model, config)}
-        if config.evaluate.best_of is not None:
-            made_with |= {"comparisons", "reward"}
+        taking_part = [players.player(name, "evaluate.models") for name in config.evaluate.models]
+        compared = {"sft"} | players.stages_of(taking_part)
+        made_with = {needed for stage in compared for needed in needed_by(stage, config)}
         return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
     return list(STAGES[name].parents)
 
