@@ -11,6 +11,7 @@ COMMANDS = {
     "status": "show each stage: fresh, stale and why, running, failed",
     "report": "write summary.json and report.html of a run again from its folder",
     "label": "serve the page where people compare replies, on this machine alone",
+    "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
     "config": "print the composed configuration",
 }
 
@@ -95,6 +96,13 @@ def _label(overrides: list[str]) -> None:
     from pipeline.label_page import serve
 
     serve(compose(overrides), overrides)
+
+
+def _chat(overrides: list[str]) -> None:
+    from pipeline.chat_command import talk
+    from pipeline.config import compose
+
+    talk(compose(overrides), overrides)
 
 
 def _config(overrides: list[str]) -> None:

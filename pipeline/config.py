@@ -5,6 +5,7 @@ Nothing in this module imports torch, so that a wrong key is answered in a secon
 
 import math
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -44,6 +45,12 @@ def compose(overrides: list[str]) -> DictConfig:
     check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def make_command(target: str, overrides: list[str], without: str) -> str:
+    """The command that makes a stage under the same overrides, but for those below the section `without`."""
+    kept = [override for override in overrides if not override.lstrip("+~").startswith(f"{without}.")]
+    return f'make {target} ARGS="{" ".join(map(shlex.quote, kept))}"' if kept else f"make {target}"
 
 
 def check(config: DictConfig, schema: type, prefix: str = "") -> None:

@@ -5,7 +5,6 @@ Every page works without the script; the script sends the same forms and puts th
 
 import contextlib
 import logging
-import shlex
 import signal
 import socket
 import unicodedata
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from werkzeug.serving import make_server
 
 from pipeline import agreement
+from pipeline.config import make_command
 from pipeline.errors import UserError
 from pipeline.labelling import CHOICES, Labelling
 from pipeline.votes import only_writer, read_pool
@@ -60,9 +60,8 @@ def serve(config: DictConfig, overrides: list[str]) -> None:
 
 def next_command(votes: Path, overrides: list[str]) -> str:
     """The command that trains a reward model on the votes, with the overrides that chose this run."""
-    kept = [override for override in overrides if not override.lstrip("+~").startswith("label.")]
-    arguments = [*kept, f"data.preferences.path={votes}", "data.preferences.format=arena"]
-    return f'make reward ARGS="{" ".join(map(shlex.quote, arguments))}"'
+    of_votes = [f"data.preferences.path={votes}", "data.preferences.format=arena"]
+    return make_command("reward", [*overrides, *of_votes], "label")
 
 
 def _listening(port: int) -> socket.socket:

@@ -166,7 +166,7 @@ def model_table(stages: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names as the report lists them: ways to decode behind the model that they sample from, other runs' models last."""
+    """Names as the report lists them: ways to decode behind the model they sample from, other runs' models last."""
     return sorted(names, key=_place)
 
 

@@ -141,7 +141,11 @@ MISTAKES = [
     ("evaluate.models=[base,pppo]", "evaluate.models", "pppo must be one of base, sft, dpo, ppo, or one of these with"),
     ("evaluate.models=[pppo]", "evaluate.models", "(nearest: ppo)"),
     ("evaluate.models=[sft,ppo_majorty_8]", "evaluate.models", "(nearest: ppo_majority_8)"),
-    ("evaluate.models=[best_of_1]", "evaluate.models", "best_of_1 has nothing to choose from; give it 2 samples or more"),
+    (
+        "evaluate.models=[best_of_1]",
+        "evaluate.models",
+        "best_of_1 has nothing to choose from; give it 2",
+    ),
     ("evaluate.models=[ppo_majority_08]", "evaluate.models", "ppo_majority_08 must be one of"),
     ("evaluate.models=[best_of_8,sft_best_of_8]", "evaluate.models", "sft_best_of_8 is named twice"),
     ("evaluate.earlier=[a/one/ppo,b/one/ppo]", "evaluate.earlier", "two are called one/ppo"),

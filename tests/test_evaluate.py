@@ -122,5 +122,5 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
 
 def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_runs_last():
     names = ["first/ppo", "ppo_majority_4", "ppo", "best_of_16", "human", "dpo_best_of_4", "dpo", "sft", "base"]
-    in_their_order = ["human", "base", "sft", "best_of_16", "dpo", "dpo_best_of_4", "ppo", "ppo_majority_4", "first/ppo"]
-    assert in_order(names) == in_their_order
+    of_ppo = ["ppo", "ppo_majority_4", "first/ppo"]
+    assert in_order(names) == ["human", "base", "sft", "best_of_16", "dpo", "dpo_best_of_4", *of_ppo]
