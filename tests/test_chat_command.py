@@ -5,9 +5,9 @@ import io
 import sys
 
 import pytest
-from helpers import favour, perturb, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
+from helpers import composed, favour, perturb, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
 
-from pipeline import cli
+from pipeline import cli, config
 from pipeline.artifact import write_json
 from pipeline.chat_command import made
 from pipeline.config import compose
@@ -40,6 +40,8 @@ class Terminal(io.TextIOWrapper):
 @pytest.fixture
 def say(arguments, monkeypatch, capfd):
     """Exit status, lines of stdout and stderr after `lines` came through a pipe."""
+
+    monkeypatch.setattr(config, "compose", lambda overrides: composed(*overrides))  # composing takes longer
 
     def said(lines, *overrides):
         content = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
@@ -163,15 +165,15 @@ def test_text_that_is_no_utf8_and_marks_of_the_template_are_read_as_text(say):
 
 def test_a_missing_artifact_is_named_with_the_command_that_makes_it(tmp_path):
     overrides = ["experiment=smoke", "run=tiny", "chat.seed=3", "data.replies.columns={prompt: question}"]
-    config = compose([*overrides, f"runs={tmp_path}"])
+    found = compose([*overrides, f"runs={tmp_path}"])
     write_json_of(tmp_path / "tiny" / "sft")
     with pytest.raises(UserError) as refused:
-        made("best_of_4", config, overrides)
+        made("best_of_4", found, overrides)
     assert str(refused.value) == (
         "chat.model=best_of_4: run tiny has no reward yet; make it with: "
         "make reward ARGS=\"experiment=smoke run=tiny 'data.replies.columns={prompt: question}'\""
     )
-    assert made("majority_4", config, overrides) == {"sft": tmp_path / "tiny" / "sft"}
+    assert made("majority_4", found, overrides) == {"sft": tmp_path / "tiny" / "sft"}
 
 
 def write_json_of(folder):

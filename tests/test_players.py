@@ -41,7 +41,7 @@ def test_a_name_says_who_plays_and_how(name, meant):
     "name", ["", "human", "ppo_", "ppo_best_of", "best_of_1", "best_of_0", "xpo_best_of_4", "ppo_best_of_4 "]
 )
 def test_any_other_name_is_refused_with_the_key(name):
-    with pytest.raises(UserError, match="^chat.model: "):
+    with pytest.raises(UserError, match=r"^chat\.model: "):
         player(name, "chat.model")
 
 
