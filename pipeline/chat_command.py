@@ -26,8 +26,8 @@ COMMANDS = {
 def talk(config: DictConfig, overrides: list[str]) -> None:
     """Reply to each line of stdin until it ends.
 
-    From a terminal, mistakes are answered and the talk goes on. Through a pipe each line gives one line, an empty one
-    nothing, and a mistake raises `UserError`, as a missing artifact always does.
+    From a terminal, mistakes are answered and the talk goes on. Through a pipe each line that is no command
+    gives one line, an empty one an empty line, and a mistake raises `UserError`, as a missing artifact always does.
     """
     interactive = sys.stdin.isatty()
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
