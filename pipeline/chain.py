@@ -12,6 +12,7 @@ import rewards
 from pipeline import launch
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.errors import UserError
+from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
 from stages import STAGES, depending_on, needed_by, parents
 
@@ -48,7 +49,10 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
         parts |= _flatten(key, OmegaConf.select(config, key))
     parts = {key: value for key, value in parts.items() if not _below(key, stage.without)}
     for key, made_by in stage.folders:
-        parts[key] = [artifact_digest(folder, key, made_by) for folder in _listed(OmegaConf.select(config, key))]
+        folders = _listed(OmegaConf.select(config, key))
+        parts[key] = [artifact_digest(folder, key, made_by) for folder in folders]
+        if key in stage.named:
+            parts[f"{key}.names"] = [policy_name(folder) for folder in folders]
     for key in stage.models:
         if parts[key] is not None:
             parts[key] = model_digest(parts[key], key)

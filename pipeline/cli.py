@@ -12,6 +12,7 @@ COMMANDS = {
     "report": "write summary.json and report.html of a run again from its folder",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "label": "serve the page where people compare replies, on this machine alone",
+    "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
     "config": "print the composed configuration",
 }
 
@@ -110,6 +111,13 @@ def _label(overrides: list[str]) -> None:
     from pipeline.label_page import serve
 
     serve(compose(overrides), overrides)
+
+
+def _chat(overrides: list[str]) -> None:
+    from pipeline.chat_command import talk
+    from pipeline.config import compose
+
+    talk(compose(overrides), overrides)
 
 
 def _config(overrides: list[str]) -> None:

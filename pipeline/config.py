@@ -5,6 +5,7 @@ Nothing in this module imports torch, so that a wrong key is answered in a secon
 
 import math
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 import rewards
 from pipeline import judge_template
 from pipeline.errors import UserError, nearest
+from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, Config, RewardPartConfig
-from stages import MODELS
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
@@ -45,6 +46,12 @@ def compose(overrides: list[str]) -> DictConfig:
     check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def make_command(target: str, overrides: list[str], without: str) -> str:
+    """The command that makes a stage under the same overrides, but for those below the section `without`."""
+    kept = [override for override in overrides if not override.lstrip("+~").startswith(f"{without}.")]
+    return f'make {target} ARGS="{" ".join(map(shlex.quote, kept))}"' if kept else f"make {target}"
 
 
 def check(config: DictConfig, schema: type, prefix: str = "") -> None:
@@ -96,9 +103,10 @@ def check_together(config: DictConfig) -> None:
         _check_judge(key, OmegaConf.select(config, key))
     _check_comparisons(config.comparisons, preferences.path is not None)
     _check_reward_model(config.reward)
-    _check_models(config.evaluate.models)
+    _check_players(config.evaluate)
     _check_frontier(config.frontier)
     _check_judge_model(config.evaluate.judge_model)
+    player(config.chat.model, "chat.model")
     _check_ppo(config.ppo, config.launch.processes)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
@@ -136,9 +144,7 @@ def _check_reward_model(reward: DictConfig) -> None:
 
 
 def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
-    names = ["sft", *("/".join(folder.rstrip("/").split("/")[-2:]) for folder in comparisons.policies)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"comparisons.policies: two are called {twice}, by run and stage; name each once")
+    _check_policies("comparisons.policies", comparisons.policies, ["sft"])
     if given and comparisons.label_by == "people":
         raise UserError("comparisons.label_by=people: data.preferences has labels already; set one of the two")
     if comparisons.pairing == "uncertain" and comparisons.scorer is None:
@@ -210,12 +216,21 @@ def _check_judge(key: str, judge: DictConfig) -> None:
             raise UserError(f"{key}.parts.{name}.normalise: would give every model that is judged mean 0; is for PPO")
 
 
-def _check_models(models: list[str]) -> None:
-    if not models:
+def _check_policies(key: str, folders: list[str], others: list[str]) -> None:
+    """Policies of other runs are told apart by run and stage, from each other and from `others`."""
+    names = [*others, *(policy_name(folder) for folder in folders)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{key}: two are called {twice}, by run and stage; name each once")
+
+
+def _check_players(evaluate: DictConfig) -> None:
+    if not evaluate.models:
         raise UserError(f"evaluate.models: is empty; name models of the chain: {', '.join(MODELS)}")
-    for name in models:
-        if name not in MODELS:
-            raise UserError(f"evaluate.models: {name} must be one of {', '.join(MODELS)}{nearest(name, MODELS)}")
+    players = [player(name, "evaluate.models") for name in evaluate.models]
+    for i, name in enumerate(evaluate.models):
+        if players[i] in players[:i]:
+            raise UserError(f"evaluate.models: {name} is named twice (best_of_N is sft_best_of_N); name each once")
+    _check_policies("evaluate.earlier", evaluate.earlier, ["human", *evaluate.models])
 
 
 def _check_frontier(frontier: DictConfig) -> None:

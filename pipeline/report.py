@@ -185,9 +185,15 @@ def model_table(stages: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of models as the report lists them; best-of-n stands behind the SFT model that it samples from."""
-    places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(names, key=lambda name: places.get(name, places["sft"] + 0.5))
+    """Names as the report lists them: ways to decode behind the model they sample from, other runs' models last."""
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> float:
+    if name in ORDER:
+        return ORDER.index(name)
+    model = name.partition("_")[0]
+    return len(ORDER) if "/" in name else ORDER.index(model if model in ORDER else "sft") + 0.5
 
 
 def _cell(metrics: dict[str, Any], key: str, form: str) -> str:

@@ -306,9 +306,9 @@ class EvaluateConfig:
     """Stage `evaluate`."""
 
     models: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
     prompts: int = number(2)
     text_tokens: int = number(1)
-    best_of: int | None = number(2)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
     samples_shown: int = number(0)
@@ -343,6 +343,15 @@ class LabelConfig:
     port: int = number(0, 65535)
     pairs: str | None = MISSING
     votes: str | None = MISSING
+    seed: int = number(0)
+
+
+@dataclass
+class ChatConfig:
+    """`threefold chat`: a conversation in the terminal; no stage sees this."""
+
+    model: str = MISSING
+    system: str | None = MISSING
     seed: int = number(0)
 
 
@@ -383,3 +392,4 @@ class Config:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)

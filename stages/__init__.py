@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import rewards
+from pipeline import players
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Stage:
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
     models: tuple[str, ...] = ()  # keys of model folders, or names on the hub, whose content is in its fingerprint
+    named: tuple[str, ...] = ()  # those keys of folders whose names, RUN/STAGE, its results hold: they count as well
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
@@ -96,13 +98,12 @@ STAGES = {
         sources=("data.replies", "data.text"),
         functions=("evaluate.judge", "evaluate.second_judge"),
         models=("evaluate.judge_model.path",),
-        version=4,
+        folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
+        named=("evaluate.earlier",),
+        version=5,
         metric="ppo_gold_mean",
     ),
 }
-
-
-MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # a model's name → the stage that makes it
 
 
 def parents(name: str, config: Any) -> list[str]:
@@ -121,10 +122,9 @@ def parents(name: str, config: Any) -> list[str]:
             if stage not in ("dpo", "ppo") or stage == config.frontier.method
         ]
     if name == "evaluate":
-        compared = ["sft", *(MODELS[model] for model in config.evaluate.models)]
-        made_with = {stage for model in compared for stage in needed_by(model, config)}
-        if config.evaluate.best_of is not None:
-            made_with |= {"comparisons", "reward"}
+        taking_part = [players.player(name, "evaluate.models") for name in config.evaluate.models]
+        compared = {"sft"} | players.stages_of(taking_part)
+        made_with = {needed for stage in compared for needed in needed_by(stage, config)}
         return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
     return list(STAGES[name].parents)
 
