@@ -96,8 +96,9 @@ def test_every_judge_has_an_arena_of_the_models_that_it_scores(evaluated):
 
 def test_paired_differences_are_those_of_the_samples(evaluated):
     metrics, rows = evaluated
-    compared = [(judge, model, "sft") for judge in ("gold", "second") for model in ("base", "best_of_4")]
-    assert [(row["judge"], row["model"], row["against"]) for row in metrics["paired"]] == compared
+    others = [name for name in PLAYERS if name != "sft"]
+    compared = {(judge, model, "sft") for judge in ("gold", "second") for model in others}
+    assert {(row["judge"], row["model"], row["against"]) for row in metrics["paired"]} == compared
     for found in metrics["paired"]:
         differences = [row[found["model"]][found["judge"]] - row["sft"][found["judge"]] for row in rows]
         assert found["difference"] == pytest.approx(np.mean(differences)) and found["prompts"] == 12
