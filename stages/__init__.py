@@ -22,7 +22,7 @@ class Stage:
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
-    several_processes: bool = False  # whether several processes can run it together (`launch.processes`)
+    several_processes: bool = False  # whether several processes can run it together (`launch`)
 
 
 STAGES = {
@@ -37,6 +37,7 @@ STAGES = {
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
         metric="bits_per_byte",
+        several_processes=True,
     ),
     "sft": Stage(
         parents=("pretrain",),
@@ -44,6 +45,7 @@ STAGES = {
         sources=("data.replies",),
         version=2,
         metric="reply_bits_per_byte",
+        several_processes=True,
     ),
     "comparisons": Stage(
         parents=("sft",),
@@ -64,11 +66,13 @@ STAGES = {
         without=("reward.gate",),
         version=4,
         metric="accuracy",
+        several_processes=True,
     ),
     "dpo": Stage(
         parents=("sft", "comparisons"),
         keys=("dpo", "precision"),
         metric="accuracy",
+        several_processes=True,
     ),
     "ppo": Stage(
         parents=("sft", "reward"),
