@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 
 from pipeline import baselines, held_out, launch, worker
 from stages import dpo, reward, sft
@@ -30,7 +31,8 @@ def pretend_gpus() -> None:
 
     def init(self, *given, **options):
         original(self, *given, **options)
-        self.distributed_type = DistributedType.MULTI_GPU
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = init
     worker.MODES = {"cpu": ("MULTI_GPU", "gloo")}
@@ -44,6 +46,7 @@ def main(jobs: Path) -> None:
         task = launch.read(file)
         if task.mode == "fsdp2" and worker.MODES["cpu"][0] != "MULTI_GPU":
             pretend_gpus()
+        AcceleratorState._reset_state(reset_partial_state=True)  # each job in a process as good as new
         try:
             worker.run(task, int(os.environ["RANK"]))
         except Exception as error:
