@@ -61,7 +61,7 @@ def check(config: DictConfig) -> None:
     if launch.processes * launch.nodes == 1:
         return
     if launch.mode == "deepspeed_zero3" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError('launch.mode=deepspeed_zero3: DeepSpeed is missing; pip install "threefold[deepspeed]"')
+        raise UserError('launch.mode=deepspeed_zero3: DeepSpeed is missing; pip install -e ".[deepspeed]"')
     from pipeline import device
 
     kind = device.choose(config.runtime, launch.processes)
@@ -106,7 +106,7 @@ def report(error: Exception, work: Path) -> None:
 
 
 def take_part(file: Path, rank: int, trouble: Callable[[], str | None]) -> int:
-    """Run the processes of machine `rank` for a job file; the launcher's exit status, or -1 where `trouble` ended them."""
+    """Run the processes of machine `rank` for a job file; the launcher's status, or -1 where `trouble` ended them."""
     return _wait(_command(read(file), rank, file), file.with_name(log_name(rank)), trouble)
 
 

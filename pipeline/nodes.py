@@ -1,8 +1,8 @@
 """Several machines for one run: machine 0 makes it, and tells the others by TCP which stage to take part in.
 
-The machines share the folder that the command is given in. All say a JSON object per line. A helper: {"node_rank", "nodes",
-"processes"} once, and {"status"} after each job, null or what went wrong. Machine 0: {"job": file}, and at the end
-{"end": line, "failed": whether}. A connection that closes ends what both sides are doing.
+The machines share the folder that the command is given in. All say a JSON object per line. A helper: {"node_rank",
+"nodes", "processes"} once, and {"status"} after each job, null or what went wrong. Machine 0: {"job": file}, and at the
+end {"end": line, "failed": whether}. A connection that closes ends what both sides are doing.
 """
 
 import contextlib

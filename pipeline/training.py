@@ -1,5 +1,6 @@
 """What the stages that use a Trainer share: its arguments, its reports, and continuing after a kill."""
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -44,7 +45,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
     """
     share = math.ceil(batch_size / job.device.processes)
     micro = min(job.config.runtime.micro_batch_size or share, share)
-    return OPTIONS[job.device.mode] | {
+    return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
@@ -151,7 +152,7 @@ def continued_from(folder: Path, job: Job) -> str | None:
     saved = (Path(last) / COMPLETE).read_text() if last else job.device.mode
     if saved != job.device.mode and {saved, job.device.mode} & set(SHARDED):
         raise UserError(
-            f"launch.mode={job.device.mode}: was begun with {saved}; continue with that, or remove {folder} to begin anew"
+            f"launch.mode={job.device.mode}: was begun with {saved}; continue with that, or remove {folder}"
         )
     return last
 

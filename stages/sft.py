@@ -55,10 +55,10 @@ def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
 
 
 def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> Any:
-    """The model, trained with TRL on rows that are already tokenised, so that TRL neither truncates nor renders them."""
+    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
     config, processes = job.config.sft, job.device.processes
     if processes > 1:
-        unseen = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["labels"])}
+        unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
         rows = ranks.evened(rows, config.batch_size, processes, unseen)
     arguments = SFTConfig(
         **training.arguments(job, config.batch_size, steps, config.seed),
