@@ -125,7 +125,8 @@ class Nodes:
 
     def finished(self) -> str | None:
         """Wait for the other machines to end the job that ended well here; what went wrong, or None."""
-        return self.trouble(ENDING)
+        late = [rank for rank in self.peers if rank not in self.statuses]
+        return self.trouble(ENDING) or next((f"machine {r} does not end" for r in late if r not in self.statuses), None)
 
     def end(self, line: str, failed: bool) -> None:
         """Send the others home."""

@@ -159,6 +159,18 @@ def test_a_process_that_srun_starts_takes_its_place_from_slurm(tmp_path, monkeyp
     assert not worker.adopt_slurm(), "a launcher has given the rank"
 
 
+def test_a_machine_whose_part_does_not_end_is_trouble(port, tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "ENDING", 0.2)
+    job, over = tmp_path / "job.json", threading.Event()
+    job.touch()
+    helper = Helper(machine(1, port), lambda *_: over.wait(20) and 0)
+    with nodes.gathered(machine(0, port)) as others:
+        others.start(job)
+        assert others.finished() == "machine 1 does not end"
+    over.set()
+    assert helper.ended() is None
+
+
 def test_two_machines_make_a_stage_as_one_process_does(smoke, tmp_path, port, capfd):
     shutil.copytree(smoke / "artifacts", tmp_path / "artifacts", ignore=shutil.ignore_patterns("wandb", "dpo-*"))
     options = ["experiment=smoke", "tracker=none", "target=dpo", "dependents=false", "runtime.device=cpu"]
