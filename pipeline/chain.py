@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import launch
+from pipeline import launch, nodes
 from pipeline.artifact import Artifact, fingerprint_of, read_json
+from pipeline.config import check_shares
 from pipeline.errors import UserError
 from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
@@ -136,13 +137,23 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
         made = [name for name in depending_on(config.target, config) if (run / name).exists()]
         wanted = [name for name in STAGES if any(name in needed_by(w, config) for w in [*wanted, *made])]
     planned, ran = plan(config, wanted), []
+    check_processes(config, planned)
     check_sources(config, planned)
     check_rewards(config, planned)
-    for entry in planned.values():
-        if not entry.artifact.finished and make(config, entry, planned):
-            ran.append(entry.stage)
-        entry.artifact.link_into(run)
+    with nodes.gathered(config.launch) as others:
+        for entry in planned.values():
+            if not entry.artifact.finished and make(config, entry, planned, others):
+                ran.append(entry.stage)
+            entry.artifact.link_into(run)
     return ran
+
+
+def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """Hold what several processes would share to what they can, for the stages to be made; raises `UserError`."""
+    stages = [name for name, entry in planned.items() if not entry.artifact.finished]
+    check_shares(config, stages)
+    if any(STAGES[stage].several_processes for stage in stages):
+        launch.check(config)
 
 
 def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
@@ -167,8 +178,8 @@ def check_rewards(config: DictConfig, planned: dict[str, Planned]) -> None:
             rewards.load(OmegaConf.select(config, key), rewards.GIVEN[entry.stage])
 
 
-def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> bool:
-    """Make one artifact under its lock; False when another process made it while this one waited."""
+def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others: nodes.Nodes | None = None) -> bool:
+    """Make one artifact under its lock, together with `others`; False when another process made it meanwhile."""
     artifact = entry.artifact
     artifact.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = artifact.lock()
@@ -180,7 +191,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
         artifact.open()
         inputs = {parent: planned[parent].artifact.folder for parent in parents(entry.stage, config)}
         try:
-            _run(config, entry, inputs)
+            _run(config, entry, inputs, others)
         except Exception as error:
             (artifact.work / "failed.txt").write_text((str(error) or type(error).__name__).splitlines()[0] + "\n")
             (artifact.work / "traceback.txt").write_text(traceback.format_exc())
@@ -188,9 +199,9 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
     return True
 
 
-def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
+def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: nodes.Nodes | None) -> None:
     started = time.time()
-    execution = _execute(config, entry, inputs)
+    execution = _execute(config, entry, inputs, others)
     manifest = {
         "stage": entry.stage,
         "fingerprint": entry.fingerprint,
@@ -203,20 +214,19 @@ def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
     entry.artifact.finish(manifest | execution)
 
 
-def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> dict[str, Any]:
-    """Run the stage, in this process or in `launch.processes`; returns what the manifest says of the execution."""
-    stage, artifact, seen, processes = entry.stage, entry.artifact, view(config, entry.stage), config.launch.processes
-    if processes > 1 and STAGES[stage].several_processes:
+def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: nodes.Nodes | None) -> dict[str, Any]:
+    """Run the stage, in this process or in those of `launch`; returns what the manifest says of the execution."""
+    stage, artifact, seen = entry.stage, entry.artifact, view(config, entry.stage)
+    if config.launch.processes * config.launch.nodes > 1 and STAGES[stage].several_processes:
         folders = {parent: str(folder) for parent, folder in inputs.items()}
         places = str(artifact.out), str(artifact.checkpoints)
-        task = launch.Task(stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, processes)
-        return launch.run(task, artifact.work)
+        task = launch.Task(
+            stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, **launch.place(config.launch)
+        )
+        return launch.run(task, artifact.work, others)
     from pipeline.job import Job, execute
 
-    job = Job(stage, seen, inputs, artifact.out, artifact.checkpoints)
-    if processes > 1:
-        job.say(f"runs in one process: launch.processes={processes} does not concern it")
-    return execute(job, entry.fingerprint)
+    return execute(Job(stage, seen, inputs, artifact.out, artifact.checkpoints), entry.fingerprint)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:

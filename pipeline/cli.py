@@ -59,11 +59,15 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
 def _run(overrides: list[str]) -> None:
     from pipeline.chain import bring_up_to_date
     from pipeline.config import compose
+    from pipeline.launch import take_part
+    from pipeline.nodes import help_out
     from pipeline.report import print_table, write_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
+    if config.launch.node_rank > 0:
+        return help_out(config.launch, take_part)
     if config.seeds is not None:
         from pipeline import seeds
 

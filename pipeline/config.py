@@ -16,7 +16,8 @@ from pipeline import judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.schema import PROBES, Config, RewardPartConfig
+from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig
+from stages import STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
@@ -107,7 +108,8 @@ def check_together(config: DictConfig) -> None:
     _check_frontier(config.frontier)
     _check_judge_model(config.evaluate.judge_model)
     player(config.chat.model, "chat.model")
-    _check_ppo(config.ppo, config.launch.processes)
+    _check_launch(config.launch)
+    _check_ppo(config.ppo)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
@@ -161,13 +163,72 @@ def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
         raise UserError("comparisons.label_noise: is for labels of the judge; with label_by=people leave it 0")
 
 
-def _check_ppo(ppo: DictConfig, processes: int) -> None:
+def _check_launch(launch: DictConfig) -> None:
+    processes = launch.processes * launch.nodes
+    if launch.mode == "single" and processes > 1:
+        raise UserError(f"launch.mode=single: is one process, and {processes} are asked for; use launch=ddp")
+    if launch.mode in SHARDED and processes == 1:
+        raise UserError(f"launch.mode={launch.mode}: shares a model among processes; set launch.processes to 2 or more")
+    if launch.node_rank >= launch.nodes:
+        raise UserError(f"launch.node_rank={launch.node_rank}: must be below launch.nodes={launch.nodes}")
+
+
+def check_shares(config: DictConfig, stages: list[str]) -> None:
+    """Hold the batches of the training stages among `stages` to the processes that share them; raises `UserError`.
+
+    A batch of pretrain and sft is filled up with rows without labels, which no loss counts (pipeline/training.py), and
+    PPO's loss is a sum over tokens; those of reward and dpo are means over equal numbers of pairs.
+    """
+    processes = config.launch.processes * config.launch.nodes
+    untrained = () if config.pretrain.tokens else ("pretrain",)
+    for stage in (name for name in stages if STAGES[name].several_processes and name not in untrained):
+        if processes > 1:
+            _check_share(config, stage, processes)
+            _check_sharded(config, stage)
+        if stage != "ppo":
+            _check_micro_batch(config, stage, processes)
+
+
+def _check_share(config: DictConfig, stage: str, processes: int) -> None:
+    size, nodes = config[stage].batch_size, config.launch.nodes
+    given = f"launch.processes={config.launch.processes}" + (f" on launch.nodes={nodes}" if nodes > 1 else "")
+    if stage in ("reward", "dpo") and size % processes:
+        raise UserError(f"{given}: must divide {stage}.batch_size={size}, for each process takes as many pairs")
+    if stage == "ppo" and processes > size:
+        raise UserError(f"{given}: is above ppo.batch_size={size}")
+
+
+def _check_micro_batch(config: DictConfig, stage: str, processes: int) -> None:
+    size, micro = config[stage].batch_size, config.runtime.micro_batch_size
+    share = math.ceil(size / processes)
+    if micro is not None and share % min(micro, share):
+        of = f", of which each of {processes} processes takes {share}" if processes > 1 else ""
+        raise UserError(f"runtime.micro_batch_size={micro}: must divide {stage}.batch_size={size}{of}")
+
+
+def _check_sharded(config: DictConfig, stage: str) -> None:
+    """What cannot be shared out among processes that hold a part of the model each."""
+    mode = config.launch.mode
+    if mode not in SHARDED:
+        return
+    if stage == "ppo":
+        raise UserError(
+            f"launch.mode={mode}: does not share out PPO's models, which sample as well; make what comes before it "
+            "with target=reward, and then ppo with launch=ddp (ppo.lora_rank lets its models share one)"
+        )
+    if stage == "pretrain" and mode == "deepspeed_zero3" and config.pretrain.tokens:
+        raise UserError(
+            "launch.mode=deepspeed_zero3: cuts up the matrices that pretrain's Muon needs whole; use launch=fsdp2"
+        )
+    if stage == "reward" and config.reward.lora_rank is not None:
+        raise UserError(f"reward.lora_rank: launch.mode={mode} shares out whole models; use launch=ddp, or set it null")
+
+
+def _check_ppo(ppo: DictConfig) -> None:
     if ppo.batch_size % ppo.minibatches:
         raise UserError(f"ppo.minibatches={ppo.minibatches}: must divide ppo.batch_size={ppo.batch_size}")
     if ppo.batch_size % ppo.samples_per_prompt:
         raise UserError(f"ppo.samples_per_prompt={ppo.samples_per_prompt}: must divide ppo.batch_size")
-    if processes > ppo.batch_size:
-        raise UserError(f"launch.processes={processes}: is above ppo.batch_size={ppo.batch_size}")
     if ppo.advantage in ("rloo", "grpo") and ppo.samples_per_prompt < 2:
         raise UserError(f"ppo.samples_per_prompt: ppo.advantage={ppo.advantage} compares replies; set 2 or more")
     if ppo.critic_warmup and ppo.advantage != "gae":

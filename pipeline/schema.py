@@ -31,11 +31,19 @@ class RuntimeConfig:
     jobs: int | None = number(1)
 
 
+SHARDED = ("fsdp2", "deepspeed_zero3")  # modes of `launch` in which each process holds a share of the model
+
+
 @dataclass
 class LaunchConfig:
-    """How many processes run a stage together."""
+    """How many processes run a training stage together, where, and what each of them holds of the model."""
 
+    mode: str = one_of("single", "ddp", *SHARDED)
     processes: int = number(1)
+    nodes: int = number(1)
+    node_rank: int = number(0)
+    main_address: str | None = MISSING
+    main_port: int = number(1, 65534)
 
 
 @dataclass

@@ -25,7 +25,7 @@ class Stage:
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
-    several_processes: bool = False  # whether several processes can run it together (`launch.processes`)
+    several_processes: bool = False  # whether several processes can run it together (`launch`)
 
 
 STAGES = {
@@ -40,6 +40,7 @@ STAGES = {
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
         metric="bits_per_byte",
+        several_processes=True,
     ),
     "sft": Stage(
         parents=("pretrain",),
@@ -47,6 +48,7 @@ STAGES = {
         sources=("data.replies",),
         version=2,
         metric="reply_bits_per_byte",
+        several_processes=True,
     ),
     "comparisons": Stage(
         parents=("sft",),
@@ -67,12 +69,14 @@ STAGES = {
         without=("reward.gate",),
         version=4,
         metric="accuracy",
+        several_processes=True,
     ),
     "dpo": Stage(
         parents=("sft", "comparisons"),
         keys=("dpo", "precision"),
         version=2,
         metric="accuracy",
+        several_processes=True,
     ),
     "ppo": Stage(
         parents=("sft", "reward"),
