@@ -6,7 +6,19 @@ import numpy as np
 from omegaconf import OmegaConf
 
 import rewards
-from pipeline import arena, chat, contamination, data, ensemble, held_out, likelihood, models, sampling, statistics
+from pipeline import (
+    arena,
+    chat,
+    contamination,
+    data,
+    ensemble,
+    held_out,
+    likelihood,
+    models,
+    sampling,
+    statistics,
+    suites,
+)
 from pipeline.artifact import read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
@@ -27,8 +39,10 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     examples = held_out.prompts(job, tokenizer, reference, config.prompts, config.seed)
-    examples, contaminated = checked_for_copies(job, examples)
-    announce(job, len(examples), reference)
+    tasks = suites.prepared(job, tokenizer, reference, ways(job))
+    examples, contaminated, counted = checked_for_copies(job, examples, tasks)
+    problems = sum(len(suite.problems) for suite in tasks.values())
+    announce(job, len(examples), problems, reference)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:
@@ -36,8 +50,8 @@ def run(job: Job) -> dict[str, Any]:
     texts = held_out.first_texts(
         data.texts(data.load(job.config.data.text, "test").rows), tokenizer, config.text_tokens
     )
-    bar = job.progress((len(stages) + (config.best_of or 0)) * len(examples), "replies")
-    found, replies, proxies = {}, {}, {}
+    bar = job.progress((len(stages) + (config.best_of or 0)) * len(examples) + len(stages) * problems, "replies")
+    found, replies, proxies, answers = {}, {}, {}, {}
     if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
         found["human"], replies["human"] = {}, [example.reply for example in examples]
     for name, stage in stages.items():
@@ -48,7 +62,10 @@ def run(job: Job) -> dict[str, Any]:
         )  # as pretraining measures it: what alignment took from the language model
         if by_proxy is not None:
             proxies[name] = by_proxy
-        bar.update(len(examples))
+        in_tasks = {task: suites.answered(suite, policy, tokenizer) for task, suite in tasks.items()}
+        found[name]["tasks"] = {task: metrics for task, (metrics, _) in in_tasks.items()}
+        answers[name] = {task: replied for task, (_, replied) in in_tasks.items()}
+        bar.update(len(examples) + problems)
     if config.best_of is not None:
         name = f"best_of_{config.best_of}"
         found[name], replies[name], proxies[name] = best_of(job, reference, proxy, tokenizer, examples, bar)
@@ -58,9 +75,11 @@ def run(job: Job) -> dict[str, Any]:
         found[name] = judged(job, replies[name], golds[name], seconds[name]) | found[name]
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
+    write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
+        "tasks": {name: suites.described(suite) | {"contamination": counted[name]} for name, suite in tasks.items()},
         "arena": {judge: in_arena(job, scores, replies) for judge, scores in by_judge.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
@@ -90,7 +109,7 @@ def measured(
         by_proxy = proxy([e.prompt for e in examples], texts, prompt_ids=prompts, completion_ids=ids)
         metrics["proxy_mean"] = float(np.mean(by_proxy))
     if job.config.evaluate.greedy:
-        greedy = sample(job, policy, tokenizer, examples, OmegaConf.merge(job.config.sampling, GREEDY))
+        greedy = sample(job, policy, tokenizer, examples, ways(job)["greedy_"])
         gold = judged_by(judge, examples, [chat.reply_text(tokenizer, reply.ids) for reply in greedy])
         metrics |= with_interval("greedy_gold", gold, job.config.evaluate)
     return metrics, texts, by_proxy
@@ -161,16 +180,54 @@ def with_interval(name: str, scores: list[float | None], config: Any) -> dict[st
     return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
 
 
-def announce(job: Job, prompts: int, model: Any) -> None:
+def ways(job: Job) -> dict[str, Any]:
+    """How replies are sampled, by the prefix of their metrics: as everywhere, and greedily where that is asked for."""
+    greedy = {"greedy_": OmegaConf.merge(job.config.sampling, GREEDY)} if job.config.evaluate.greedy else {}
+    return {"": job.config.sampling} | greedy
+
+
+def announce(job: Job, prompts: int, problems: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
     compared = len(set(job.config.evaluate.models))
-    replies = (compared + (job.config.evaluate.best_of or 0)) * prompts
+    replies = (compared + (job.config.evaluate.best_of or 0)) * prompts + compared * problems
     flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
-    job.announce(f"{replies:,} replies of {compared} models to {prompts} held-out prompts", None, flops)
+    asked = f"{prompts} held-out prompts" + (f" and {problems:,} problems" if problems else "")
+    job.announce(f"{replies:,} replies of {compared} models to {asked}", None, flops)
 
 
-def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example], dict[str, Any]]:
-    """Counts of prompts (with their replies) that occur in what each stage was trained on; without them where asked."""
+def checked_for_copies(
+    job: Job, examples: list[Example], tasks: dict[str, suites.Suite]
+) -> tuple[list[Example], dict[str, Any], dict[str, dict[str, Any]]]:
+    """Counts of prompts (with their replies) and of each task's problems that occur in what each stage was trained on.
+
+    Returns the prompts, their counts, and those of each task; where asked for, what occurs is left out of both.
+    """
+    texts = {"prompts": [spoken(e.prompt, e.reply) for e in examples]}
+    texts |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    found = contamination.against(texts, trained_on(job))
+    examples, counts = without_copies(job, "prompts", examples, *found["prompts"])
+    by_task = {}
+    for name, suite in tasks.items():
+        suite.problems, by_task[name] = without_copies(
+            job, f"problems of evaluate.tasks.{name}", suite.problems, *found[f"tasks.{name}"]
+        )
+    return examples, counts, by_task
+
+
+def without_copies(
+    job: Job, what: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray
+) -> tuple[list[Any], dict[str, Any]]:
+    """The items and their counts; with `evaluate.remove_contaminated` without those flagged."""
+    if not job.config.evaluate.remove_contaminated:
+        return items, counts
+    kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
+    if len(kept) < 2:
+        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} {what}")
+    return kept, counts | {"removed": len(items) - len(kept)}
+
+
+def trained_on(job: Job) -> dict[str, list[str]]:
+    """The texts that each training stage saw, by its name."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained = {
         "pretrain": data.texts(data.load(job.config.data.text, "train").rows),
@@ -180,13 +237,7 @@ def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example]
         pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
         sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
         trained["comparisons"] = [spoken(pair["prompt"], pair[side]) for pair, side in sides]
-    found, flags = contamination.against([spoken(e.prompt, e.reply) for e in examples], trained)
-    if not job.config.evaluate.remove_contaminated:
-        return examples, found
-    kept = [example for example, flag in zip(examples, flags, strict=True) if not flag]
-    if len(kept) < 2:
-        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(examples)} prompts")
-    return kept, found | {"removed": len(examples) - len(kept)}
+    return trained
 
 
 def spoken(prompt: list[dict[str, str]], reply: str) -> str:
