@@ -15,7 +15,10 @@ from pipeline.config import check_shares
 from pipeline.errors import UserError
 from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
-from stages import STAGES, depending_on, needed_by, parents
+from stages import STAGES, depending_on, needed_by, parents, sources
+
+LOCATION = ("path", "config_name", "revision")  # of a source: its content counts, and these for one from the hub
+TASKS = "evaluate.tasks."
 
 
 @dataclass
@@ -57,9 +60,14 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     for key in stage.models:
         if parts[key] is not None:
             parts[key] = model_digest(parts[key], key)
-    for key in stage.sources:
+    for key in sources(name, config):
         source = OmegaConf.select(config, key)
+        parts = {known: value for known, value in parts.items() if known not in [f"{key}.{part}" for part in LOCATION]}
         parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)
+        if key.startswith(TASKS):
+            from pipeline import verifiable
+
+            parts[f"{key}.source"] = verifiable.digest(source.check)
     for key in stage.functions:
         for place, function in rewards.functions(OmegaConf.select(config, key)).items():
             if function is not None:
@@ -77,7 +85,7 @@ def view(config: DictConfig, name: str) -> DictConfig:
     """
     stage = STAGES[name]
     seen = OmegaConf.create({})
-    for key in (*stage.keys, *stage.sources, "runtime", "tracker", "run"):
+    for key in (*stage.keys, *sources(name, config), "runtime", "tracker", "run"):
         value = OmegaConf.select(config, key)
         if hidden := [name.removeprefix(f"{key}.") for name in stage.without if name.startswith(f"{key}.")]:
             value = OmegaConf.masked_copy(value, [name for name in value if name not in hidden])
@@ -162,12 +170,15 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
     A broken file of preferences would otherwise show after pretraining. A source that a finished artifact was made from
     is known to be good, and what is read here stays in memory for the stages, so a good source is read once as before.
     """
-    from pipeline import data
+    from pipeline import data, verifiable
 
-    known = {key for entry in planned.values() if entry.artifact.finished for key in STAGES[entry.stage].sources}
-    needed = {key for entry in planned.values() if not entry.artifact.finished for key in STAGES[entry.stage].sources}
+    known = {key for entry in planned.values() if entry.artifact.finished for key in sources(entry.stage, config)}
+    needed = {key for entry in planned.values() if not entry.artifact.finished for key in sources(entry.stage, config)}
     for key in sorted(needed - known):
-        if (source := OmegaConf.select(config, key)).path is not None:
+        source = OmegaConf.select(config, key)
+        if key.startswith(TASKS):
+            verifiable.check(key, source)
+        elif source.path is not None:
             data.check(source)
 
 

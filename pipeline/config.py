@@ -16,12 +16,12 @@ from pipeline import judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig
+from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig, TaskConfig
 from stages import STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
-GROUPS = ["model", "data", "tracker", "launch", "experiment", *(f"reward@{key}" for key in REWARDS)]
+GROUPS = ["model", "data", "tasks", "tracker", "launch", "experiment", *(f"reward@{key}" for key in REWARDS)]
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -68,9 +68,9 @@ def check(config: DictConfig, schema: type, prefix: str = "") -> None:
         value = config[name]
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             check(value, OmegaConf.get_type(value), f"{key}.")
-        elif name == "parts":
-            for part in value:
-                check(value[part], RewardPartConfig, f"{key}.{part}.")
+        elif name in NAMED:
+            for entry in value:
+                check(value[entry], NAMED[name], f"{key}.{entry}.")
         elif value is not None:
             _check_value(key, value, known[name].metadata)
 
@@ -109,6 +109,8 @@ def check_together(config: DictConfig) -> None:
     _check_judge_model(config.evaluate.judge_model)
     player(config.chat.model, "chat.model")
     _check_launch(config.launch)
+    for name, task in config.evaluate.tasks.items():
+        _check_task(f"evaluate.tasks.{name}", task, config.model.max_position_embeddings)
     _check_ppo(config.ppo)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
@@ -311,13 +313,29 @@ def _check_judge_model(judge: DictConfig) -> None:
     judge_template.question(judge.template, tuple(judge.verdicts))
 
 
+def _check_task(key: str, task: DictConfig, positions: int | None) -> None:
+    """A source of problems that its check can read, in a split that it has."""
+    if not re.fullmatch(r"[\w-]+", name := key.removeprefix("evaluate.tasks.")):
+        raise UserError(f"evaluate.tasks: {name!r} is no name of letters, digits, - and _; choose another")
+    if task.path is None:
+        raise UserError(f"{key}.path has no value: set it to a file, a folder or a name on the hub")
+    formats = ("ifeval",) if task.check == "instructions" else ("prompt_completion", "messages")
+    if task.format not in formats:
+        raise UserError(f"{key}.format={task.format}: {key}.check={task.check} reads {' or '.join(formats)}")
+    if task.split == "all" and task.splits:
+        raise UserError(f"{key}.split=all: its splits are kept apart; set split=test, or leave splits out")
+    if task.max_new_tokens and positions and task.max_new_tokens >= positions:
+        raise UserError(f"{key}.max_new_tokens={task.max_new_tokens}: leaves no room in {positions} positions")
+
+
 def _addable(override: str) -> str:
     """An override that gives a mapping to a key that holds one adds its entries, as people expect of columns={a: b}."""
     key, _, value = override.partition("=")
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks")
+NAMED = {"parts": RewardPartConfig, "tasks": TaskConfig}  # mappings from names to sections, and what each holds
 
 
 def keys(schema: type = Config, prefix: str = "") -> list[str]:
@@ -333,11 +351,12 @@ def _dataclass_of(kind: Any) -> type | None:
     return kind if is_dataclass(kind) else None
 
 
-def _keys_of_part(key: str) -> list[str]:
-    """Keys of a part of a reward that stand beside `key`, if that is one which parts do not have."""
-    part, _, name = key.rpartition(".")
-    known = [entry.name for entry in fields(RewardPartConfig)]
-    return [f"{part}.{entry}" for entry in known] if ".parts." in part and name not in known else []
+def _keys_of_named(key: str) -> list[str]:
+    """Keys that stand beside `key` in a section of a mapping, if that is one which such sections do not have."""
+    section, _, name = key.rpartition(".")
+    schema = NAMED.get(section.split(".")[-2:][0])
+    known = [entry.name for entry in fields(schema)] if schema else []
+    return [f"{section}.{entry}" for entry in known] if name not in known else []
 
 
 def _explain(error: BaseException, overrides: list[str]) -> str:
@@ -360,7 +379,7 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
         name = next(
             (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
         )
-        return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_part(name))}"
+        return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_named(name))}"
     if full_key:
         return f"{full_key[1]}: {text.splitlines()[0]}"
     message = " ".join(text.split()).split(" See https://hydra")[0]

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from pipeline import best_of, decoding_policies, held_out, likelihood, models
+from pipeline import best_of, decoding_policies, held_out, likelihood, models, suites
 from pipeline.data import Example
 from pipeline.job import Job
 from pipeline.players import Player
 from pipeline.sampling import Reply
+from pipeline.suites import Suite
 from rewards import RewardFunction
 
 GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
@@ -32,19 +33,22 @@ class Shared:
     examples: list[Example]
     prompts: list[list[int]]
     texts: list[str]
+    tasks: dict[str, Suite]
 
 
 @dataclass
 class Played:
     """A player's reply to each prompt with the reward model's scores where there is one, and what is measured of it.
 
-    `greedy` are the most likely replies of a model by itself, where these are asked for.
+    `greedy` are the most likely replies of a model by itself, where these are asked for, `answers` what it says to each
+    task's problems, with verdicts.
     """
 
     replies: list[str]
     proxies: list[float] | None
     metrics: dict[str, Any]
     greedy: list[str] = field(default_factory=list)
+    answers: dict[str, list[dict[str, Any]]] | None = None
 
 
 def of_model(shared: Shared, folder: Path, players: dict[str, Player], bar: Any) -> dict[str, Played]:
@@ -61,6 +65,10 @@ def of_model(shared: Shared, folder: Path, players: dict[str, Player], bar: Any)
     for name, player in players.items():
         if player.decoding == "sample":
             found[name].metrics |= measured(shared, policy, [group[0].ids for group in sampled])
+            in_tasks = {task: suites.answered(suite, policy, shared.tokenizer) for task, suite in shared.tasks.items()}
+            found[name].metrics["tasks"] = {task: metrics for task, (metrics, _) in in_tasks.items()}
+            found[name].answers = {task: replied for task, (_, replied) in in_tasks.items()}
+            bar.update(sum(map(len, found[name].answers.values())))
             if job.config.evaluate.greedy:
                 found[name].greedy = greedy(shared, policy)
     return found
@@ -104,7 +112,13 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
     }
 
 
+def ways(config: Any) -> dict[str, Any]:
+    """How replies are sampled, by the prefix of their metrics: as everywhere, and greedily where that is asked for."""
+    greedily = {"greedy_": OmegaConf.merge(config.sampling, GREEDY)} if config.evaluate.greedy else {}
+    return {"": config.sampling} | greedily
+
+
 def greedy(shared: Shared, policy: Any) -> list[str]:
     """The policy's most likely reply to each prompt."""
-    likely = drawn(shared, policy, 1, OmegaConf.merge(shared.job.config.sampling, GREEDY))
+    likely = drawn(shared, policy, 1, ways(shared.job.config)["greedy_"])
     return [text for [text] in decoding_policies.texts_of(shared.tokenizer, likely)]

@@ -309,6 +309,15 @@ class JudgeModelConfig:
     batch_size: int = number(1)
 
 
+class TaskConfig(SourceConfig):
+    """A task of the evaluation: a source of problems, and how a reply to one is checked."""
+
+    check: str = one_of("exact", "numeric", "instructions")
+    split: str = field(default="all", metadata={"choices": ("all", "test")})
+    problems: int | None = field(default=None, metadata={"low": 1})
+    max_new_tokens: int | None = field(default=None, metadata={"low": 1})
+
+
 @dataclass
 class EvaluateConfig:
     """Stage `evaluate`."""
@@ -319,6 +328,7 @@ class EvaluateConfig:
     text_tokens: int = number(1)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
     bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)

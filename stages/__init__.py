@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 import rewards
 from pipeline import players
 
@@ -16,7 +18,7 @@ class Stage:
 
     parents: tuple[str, ...]  # all that it can need; `parents` has those of a configuration
     keys: tuple[str, ...]  # the configuration it may read; all of it is in its fingerprint
-    sources: tuple[str, ...] = ()  # keys of data sources whose content is in its fingerprint
+    sources: tuple[str, ...] = ()  # keys of data sources whose content is in its fingerprint; .* is every name
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -99,15 +101,26 @@ STAGES = {
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
         keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
-        sources=("data.replies", "data.text"),
+        sources=("data.replies", "data.text", "evaluate.tasks.*"),
         functions=("evaluate.judge", "evaluate.second_judge"),
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
-        version=5,
+        version=6,
         metric="ppo_gold_mean",
     ),
 }
+
+
+def sources(name: str, config: Any) -> list[str]:
+    """The keys of the data sources of stage `name` under `config`, those in a mapping by their names."""
+    found = []
+    for key in STAGES[name].sources:
+        if key.endswith(".*"):
+            found += [f"{key[:-1]}{entry}" for entry in OmegaConf.select(config, key[:-2])]
+        else:
+            found.append(key)
+    return found
 
 
 def parents(name: str, config: Any) -> list[str]:

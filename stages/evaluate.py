@@ -20,6 +20,7 @@ from pipeline import (
     models,
     paired,
     statistics,
+    suites,
 )
 from pipeline.artifact import read_json, read_lines, write_lines
 from pipeline.data import Example
@@ -43,8 +44,10 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template(made | earlier)
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     examples = held_out.prompts(job, tokenizer, narrowest(reference, earlier), config.prompts, config.seed)
-    examples, contaminated = checked_for_copies(job, examples)
-    announce(job, taking_part, len(examples), reference)
+    tasks = suites.prepared(job, tokenizer, reference, measuring.ways(job.config))
+    examples, contaminated, counted = checked_for_copies(job, examples, tasks)
+    problems = sum(len(suite.problems) for suite in tasks.values())
+    announce(job, taking_part, len(examples), problems, reference)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:
@@ -53,8 +56,8 @@ def run(job: Job) -> dict[str, Any]:
         data.texts(data.load(job.config.data.text, "test").rows), tokenizer, config.text_tokens
     )
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts)
-    bar = job.progress(samples_per_prompt(taking_part) * len(examples), "replies")
+    shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
+    bar = job.progress(replies_in_all(taking_part, len(examples), problems), "replies")
     played: dict[str, Played] = {}
     if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
         played["human"] = Played([example.reply for example in examples], None, {})
@@ -70,6 +73,8 @@ def run(job: Job) -> dict[str, Any]:
             found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy), config)
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
+    answers = {name: one.answers for name, one in played.items() if one.answers is not None}
+    write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
     if config.judge_model.path is not None:
@@ -79,6 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
+        "tasks": {name: suites.described(suite) | {"contamination": counted[name]} for name, suite in tasks.items()},
         **further,
         "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
         "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
@@ -99,9 +105,14 @@ def by_model(config: Any) -> dict[str, dict[str, Player]]:
     return found | {name: {name: Player(name)} for name in earlier}
 
 
-def samples_per_prompt(taking_part: dict[str, dict[str, Player]]) -> int:
-    """How many samples all models together give to a prompt; the players of one model choose among the same."""
-    return sum(measuring.most_samples(players) for players in taking_part.values())
+def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
+    """How many replies all models together give; the players of one model choose among the same samples of a prompt.
+
+    Problems of tasks are answered by every model that takes part by itself, once for each way of sampling.
+    """
+    by_themselves = [name for players in taking_part.values() for name, one in players.items() if one.count == 1]
+    samples = sum(measuring.most_samples(players) for players in taking_part.values())
+    return samples * prompts + len(by_themselves) * problems
 
 
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
@@ -174,15 +185,47 @@ def with_interval(name: str, scores: list[float | None], config: Any) -> dict[st
     return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
 
 
-def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, model: Any) -> None:
+def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
-    replies = samples_per_prompt(taking_part) * prompts
+    replies = replies_in_all(taking_part, prompts, problems)
     flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
-    job.announce(f"{replies:,} replies of {len(taking_part)} models to {prompts} held-out prompts", None, flops)
+    asked = f"{prompts} held-out prompts" + (f" and {problems:,} problems" if problems else "")
+    job.announce(f"{replies:,} replies of {len(taking_part)} models to {asked}", None, flops)
 
 
-def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example], dict[str, Any]]:
-    """Counts of prompts (with their replies) that occur in what each stage was trained on; without them where asked."""
+def checked_for_copies(
+    job: Job, examples: list[Example], tasks: dict[str, suites.Suite]
+) -> tuple[list[Example], dict[str, Any], dict[str, dict[str, Any]]]:
+    """Counts of prompts (with their replies) and of each task's problems that occur in what each stage was trained on.
+
+    Returns the prompts, their counts, and those of each task; where asked for, what occurs is left out of both.
+    """
+    texts = {"prompts": [spoken(e.prompt, e.reply) for e in examples]}
+    texts |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    found = contamination.against(texts, trained_on(job))
+    examples, counts = without_copies(job, "prompts", examples, *found["prompts"])
+    by_task = {}
+    for name, suite in tasks.items():
+        suite.problems, by_task[name] = without_copies(
+            job, f"problems of evaluate.tasks.{name}", suite.problems, *found[f"tasks.{name}"]
+        )
+    return examples, counts, by_task
+
+
+def without_copies(
+    job: Job, what: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray
+) -> tuple[list[Any], dict[str, Any]]:
+    """The items and their counts; with `evaluate.remove_contaminated` without those flagged."""
+    if not job.config.evaluate.remove_contaminated:
+        return items, counts
+    kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
+    if len(kept) < 2:
+        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} {what}")
+    return kept, counts | {"removed": len(items) - len(kept)}
+
+
+def trained_on(job: Job) -> dict[str, list[str]]:
+    """The texts that each training stage saw, by its name."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained = {
         "pretrain": data.texts(data.load(job.config.data.text, "train").rows),
@@ -192,13 +235,7 @@ def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example]
         pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
         sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
         trained["comparisons"] = [spoken(pair["prompt"], pair[side]) for pair, side in sides]
-    found, flags = contamination.against([spoken(e.prompt, e.reply) for e in examples], trained)
-    if not job.config.evaluate.remove_contaminated:
-        return examples, found
-    kept = [example for example, flag in zip(examples, flags, strict=True) if not flag]
-    if len(kept) < 2:
-        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(examples)} prompts")
-    return kept, found | {"removed": len(examples) - len(kept)}
+    return trained
 
 
 def spoken(prompt: list[dict[str, str]], reply: str) -> str:

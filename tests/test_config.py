@@ -38,7 +38,7 @@ def test_every_choice_composes_to_what_its_file_says(file):
     written = yaml.safe_load((CONF / file).read_text())
     written.pop("defaults", None)
     for place in places:
-        below = "" if group == "experiment" else f"{place}."
+        below = {"experiment": "", "tasks": "evaluate.tasks."}.get(group, f"{place}.")
         for key, value in leaves(written).items():
             if value != "???" and "${" not in str(value):
                 assert composed[below + key] == value, key

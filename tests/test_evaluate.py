@@ -12,6 +12,8 @@ from pipeline.data import Example
 from pipeline.ensemble import load
 from pipeline.errors import UserError
 from pipeline.report import in_order
+from pipeline.suites import Suite
+from pipeline.verifiable import Problem
 from stages import evaluate
 
 STAGES = ("pretrain", "sft", "comparisons", "reward")
@@ -139,9 +141,13 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     examples = [Example([{"role": "user", "content": said}], f"{said} ever and ever") for said in words]
     copied = {"prompt": examples[2].prompt, "chosen": examples[2].reply.upper(), "rejected": "no"}
     (folder / "train.jsonl").write_text(json.dumps(copied) + "\n")
-    kept, found = evaluate.checked_for_copies(job, examples)
+    problems = [Problem([{"role": "user", "content": f"{said} {said} ever?"}], "another reply") for said in words]
+    suite = Suite("exact", problems, {}, 1, {})
+    kept, found, in_tasks = evaluate.checked_for_copies(job, examples, {"words": suite})
     assert kept == [*examples[:2], examples[3]] and found["removed"] == 1
     assert found["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
+    assert suite.problems == [*problems[:2], problems[3]] and in_tasks["words"]["removed"] == 1
+    assert in_tasks["words"]["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
 
 
 def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_runs_last():
