@@ -256,7 +256,7 @@ def test_the_seed_reaches_every_stage_and_a_stage_can_have_its_own():
     config = compose(["seed=7", "ppo.seed=9"])
     seeds = {name: config[name].seed for name in STAGES if "seed" in config[name]}
     assert seeds.pop("ppo") == 9
-    assert set(seeds) == {"pretrain", "sft", "comparisons", "reward", "dpo", "evaluate"}
+    assert set(seeds) == {"pretrain", "sft", "comparisons", "reward", "dpo", "frontier", "evaluate"}
     assert set(seeds.values()) == {7}
 
 
