@@ -178,7 +178,7 @@ def _check_launch(launch: DictConfig) -> None:
 def check_shares(config: DictConfig, stages: list[str]) -> None:
     """Hold the batches of the training stages among `stages` to the processes that share them; raises `UserError`.
 
-    A batch of pretrain and sft is filled up with rows without labels, which no loss counts (pipeline/training.py), and
+    A batch of pretrain and sft is filled up with rows without labels, which no loss counts (pipeline/ranks.py), and
     PPO's loss is a sum over tokens; those of reward and dpo are means over equal numbers of pairs.
     """
     processes = config.launch.processes * config.launch.nodes
@@ -218,7 +218,7 @@ def _check_sharded(config: DictConfig, stage: str) -> None:
             f"launch.mode={mode}: does not share out PPO's models, which sample as well; make what comes before it "
             "with target=reward, and then ppo with launch=ddp (ppo.lora_rank lets its models share one)"
         )
-    if stage == "pretrain" and mode == "deepspeed_zero3" and config.pretrain.tokens:
+    if stage == "pretrain" and mode == "deepspeed_zero3":
         raise UserError(
             "launch.mode=deepspeed_zero3: cuts up the matrices that pretrain's Muon needs whole; use launch=fsdp2"
         )

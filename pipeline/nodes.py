@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline.errors import UserError
 
+HELLO = ("node_rank", "nodes", "processes")  # what a helper says first, keys of `launch`
 MEETING = 1800  # seconds that machines wait for each other at the start
 ENDING = 60  # seconds in which the processes of all machines end once those of machine 0 have
 VISIBLE = 60  # seconds after which a file that machine 0 wrote is seen everywhere
@@ -94,16 +95,15 @@ class Nodes:
             said = peer.heard(10) or {}
         except ValueError:  # whoever this is, it is none of ours
             said = {}
-        same = (said.get("nodes"), said.get("processes")) == (launch.nodes, launch.processes)
-        if same and said.get("node_rank") in missing:
-            missing.remove(said["node_rank"])
-            self.peers[said["node_rank"]] = peer
+        rank, *shape = (said.get(name) if isinstance(said, dict) else None for name in HELLO)
+        same = shape == [launch.nodes, launch.processes]
+        if same and rank in missing:
+            missing.remove(rank)
+            self.peers[rank] = peer
             return
         reason = "that machine is here already" if same else "machine 0 has other values"
-        line = "launch.node_rank={node_rank} launch.nodes={nodes} launch.processes={processes}: {reason}"
-        peer.say(
-            end=line.format(**{"node_rank": None, "nodes": None, "processes": None} | said, reason=reason), failed=True
-        )
+        given = " ".join(f"launch.{name}={value}" for name, value in zip(HELLO, (rank, *shape), strict=True))
+        peer.say(end=f"{given}: {reason}", failed=True)
         peer.connection.close()
 
     def start(self, file: Path) -> None:
@@ -160,7 +160,7 @@ def help_out(launch: DictConfig, take_part: Part) -> None:
     0 is not found, goes, or fails.
     """
     peer = _met(address(launch), launch.main_port)
-    peer.say(node_rank=launch.node_rank, nodes=launch.nodes, processes=launch.processes)
+    peer.say(**{name: launch[name] for name in HELLO})
     while (said := peer.heard(3600)) or not peer.closed:
         if said and "end" in said:
             if said["failed"]:

@@ -99,6 +99,19 @@ def test_a_machine_with_other_values_or_twice_the_same_is_sent_home(port):
     assert None in lines and any(line and line.endswith("that machine is here already") for line in lines)
 
 
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n", b"[1]\n", b""])
+def test_whoever_else_connects_is_turned_away(line, port):
+    def knock():
+        stranger = nodes._met("127.0.0.1", port).connection
+        stranger.sendall(line)
+        stranger.shutdown(socket.SHUT_WR)
+        Helper(machine(1, port))
+
+    threading.Timer(0.2, knock).start()
+    with nodes.gathered(machine(0, port)) as others:
+        assert set(others.peers) == {1}
+
+
 def test_when_machine_0_goes_the_others_end_their_processes(port, tmp_path):
     job, said = tmp_path / "job.json", []
     job.touch()
