@@ -1,0 +1,71 @@
+"""Models on held-out prompts in the report: what judges say, what it cost in KL, and what became of the text."""
+
+from typing import Any
+
+from pipeline.report import figures, tables
+from pipeline.report.parts import Section
+from pipeline.report.run import Run
+
+
+def section(run: Run) -> Section | None:
+    """Tables and figures of the evaluation; None where the configuration asks for none."""
+    if not run.asks_for("evaluate"):
+        return None
+    title = "Models on held-out prompts"
+    if not run.models:
+        return Section("models", title, (f"{run.lacks('evaluate')}.",))
+    judged = tables.models(run, tables.JUDGED, "models", "What the judges say, and KL")
+    text = tables.models(run, tables.TEXT, "models_text", "What became of the text")
+    plots = [
+        figures.intervals(
+            "gold_by_model", f"Gold judge: {run.evaluation['judge']}", "Which model pleases the gold judge, and how sure is that?",
+            judged.data, "gold_mean", "mean score with 95 % interval",
+        )
+    ]  # fmt: skip
+    if moved := [row for row in judged.data if row.get("kl") is not None]:
+        plots.append(
+            figures.gains_by_kl(
+                "gold_by_kl", "Gold judge against KL", "What did the gain cost? Higher is better, further left is closer to SFT.",
+                moved, f"{run.evaluation['judge']}, mean score",
+            )
+        )  # fmt: skip
+    return Section("models", title, lead(run), parts=(judged, *plots, text))
+
+
+def lead(run: Run) -> tuple[str, ...]:
+    """How the table is to be read, and whether held-out prompts occur in training."""
+    first = (
+        "The gold judge also labelled the comparisons that the reward model and DPO learnt from; the second judge takes no "
+        "part in training. "
+        if judge_labelled(run)
+        else ""
+    )
+    first += "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
+    contamination = run.evaluation.get("contamination")
+    return (first, contaminated(contamination)) if contamination else (first,)
+
+
+def judge_labelled(run: Run) -> bool:
+    """Whether the gold judge also labelled the comparisons that models were trained on."""
+    if "comparisons" not in run.stages:
+        return False
+    trained, judged = (run.manifests[stage]["parts"] for stage in ("comparisons", "evaluate"))
+    return "data.preferences.format" not in trained and _below("comparisons.judge.", trained) == _below(
+        "evaluate.judge.", judged
+    )
+
+
+def _below(prefix: str, parts: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}
+
+
+def contaminated(found: dict[str, Any]) -> str:
+    """How many held-out prompts with their replies occur in training text, by stage."""
+    stages = {stage: counts for stage, counts in found.items() if isinstance(counts, dict)}
+    said = [
+        f"{stage} {counts['copies']} whole and {counts['near_copies']} nearly, of "
+        f"{counts['copies'] + counts['near_copies'] + counts['clean']}"
+        for stage, counts in stages.items()
+    ]
+    left_out = f"; {found['removed']} left out" if "removed" in found else ""
+    return f"Held-out prompts with their replies that occur in training text: {'; '.join(said)}{left_out}."
