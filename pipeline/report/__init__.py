@@ -50,7 +50,7 @@ def write_report(config: DictConfig, compare: str | None = None) -> Path:
     told = summary.groups(run)
     write_csv(folder / "report", sections)
     write_text(folder / "report.md", markdown.text(run, told, sections))
-    if "reliability" in run.stages.get("reward", {}):
+    if reward.checked(run):
         write_text(folder / "reward_model.md", markdown.verdict(run))
     write_text(folder / "report.html", page.html(run, told, sections))
     return folder

@@ -7,10 +7,10 @@ from pipeline.report.parts import Figure, Section, Table
 from pipeline.report.run import Run
 
 LEAD = (
-    "Each two models' replies to a prompt meet once, and the judge's score decides; equal scores are a tie. Elo points by "
-    "the Bradley-Terry model: 400 more win ten times as often. Intervals are bootstrapped over prompts and are of the "
-    "difference to the model with 1000 points; a model's rank counts those whose whole interval is above its own. “At equal "
-    "lengths” is what a regression on the difference in length leaves of the win rate."
+    "Each two models' replies to a prompt meet once, and the judge's score decides; equal scores are a tie. Elo points "
+    "by the Bradley-Terry model: 400 more win ten times as often. Intervals are bootstrapped over prompts and are of "
+    "the difference to the model with 1000 points; a model's rank counts those whose whole interval is above its own. "
+    "“At equal lengths” is what a regression on the difference in length leaves of the win rate."
 )
 
 
@@ -53,7 +53,7 @@ def of_judge(run: Run, judge: str, found: dict[str, Any]) -> list[Table | Figure
         ),
         Table(
             f"win_rates_{judge}", f"Win rates of each against each, {said}", win_rates(found), rates, models=True,
-            shares=True, folded=True,
+            shares=True,
         ),
     ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def win_rates(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and rows: how often the model of the row wins against that of the column, ties one half."""
     names = [row["model"] for row in found["standings"]]
     rows = [(name, *(_share(found["win_rates"][name].get(other)) for other in names)) for name in names]
-    return [("wins of", *(f"against {name}" for name in names)), *rows]
+    return [("wins of … against", *names), *rows]
 
 
 def _share(value: float | None) -> str:

@@ -64,13 +64,20 @@ def differing_keys(run: Run, other: Run) -> Table:
     found: dict[tuple[str, str, str], list[str]] = {}
     for stage in STAGES:
         ours, theirs = _parts(run, stage), _parts(other, stage)
+        if len(ours) == 1 or len(theirs) == 1:  # a stage that only one of them has differs as a whole
+            ours, theirs = ({key: parts[key] for key in list(parts)[:1]} for parts in (ours, theirs))
         for key in dict.fromkeys([*ours, *theirs]):
             if ours.get(key, ABSENT) != theirs.get(key, ABSENT):
                 found.setdefault((key, ours.get(key, ABSENT), theirs.get(key, ABSENT)), []).append(stage)
     data = [{"key": k, run.name: a, other.name: b, "stages": ", ".join(stages)} for (k, a, b), stages in found.items()]
-    rows = [tuple(row.values()) for row in data] or [("none", ABSENT, ABSENT, ABSENT)]
-    heading = ("key", run.name, f"{other.name} ", "stages")
-    return Table("compare_configuration", "Configuration that differs", [heading, *rows], data, texts=4)
+    rows = [(k, _short(a), _short(b), ", ".join(stages)) for (k, a, b), stages in found.items()]
+    rows = [("key", run.name, other.name, "stages"), *(rows or [("none", ABSENT, ABSENT, ABSENT)])]
+    return Table("compare_configuration", "Configuration that differs", rows, data, texts=4)
+
+
+def _short(value: str) -> str:
+    """Digests of files and functions by their first digits."""
+    return f"{value[:12]}…" if len(value) == 64 and value.isalnum() else value
 
 
 def _parts(run: Run, stage: str) -> dict[str, str]:

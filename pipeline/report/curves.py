@@ -23,8 +23,9 @@ CURVES = {
     "pretrain": [Curve("loss", "training loss, nats per token", LOSS, {"loss": ("loss", "base")})],
     "sft": [Curve("loss", "training loss, nats per reply token", LOSS, {"loss": ("loss", "sft")})],
     "reward": [
-        Curve("loss", "Bradley-Terry loss, nats", "Below ln 2 = 0.693 it tells replies apart.", {"loss": ("loss", "one")}),
-        Curve("accuracy", "training accuracy", "How far above one half is it?", {"accuracy": ("accuracy", "one")}),
+        Curve("loss", "Bradley-Terry loss, nats", "Below ln 2 = 0.693 it tells replies apart.",
+              {"loss": ("loss", "reward")}),
+        Curve("accuracy", "training accuracy", "How far above one half is it?", {"accuracy": ("accuracy", "reward")}),
     ],
     "dpo": [
         Curve(

@@ -11,7 +11,7 @@ from rewards.repetition import repeated_share
 
 Row = dict[str, Any]  # of samples.jsonl
 RESAMPLES = 2000  # of the bootstrap
-LENGTH, REPETITION = "length", "repetition"  # taken as judges: characters of a reply, its share of repeated word triples
+LENGTH, REPETITION = "length", "repetition"  # taken as judges: a reply's characters, its share of repeated triples
 
 
 @dataclass(frozen=True)

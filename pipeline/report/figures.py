@@ -18,6 +18,7 @@ PALETTE = {
     "best": ("#8659ae", "#c4a3e8"),
     "dpo": ("#c4651a", "#f0a267"),
     "ppo": ("#177a6a", "#66cdb8"),
+    "reward": ("#47798c", "#93c4d6"),
     "one": ("#1e665f", "#8fd2c8"),
     "other": ("#b0503f", "#f0988a"),
     "ink": ("#1f1e1b", "#eae7df"),
@@ -35,7 +36,8 @@ def drawing(figure: graph_objects.Figure, x_title: str, y_title: str, **layout: 
     """Data and layout of a figure of plotly in the manner of the page, as JSON holds them."""
     axis = {
         "gridcolor": colour("line"), "zeroline": False, "linecolor": colour("line"), "automargin": True,
-        "tickfont": {"color": colour("quiet")}, "title": {"font": {"color": colour("quiet"), "size": 12}, "standoff": 8},
+        "tickfont": {"color": colour("quiet")},
+        "title": {"font": {"color": colour("quiet"), "size": 12}, "standoff": 8},
     }  # fmt: skip
     figure.update_layout(
         template=graph_objects.layout.Template(), height=250, margin={"l": 8, "r": 12, "t": 8, "b": 8}, dragmode=False,
@@ -105,16 +107,15 @@ def gains_by_kl(name: str, title: str, note: str, data: list[dict[str, Any]], y_
 def reliability(name: str, title: str, note: str, data: list[dict[str, Any]]) -> Figure:
     """How often a model is right against how sure it is: columns confidence, accuracy, low and high."""
     whiskers = {
-        "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": colour("one"),
+        "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": colour("reward"),
         "array": [row["high"] - row["accuracy"] for row in data],
         "arrayminus": [row["accuracy"] - row["low"] for row in data],
     }  # fmt: skip
-    even = graph_objects.Scatter(
-        x=[0.5, 1], y=[0.5, 1], mode="lines", line={"dash": "dot", "color": colour("quiet"), "width": 1}, hoverinfo="skip"
-    )
+    dotted = {"dash": "dot", "color": colour("quiet"), "width": 1}
+    even = graph_objects.Scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dotted, hoverinfo="skip")
     found = graph_objects.Scatter(
         x=[row["confidence"] for row in data], y=[row["accuracy"] for row in data], error_y=whiskers, mode="markers",
-        marker={"size": 9, "color": colour("one")}, hovertemplate="sure %{x:.1%}, right %{y:.1%}<extra></extra>",
+        marker={"size": 9, "color": colour("reward")}, hovertemplate="sure %{x:.1%}, right %{y:.1%}<extra></extra>",
     )  # fmt: skip
     drawn = drawing(graph_objects.Figure([even, found]), "confidence in the reply that it prefers", "share right")
     for axis in ("xaxis", "yaxis"):
@@ -128,7 +129,7 @@ def shares(name: str, title: str, note: str, data: list[dict[str, Any]], label: 
     names = [row[label] for row in data]
     bars = graph_objects.Bar(
         x=[row[value] for row in data], y=names, orientation="h", hovertemplate="%{x:.1%}<extra></extra>",
-        marker={"color": [colour("other" if _above(row, value, limit) else "one") for row in data]},
+        marker={"color": [colour("other" if _above(row, value, limit) else "reward") for row in data]},
     )  # fmt: skip
     limits = graph_objects.Scatter(
         x=[row[limit] for row in data], y=names, mode="markers", hovertemplate="limit %{x:.0%}<extra></extra>",

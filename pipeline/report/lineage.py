@@ -137,8 +137,11 @@ def box(run: Run, frame: Frame, stage: str, place: tuple[int, int]) -> str:
     wide, high = frame.place(frame.along, frame.across).split()
     word, manifest = state(run, stage), run.manifests.get(stage)
     last = f"{manifest['seconds']:,.0f} s" if manifest and word == FRESH else STATES[word]
-    texts = [("name", stage, 20), ("print", manifest["fingerprint"] if manifest else "–", 37), ("note", last, 53)]
-    lines = [f'<text class="{kind}" x="{float(wide) / 2:g}" y="{down}">{escape(said)}</text>' for kind, said, down in texts]
+    texts = {"name": (20, stage), "print": (37, manifest["fingerprint"] if manifest else "–"), "note": (53, last)}
+    lines = [
+        f'<text class="{kind}" x="{float(wide) / 2:g}" y="{down}">{escape(text)}</text>'
+        for kind, (down, text) in texts.items()
+    ]
     return (
         f'<g class="stage {word}" transform="translate({x} {y})"><rect width="{wide}" height="{high}" rx="8"/>'
         f"{''.join(lines)}</g>"
@@ -146,7 +149,7 @@ def box(run: Run, frame: Frame, stage: str, place: tuple[int, int]) -> str:
 
 
 def arrow(frame: Frame, start: tuple[int, int], end: tuple[int, int]) -> str:
-    """An arrow between the boxes at two places (column, row): straight, round a corner, or as an arc past the first row."""
+    """An arrow from the box at `start` (column, row) to that at `end`: straight, bent, or an arc past boxes."""
     step, side, span = frame.along + frame.gap, frame.across + frame.aside, end[0] - start[0]
     u1, u2 = start[0] * step, end[0] * step
     v1, v2 = (row * side + frame.across / 2 for row in (start[1], end[1]))

@@ -15,7 +15,8 @@ def text(run: Run, summary: list[Group], sections: list[Section]) -> str:
     for table in (part for section in sections for part in section.parts if isinstance(part, Table)):
         if not table.folded and table.name.startswith(("stages", "models", "arena", "compare")):
             lines += ["", f"## {table.title}", "", *table_lines(table)]
-    return "\n".join([*lines, "", "Everything else: `report.html` beside this file, its numbers in `report/*.csv`.", ""])
+    last = "Everything else: `report.html` beside this file, its numbers in `report/*.csv`."
+    return "\n".join([*lines, "", last, ""])
 
 
 def verdict(run: Run) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.report import figures, tables
-from pipeline.report.parts import Section
+from pipeline.report.parts import Figure, Section
 from pipeline.report.run import Run
 
 
@@ -16,33 +16,34 @@ def section(run: Run) -> Section | None:
         return Section("models", title, (f"{run.lacks('evaluate')}.",))
     judged = tables.models(run, tables.JUDGED, "models", "What the judges say, and KL")
     text = tables.models(run, tables.TEXT, "models_text", "What became of the text")
-    plots = [
+    return Section("models", title, lead(run), parts=(judged, *plots(run, judged.data), text))
+
+
+def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:
+    """The gold judge's mean of each model, and that mean against KL."""
+    judge = run.evaluation["judge"]
+    found = [
         figures.intervals(
-            "gold_by_model", f"Gold judge: {run.evaluation['judge']}", "Which model pleases the gold judge, and how sure is that?",
-            judged.data, "gold_mean", "mean score with 95 % interval",
+            "gold_by_model", f"Gold judge: {judge}", "Which model pleases the gold judge, and how sure is that?",
+            judged, "gold_mean", "mean score with 95 % interval",
         )
     ]  # fmt: skip
-    if moved := [row for row in judged.data if row.get("kl") is not None]:
-        plots.append(
-            figures.gains_by_kl(
-                "gold_by_kl", "Gold judge against KL", "What did the gain cost? Higher is better, further left is closer to SFT.",
-                moved, f"{run.evaluation['judge']}, mean score",
-            )
-        )  # fmt: skip
-    return Section("models", title, lead(run), parts=(judged, *plots, text))
+    if moved := [row for row in judged if row.get("kl") is not None]:
+        note = "What did the gain cost? Higher is better, further left is closer to SFT."
+        found.append(figures.gains_by_kl("gold_by_kl", "Gold judge against KL", note, moved, f"{judge}, mean score"))
+    return found
 
 
 def lead(run: Run) -> tuple[str, ...]:
-    """How the table is to be read, and whether held-out prompts occur in training."""
+    """How the tables are to be read."""
     first = (
-        "The gold judge also labelled the comparisons that the reward model and DPO learnt from; the second judge takes no "
-        "part in training. "
+        "The gold judge also labelled the comparisons that the reward model and DPO learnt from; the second judge "
+        "takes no part in training. "
         if judge_labelled(run)
         else ""
     )
     first += "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
-    contamination = run.evaluation.get("contamination")
-    return (first, contaminated(contamination)) if contamination else (first,)
+    return (first,)
 
 
 def judge_labelled(run: Run) -> bool:
@@ -57,15 +58,3 @@ def judge_labelled(run: Run) -> bool:
 
 def _below(prefix: str, parts: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}
-
-
-def contaminated(found: dict[str, Any]) -> str:
-    """How many held-out prompts with their replies occur in training text, by stage."""
-    stages = {stage: counts for stage, counts in found.items() if isinstance(counts, dict)}
-    said = [
-        f"{stage} {counts['copies']} whole and {counts['near_copies']} nearly, of "
-        f"{counts['copies'] + counts['near_copies'] + counts['clean']}"
-        for stage, counts in stages.items()
-    ]
-    left_out = f"; {found['removed']} left out" if "removed" in found else ""
-    return f"Held-out prompts with their replies that occur in training text: {'; '.join(said)}{left_out}."

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 
 ORDER = ("human", "base", "sft", "dpo", "ppo")
+REFERENCE = "sft"  # what aligned models are compared with
 WORDS = {"human": "people", "base": "the base model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of models as the report lists them; best-of-n stands behind the SFT model that it samples from."""
     places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(names, key=lambda name: places.get(name, places["sft"] + 0.5))
+    return sorted(names, key=lambda name: places.get(name, places[REFERENCE] + 0.5))
 
 
 def said(name: str) -> str:

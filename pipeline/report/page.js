@@ -85,7 +85,7 @@ function sample() {
     const limited = low > -Infinity || high < Infinity;
     let shown = 0;
     for (const card of cards) {
-      const number = Number(card.dataset.number), texts = [card.querySelector(".prompt").textContent];
+      const number = Number(card.dataset.number), texts = [...card.querySelectorAll(".prompt q")].map(q => q.textContent);
       for (const reply of card.querySelectorAll(".reply")) {
         reply.hidden = !models.includes(reply.dataset.model);
         if (!reply.hidden) texts.push(reply.querySelector("p").textContent);
@@ -103,7 +103,7 @@ function sample() {
   function mark(words) {
     if (!CSS.highlights) return;
     const ranges = [];
-    for (const text of document.querySelectorAll(".sample:not([hidden]) :is(.prompt p, .reply p)")) for (const node of text.childNodes) {
+    for (const text of document.querySelectorAll(".sample:not([hidden]) :is(.prompt q, .reply p)")) for (const node of text.childNodes) {
       if (node.nodeType !== Node.TEXT_NODE) continue;
       for (const word of words) for (let at = -1; (at = node.data.toLowerCase().indexOf(word, at + 1)) >= 0;) {
         const range = new Range();

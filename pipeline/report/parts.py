@@ -1,4 +1,4 @@
-"""What a report is made of: sections of sentences, tables and figures. The page, Markdown and CSV are made from these."""
+"""What a report is made of: sections of sentences, tables and figures; page, Markdown and CSV are made from these."""
 
 import csv
 import io
@@ -46,7 +46,7 @@ class Section:
     lead: tuple[str, ...] = ()  # paragraphs
     verdict: tuple[bool, str] | None = None  # whether it is good, and the sentence
     points: tuple[str, ...] = ()
-    html: Markup = Markup("")
+    html: Markup = Markup()  # noqa: RUF009 - a text cannot change
     parts: tuple[Table | Figure, ...] = ()
 
 

@@ -13,12 +13,17 @@ def section(run: Run) -> Section | None:
     if not run.asks_for("reward"):
         return None
     title, metrics = "Reward model: check-up", run.stages.get("reward", {})
-    if "reliability" not in metrics:
+    if not checked(run):
         return Section("reward", title, (run.lacks("reward") or "This reward model was made without a check-up.",))
     first, *rest = checkup.verdict(metrics, run.config.reward.gate)
     passes = not checkup.failures(metrics, run.config.reward.gate)
     parts = (*plots(metrics, run.config.reward.gate), *tables(metrics))
     return Section("reward", title, verdict=(passes, first), points=tuple(rest), parts=parts)
+
+
+def checked(run: Run) -> bool:
+    """Whether there is a reward model with a check-up; those of early versions have none, or not all of it."""
+    return "over_length_ci95" in run.stages.get("reward", {})
 
 
 def plots(metrics: dict[str, Any], gate: Any) -> list[Figure]:
@@ -55,9 +60,7 @@ def tables(metrics: dict[str, Any]) -> list[Table]:
             found.append(Table(f"reward_{key}", title, [("gap", *heading), *rows], _data(metrics[key])))
     rows = [(row["pairs_where"], *_part(row)) for row in metrics["accuracy_by_length"]]
     data = _data(metrics["accuracy_by_length"])
-    found.append(
-        Table("reward_accuracy_by_length", "Accuracy by length", [("pairs where", *heading), *rows], data)
-    )
+    found.append(Table("reward_accuracy_by_length", "Accuracy by length", [("pairs where", *heading), *rows], data))
     return [*found, probe_table(metrics["probes"])]
 
 

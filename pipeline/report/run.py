@@ -24,7 +24,7 @@ class State:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's finished stages with their metrics and manifests, and the state of each that the configuration asks for."""
+    """A run's finished stages with metrics and manifests, and the state of each that the configuration asks for."""
 
     name: str
     folder: Path
@@ -63,7 +63,7 @@ class Run:
 
     def lacks(self, stage: str) -> str:
         """A sentence saying why there is nothing of a stage to show; empty where there is."""
-        return "" if stage in self.stages else sentence(self.name, stage, self.states[stage])
+        return "" if stage in self.stages else sentence(self.name, [stage], self.states[stage])
 
     def samples(self) -> list[dict[str, Any]]:
         """Every held-out prompt with each model's reply and its scores."""
@@ -74,9 +74,14 @@ class Run:
         return list(self.manifests[stage]["parents"]) if stage in self.manifests else parents(stage, self.config)
 
 
+def finished(folder: Path) -> list[str]:
+    """The finished stages of the run in `folder`, in the order they run."""
+    return [name for name in STAGES if (folder / name / "manifest.json").is_file()]
+
+
 def read(folder: Path) -> Run:
-    """The finished stages of the run in `folder`."""
-    made = [name for name in STAGES if (folder / name / "manifest.json").is_file()]
+    """What the finished stages of the run in `folder` left behind."""
+    made = finished(folder)
     metrics = {name: read_json(folder / name / "metrics.json") for name in made}
     return Run(folder.name, folder, metrics, {name: read_json(folder / name / "manifest.json") for name in made})
 
@@ -98,10 +103,10 @@ def configured(config: DictConfig, compare: str | None = None) -> Run:
 
 
 def _other(folder: Path, name: str) -> Run:
-    runs = sorted(found.name for found in folder.parent.iterdir() if read(found).stages)
-    if name not in runs:
-        known = [found for found in runs if found != folder.name]
-        raise UserError(f"--compare {name}: no such run in {folder.parent}{nearest(name, known)}; there are {known}")
+    known = [found.name for found in sorted(folder.parent.iterdir()) if found != folder and finished(found)]
+    if name not in known:
+        listed = f"{nearest(name, known)}; there are {', '.join(known)}" if known else "; there is no other"
+        raise UserError(f"--compare {name}: no other run of {folder.parent} with a finished stage{listed}")
     return read(folder.parent / name)
 
 
@@ -120,28 +125,31 @@ def _state(entry: chain.Planned, made: dict[str, Any] | None) -> State:
     return State("unlinked" if artifact.finished else "missing")
 
 
-def sentence(run: str, stage: str, state: State) -> str:
-    """What became of a stage that is not fresh, and what to do, in one sentence."""
-    command = f"threefold run target={stage} run={run} (with the overrides of this run)"
+def sentence(run: str, stages: list[str], state: State) -> str:
+    """What became of stages that are not fresh, all in the same state, and what to do."""
+    one = len(stages) == 1
+    target = f"target={stages[0]} " if one else ""
+    command = f"threefold run {target}run={run} (with the overrides of this run)"
     words = {
-        "missing": f"has not run; make it with: {command}",
-        "unlinked": f"is not part of this run, although an equal one was made elsewhere; take it over with: {command}",
-        "failed": f"failed: {state.reason}. It starts again with: {command}",
-        "interrupted": f"was interrupted; it continues from its last checkpoint with: {command}",
+        "missing": f"{'has' if one else 'have'} not run; to make {'it' if one else 'them'}: {command}",
+        "unlinked": f"{'is' if one else 'are'} not part of this run, although made elsewhere; to take over: {command}",
+        "failed": f"failed: {state.reason}; to try again: {command}",
+        "interrupted": f"was interrupted; to go on from its last checkpoint: {command}",
         "running": "is running now; write the report again when it is done",
         "stale": f"is not what the configuration given asks for: {state.reason}",
     }
-    return f"{stage} {words[state.word]}"
+    return f"{', '.join(stages)} {words[state.word]}"
 
 
 def notices(run: Run) -> list[str]:
     """What is missing, failed or out of date, one sentence each; empty for a run that is whole."""
     found = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
-    found += [
-        sentence(run.name, stage, state) for stage, state in run.states.items() if state.word not in (FRESH, "stale")
-    ]
-    stale = [f"{stage} ({state.reason})" for stage, state in run.states.items() if state.word == "stale"]
-    if stale:
+    for word in ("failed", "interrupted", "running"):
+        found += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
+    for word in ("missing", "unlinked"):
+        if stages := [stage for stage, state in run.states.items() if state.word == word]:
+            found.append(sentence(run.name, stages, State(word)))
+    if stale := [f"{stage} ({state.reason})" for stage, state in run.states.items() if state.word == "stale"]:
         found.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
     older = run.outdated.items()
     return found + [

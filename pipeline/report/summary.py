@@ -4,15 +4,14 @@ A difference is called one only where its 95 % interval leaves out zero.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline import checkup, statistics
-from pipeline.report import differences
-from pipeline.report.differences import LENGTH, Difference, Row
-from pipeline.report.models import contaminated
-from pipeline.report.names import in_order, interval, opening, said
+from pipeline import checkup
+from pipeline.report import costs, differences, reward
+from pipeline.report.differences import Difference, Row
+from pipeline.report.names import REFERENCE, in_order, interval, opening, said
 from pipeline.report.run import Run
 
-REFERENCE = "sft"  # what aligned models are compared with
 UNALIGNED = ("human", "base", REFERENCE)
 
 
@@ -38,8 +37,8 @@ def groups(run: Run) -> list[Group]:
     """The whole summary; groups that would be empty are left out."""
     rows = run.samples()
     found = [
-        Group("What training did", [*learnt(run), *gains(run, rows), *contest(run, rows), *untrained(run, rows)]),
-        Group("What it cost", costs(run, rows)),
+        Group("What training did", [*gains(run, rows), *contest(run, rows), *untrained(run, rows), *learnt(run)]),
+        Group("What it cost", costs.sentences(run, rows, aligned(run))),
         Group("How far to trust it", [*reward_model(run), *proxy(run, rows), *caveats(run)]),
     ]
     return [group for group in found if group.sentences]
@@ -56,8 +55,8 @@ def learnt(run: Run) -> list[str]:
     if "pretrain" in stages:
         best, bits = min(stages["pretrain"]["baselines"].items(), key=lambda item: item[1])
         found.append(
-            f"Pretraining reached {stages['pretrain']['bits_per_byte']:.3f} bits per byte on held-out text; the best of the "
-            f"baselines, {best}, {bits:.3f}."
+            f"Pretraining reached {stages['pretrain']['bits_per_byte']:.3f} bits per byte on held-out text; the best "
+            f"of the baselines, {best}, {bits:.3f}."
         )
     if "sft" in stages:
         after, before = (stages["sft"][f"reply_bits_per_byte{end}"] for end in ("", "_base"))
@@ -80,8 +79,9 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
         second = differences.between(rows, name, REFERENCE, "second")
         word = {1: "raised", -1: "lowered", 0: "did not clearly change"}[gain.sign]
         found.append(
-            f"{opening(said(name))} {word} the score of the gold judge, {run.evaluation['judge']}: {gain.shown()} over SFT, from "
-            f"{gain.other:.3f} to {gain.one:.3f}, at KL {run.models[name]['kl']:.2f} nats per reply. {_second(run, gain, second)}"
+            f"{opening(said(name))} {word} the score of the gold judge, {run.evaluation['judge']}: {gain.shown()} over "
+            f"SFT, from {gain.other:.3f} to {gain.one:.3f}, at KL {run.models[name]['kl']:.2f} nats per reply. "
+            f"{_second(run, gain, second)}"
         )
     return found
 
@@ -89,8 +89,8 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
 def _alone(run: Run, name: str) -> str:
     metrics = run.models[name]
     return (
-        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {interval(metrics['gold_ci95'], '.3f')} by the gold judge, "
-        f"{run.evaluation['judge']}; SFT was not evaluated beside it."
+        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {interval(metrics['gold_ci95'], '.3f')} by the gold "
+        f"judge, {run.evaluation['judge']}; SFT was not evaluated beside it."
     )
 
 
@@ -127,72 +127,16 @@ def untrained(run: Run, rows: list[Row]) -> list[str]:
         return []
     base = run.models["base"]
     return [
-        f"{opening(_beside(best, 'base', gain))}, whose replies are {base['length']:.0f} characters long on average and of which "
-        f"{base['ended_share']:.1%} end: the judge alone does not say that a reply is good."
+        f"{opening(_beside(best, 'base', gain))}, whose replies are {base['length']:.0f} characters long on average "
+        f"and of which {base['ended_share']:.1%} end: the judge alone does not say that a reply is good."
     ]
-
-
-def costs(run: Run, rows: list[Row]) -> list[str]:
-    """What became longer, endless, repetitive or less likely, for each aligned model against SFT."""
-    found = []
-    for name in aligned(run) if REFERENCE in run.models else []:
-        clauses = [length(rows, name), ended(run, name), repetition(rows, name), tax(run, name)]
-        found.append(f"{opening(said(name))}: {'; '.join(clause for clause in clauses if clause)}.")
-    return found
-
-
-def length(rows: list[Row], name: str) -> str:
-    """Whether replies are longer or shorter than those of SFT."""
-    change = differences.between(rows, name, REFERENCE, LENGTH)
-    if change is None:
-        return ""
-    word = {1: "replies are longer", -1: "replies are shorter", 0: "the length of replies did not clearly change"}[change.sign]
-    return f"{word}, {change.other:.0f} to {change.one:.0f} characters ({change.shown('+.0f')})"
-
-
-def ended(run: Run, name: str) -> str:
-    """Whether replies end less often; shares are told apart where their own intervals do not overlap."""
-    shares, prompts = [run.models[model].get("ended_share") for model in (REFERENCE, name)], run.evaluation["prompts"]
-    if None in shares:
-        return ""
-    before, after = (share_interval(share, prompts) for share in shares)
-    word = "did not clearly change"
-    if after[1] < before[0] or after[0] > before[1]:
-        word = "fell" if after[1] < before[0] else "rose"
-    return f"the share of replies that end {word}, {shares[0]:.1%} to {shares[1]:.1%}"
-
-
-def share_interval(share: float, count: int) -> list[float]:
-    """Wilson's interval of a share of `count`."""
-    ones = round(share * count)
-    return statistics.share_interval([1.0] * ones + [0.0] * (count - ones))
-
-
-def repetition(rows: list[Row], name: str) -> str:
-    """Whether replies repeat themselves more."""
-    change = differences.between(rows, name, REFERENCE, differences.REPETITION)
-    if change is None:
-        return ""
-    word = {1: "replies repeat themselves more", -1: "replies repeat themselves less"}.get(change.sign)
-    return f"{word or 'repetition did not clearly change'}, {change.other:.1%} to {change.one:.1%} of word triples"
-
-
-def tax(run: Run, name: str) -> str:
-    """What became of the language model: bits per byte of base text."""
-    before, after = (run.models[model].get("text_bits_per_byte") for model in (REFERENCE, name))
-    if before is None or after is None:
-        return ""
-    base = run.models.get("base", {}).get("text_bits_per_byte")
-    beside = f", the base model {base:.3f}" if base is not None else ""
-    word = "worse" if after > before else "better"
-    return f"base text is predicted {word}, {before:.3f} to {after:.3f} bits per byte ({after / before - 1:+.1%}){beside}"
 
 
 def reward_model(run: Run) -> list[str]:
     """Whether the reward model passed its gate, and whether PPO used it all the same."""
-    metrics = run.stages.get("reward", {})
-    if "reliability" not in metrics:
+    if not reward.checked(run):
         return []
+    metrics = run.stages["reward"]
     failed = checkup.failures(metrics, run.config.reward.gate)
     passed = f"fails its gate: {'; '.join(failed)}" if failed else "passes every limit of its gate"
     right, *compared = checkup.verdict(metrics, run.config.reward.gate)[max(1, len(failed)) :][:3]
@@ -210,7 +154,8 @@ def proxy(run: Run, rows: list[Row]) -> list[str]:
     if paid is None or gold is None or paid.sign <= 0:
         return []
     end = "and the gold judge's rose with it" if gold.sign > 0 else "while the gold judge's did not: over-optimised"
-    return [f"The reward model's score of PPO's replies rose by {paid.shown('+.2f')} of its standard deviations, {end}."]
+    rose = f"rose by {paid.shown('+.2f')} of its standard deviations"
+    return [f"The reward model's score of PPO's replies {rose}, {end}."]
 
 
 def caveats(run: Run) -> list[str]:
@@ -222,10 +167,24 @@ def caveats(run: Run) -> list[str]:
         found.append(contaminated(contamination))
     if run.models:
         found.append(
-            f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed may give "
-            "another result."
+            f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
+            "may give another result."
         )
     return found
+
+
+def contaminated(found: dict[str, Any]) -> str:
+    """How many held-out prompts with their replies occur in training text, by stage."""
+    stages = {stage: counts for stage, counts in found.items() if isinstance(counts, dict)}
+    copied = {stage: counts for stage, counts in stages.items() if counts["copies"] or counts["near_copies"]}
+    left_out = f"; {found['removed']} left out" if "removed" in found else ""
+    if not copied:
+        return f"No held-out prompt with its reply occurs in the training text of {', '.join(stages)}{left_out}."
+    said = [
+        f"{stage} {counts['copies']} whole and {counts['near_copies']} nearly, {counts['clean']} not"
+        for stage, counts in copied.items()
+    ]
+    return f"Held-out prompts with their replies that occur in training text: {'; '.join(said)}{left_out}."
 
 
 def cards(run: Run) -> list[Card]:
@@ -238,10 +197,11 @@ def cards(run: Run) -> list[Card]:
     if "kl" in run.models.get("ppo", {}):
         found.append(Card("PPO, KL", f"{run.models['ppo']['kl']:.2f}", "nats per reply from SFT", "ppo"))
     if "reward" in stages:
-        ends = interval(stages["reward"]["accuracy_ci95"], ".1%")
-        found.append(Card("Reward model, accuracy", f"{stages['reward']['accuracy']:.1%}", f"held-out pairs, {ends}"))
+        right, ends = stages["reward"]["accuracy"], interval(stages["reward"]["accuracy_ci95"], ".1%")
+        found.append(Card("Reward model", f"{right:.1%}", f"right on held-out pairs, {ends}", "reward"))
     if "pretrain" in stages:
-        found.append(Card("Base model", f"{stages['pretrain']['bits_per_byte']:.3f}", "bits per byte, held out", "base"))
+        bits = stages["pretrain"]["bits_per_byte"]
+        found.append(Card("Base model", f"{bits:.3f}", "bits per byte, held out", "base"))
     seconds = sum(metrics["seconds"] for metrics in stages.values())
-    found.append(Card("Time", f"{seconds / 60:,.1f} min", f"{len(stages)} stages together"))
+    found.append(Card("Time", f"{seconds / 60:,.0f} min", f"{len(stages)} stages together"))
     return found
