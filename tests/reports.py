@@ -4,10 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from pipeline import cli
-from pipeline.artifact import read_lines, write_lines
+from helpers import composed
+from omegaconf import OmegaConf
 
-SMOKE = ["experiment=smoke", "tracker=none"]
+from pipeline.artifact import read_lines, write_lines
+from pipeline.report import write_report
 
 
 def copy_of(smoke: Path, runs: Path) -> Path:
@@ -21,9 +22,17 @@ def copy_of(smoke: Path, runs: Path) -> Path:
     return runs
 
 
-def write(runs: Path, *arguments: str, run: str = "smoke") -> tuple[str, str]:
-    """Run `threefold report` and return the page and the Markdown."""
-    cli.main(["report", *SMOKE, f"runs={runs}", f"run={run}", *arguments])
+def configuration(runs: Path, *overrides: str, run: str = "smoke"):
+    """The smoke configuration of a run below `runs`, with values of dotted keys."""
+    config = composed(*overrides)
+    OmegaConf.set_readonly(config, False)
+    config.runs, config.run = str(runs), run
+    return config
+
+
+def write(runs: Path, *overrides: str, run: str = "smoke", compare: str | None = None) -> tuple[str, str]:
+    """Write the report and return its page and its Markdown."""
+    write_report(configuration(runs, *overrides, run=run), compare)
     return (runs / run / "report.html").read_text(), (runs / run / "report.md").read_text()
 
 

@@ -12,15 +12,15 @@ from pipeline.report.parts import Figure
 
 # name → colour in the light scheme, and in the dark one; models first, then what else is drawn
 PALETTE = {
-    "human": ("#77716a", "#b5afa4"),
-    "base": ("#97751c", "#d6b45a"),
-    "sft": ("#2f6db3", "#82b4f2"),
-    "best": ("#8659ae", "#c4a3e8"),
-    "dpo": ("#c4651a", "#f0a267"),
-    "ppo": ("#177a6a", "#66cdb8"),
-    "reward": ("#47798c", "#93c4d6"),
+    "human": ("#6f6962", "#b5afa4"),
+    "base": ("#80640f", "#d6b45a"),
+    "sft": ("#2a66ad", "#82b4f2"),
+    "best": ("#7d51a6", "#c4a3e8"),
+    "dpo": ("#b1540c", "#f0a267"),
+    "ppo": ("#12705f", "#66cdb8"),
+    "reward": ("#3c6e82", "#93c4d6"),
     "one": ("#1e665f", "#8fd2c8"),
-    "other": ("#b0503f", "#f0988a"),
+    "other": ("#a34434", "#f0988a"),
     "ink": ("#1f1e1b", "#eae7df"),
     "quiet": ("#5f5a51", "#aaa599"),
     "line": ("#e1ddd3", "#3a3833"),
