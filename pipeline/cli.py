@@ -70,7 +70,6 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
 def _run(overrides: list[str]) -> None:
     from pipeline.chain import bring_up_to_date
     from pipeline.config import compose
-    from pipeline.report import print_table, write_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
@@ -78,6 +77,8 @@ def _run(overrides: list[str]) -> None:
     ran = bring_up_to_date(config)
     if not ran:
         print("nothing to do: every stage is fresh")
+    from pipeline.report import print_table, write_report  # a wrong key does not wait for its libraries
+
     folder = write_report(config)
     print_table(folder)
 

@@ -53,7 +53,7 @@ def table(file):
 
 
 @pytest.mark.parametrize(
-    ("gain", "word", "sign"), [(0.3, "raised", 1), (-0.3, "lowered", -1), (0.0, "did not clearly", 0)]
+    ("gain", "word", "sign"), [(0.3, "raised", 1), (-0.3, "lowered", -1), (0.0, "is not distinguishable from SFT", 0)]
 )
 def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero(gain, word, sign, runs):
     noise = iter(np.random.default_rng(0).normal(0, 0.1, 1000))
@@ -247,7 +247,7 @@ def test_a_run_in_the_middle_says_what_is_missing(partial):
     asked = ["ppo.kl_coef=0.3", "dpo.beta=0.3"]
     failed, interrupted = state_of(partial, "dpo", *asked), state_of(partial, "ppo", *asked)
     failed.open(), interrupted.open()
-    (failed.work / "failed.txt").write_text("loss is nan at step 3\n")
+    (failed.work / "failed.txt").write_text("dpo: loss is nan at step 3\n")
     html, text = write(partial, *asked, run="partial")
     assert "dpo failed: loss is nan at step 3; to try again: threefold run target=dpo run=partial" in text
     assert "ppo was interrupted; to go on from its last checkpoint: threefold run target=ppo run=partial" in text

@@ -54,7 +54,7 @@ def section(run: Run) -> Section:
     """A figure for every curve of which at least two steps were logged."""
     drawn = [figure for stage in CURVES if stage in run.stages for figure in of_stage(run, stage)]
     lacking = [run.lacks(stage) for stage in CURVES if run.asks_for(stage) and stage not in run.stages]
-    return Section("curves", "Curves by stage", tuple(f"{line}." for line in lacking), parts=tuple(drawn))
+    return Section("curves", "Curves by stage", tuple(lacking), parts=tuple(drawn))
 
 
 def of_stage(run: Run, stage: str) -> list[Figure]:

@@ -13,7 +13,7 @@ def section(run: Run) -> Section | None:
         return None
     title = "Models on held-out prompts"
     if not run.models:
-        return Section("models", title, (f"{run.lacks('evaluate')}.",))
+        return Section("models", title, (run.lacks("evaluate"),))
     judged = tables.models(run, tables.JUDGED, "models", "What the judges say, and KL")
     text = tables.models(run, tables.TEXT, "models_text", "What became of the text")
     return Section("models", title, lead(run), parts=(judged, *plots(run, judged.data), text))
@@ -35,25 +35,26 @@ def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:
 
 
 def lead(run: Run) -> tuple[str, ...]:
-    """How the tables are to be read."""
-    first = (
-        "The gold judge also labelled the comparisons that the reward model and DPO learnt from; the second judge "
-        "takes no part in training. "
-        if judge_labelled(run)
-        else ""
+    """What part the judges had in training, and how the tables are to be read."""
+    gold, second = (" and ".join(roles(run, judge)) for judge in ("judge", "second_judge"))
+    said = [f"The gold judge also {gold}."] if gold else []
+    said.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
+    said.append(
+        "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
     )
-    first += "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
-    return (first,)
+    return (" ".join(said),)
 
 
-def judge_labelled(run: Run) -> bool:
-    """Whether the gold judge also labelled the comparisons that models were trained on."""
-    if "comparisons" not in run.stages:
-        return False
-    trained, judged = (run.manifests[stage]["parts"] for stage in ("comparisons", "evaluate"))
-    return "data.preferences.format" not in trained and _below("comparisons.judge.", trained) == _below(
-        "evaluate.judge.", judged
-    )
+def roles(run: Run, judge: str) -> list[str]:
+    """What `evaluate.<judge>` did in training, as verbs: labelled comparisons, or paid PPO."""
+    found, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
+    asked = _below(f"evaluate.{judge}.", of["evaluate"])
+    given = "data.preferences.format" in of.get("comparisons", {})  # then no judge labelled them
+    if not given and asked == _below("comparisons.judge.", of.get("comparisons", {})):
+        found.append("labelled the comparisons that the reward model and DPO learnt from")
+    if asked == _below("ppo.reward.", of.get("ppo", {})):
+        found.append("was PPO's reward")
+    return found
 
 
 def _below(prefix: str, parts: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Run:
 
     def lacks(self, stage: str) -> str:
         """A sentence saying why there is nothing of a stage to show; empty where there is."""
-        return "" if stage in self.stages else sentence(self.name, [stage], self.states[stage])
+        return "" if stage in self.stages else f"{sentence(self.name, [stage], self.states[stage])}."
 
     def samples(self) -> list[dict[str, Any]]:
         """Every held-out prompt with each model's reply and its scores."""
@@ -133,7 +133,7 @@ def sentence(run: str, stages: list[str], state: State) -> str:
     words = {
         "missing": f"{'has' if one else 'have'} not run; to make {'it' if one else 'them'}: {command}",
         "unlinked": f"{'is' if one else 'are'} not part of this run, although made elsewhere; to take over: {command}",
-        "failed": f"failed: {state.reason}; to try again: {command}",
+        "failed": f"failed: {state.reason.removeprefix(f'{stages[0]}: ')}; to try again: {command}",
         "interrupted": f"was interrupted; to go on from its last checkpoint: {command}",
         "running": "is running now; write the report again when it is done",
         "stale": f"is not what the configuration given asks for: {state.reason}",

@@ -16,7 +16,7 @@ def section(run: Run) -> Section | None:
     title, shown = "Replies to held-out prompts", run.evaluation.get("shown", 0)
     if not shown:
         none = "No replies are shown, as evaluate.samples_shown=0 asks."
-        return Section("samples", title, (f"{run.lacks('evaluate')}." if run.lacks("evaluate") else none,))
+        return Section("samples", title, (run.lacks("evaluate") or none,))
     rows = run.samples()[:shown]
     lead = (
         f"The first {len(rows)} of {run.evaluation['prompts']} prompts; all of them with every score are in "

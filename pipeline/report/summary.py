@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import checkup
 from pipeline.report import costs, differences, reward
 from pipeline.report.differences import Difference, Row
+from pipeline.report.models import roles
 from pipeline.report.names import REFERENCE, in_order, interval, opening, said
 from pipeline.report.run import Run
 
@@ -77,10 +78,13 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
             found.append(_alone(run, name))
             continue
         second = differences.between(rows, name, REFERENCE, "second")
-        word = {1: "raised", -1: "lowered", 0: "did not clearly change"}[gain.sign]
+        score = "the score of the gold judge"
+        word = {1: f"raised {score}", -1: f"lowered {score}"}.get(
+            gain.sign, "is not distinguishable from SFT by the gold judge"
+        )
         found.append(
-            f"{opening(said(name))} {word} the score of the gold judge, {run.evaluation['judge']}: {gain.shown()} over "
-            f"SFT, from {gain.other:.3f} to {gain.one:.3f}, at KL {run.models[name]['kl']:.2f} nats per reply. "
+            f"{opening(said(name))} {word}, {run.evaluation['judge']}: {gain.shown()} over SFT, "
+            f"from {gain.other:.3f} to {gain.one:.3f}, at KL {run.models[name]['kl']:.2f} nats per reply. "
             f"{_second(run, gain, second)}"
         )
     return found
@@ -96,12 +100,13 @@ def _alone(run: Run, name: str) -> str:
 
 def _second(run: Run, gain: Difference, second: Difference | None) -> str:
     judge = f"The second judge, {run.evaluation['second_judge']}"
+    apart = "" if roles(run, "second_judge") else ", which took no part in training,"
     if second is None:
         return f"{judge}, scored too few replies to say."
     if second.sign == 0:
-        return f"{judge}, which took no part in training, sees no clear difference ({second.shown()})."
+        return f"{judge}{apart} sees no clear difference ({second.shown()})."
     way = "agrees" if second.sign == gain.sign else "sees a rise" if second.sign > 0 else "sees a fall"
-    return f"{judge}, which took no part in training, {way} ({second.shown()})."
+    return f"{judge}{apart} {way} ({second.shown()})."
 
 
 def contest(run: Run, rows: list[Row]) -> list[str]:
