@@ -4,13 +4,15 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from reports import change_metrics, change_samples, configuration, copy_of, write
 
-from pipeline import chain, cli
+from pipeline import chain, cli, job
 from pipeline.artifact import read_json, read_lines
 from pipeline.report import differences, lineage, page, summary
 from pipeline.report.parts import Table, csv_text
@@ -210,6 +212,16 @@ def test_the_environment_is_that_of_the_manifests(whole):
     assert keys["ppo.kl_coef"] == "0.05" and keys["evaluate.models"] == "[base, sft, dpo, ppo]"
 
 
+def test_the_commit_of_the_code_is_part_of_the_environment():
+    root = Path(job.__file__).parent.parent
+    if not (root / ".git").exists():
+        assert job.commit() == {}
+        return
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert head.startswith(job.commit()["commit"].removesuffix("-dirty"))
+
+
 def test_lineage_draws_every_stage_and_every_parent(whole):
     runs, html, _ = whole
     run = run_of(runs)
@@ -313,7 +325,7 @@ def two(runs):
 def test_two_runs_beside_each_other(two):
     html, text = write(two, compare="other")
     keys = table(two / "smoke/report/compare_configuration.csv")
-    assert keys == [{"key": "ppo.kl_coef", "smoke": "0.05", "other": "0.4", "stages": "ppo"}]
+    assert keys == [{"key": "ppo.kl_coef", "in smoke": "0.05", "in other": "0.4", "stages": "ppo"}]
     metrics = {row["metric"]: row for row in table(two / "smoke/report/compare_metrics.csv")}
     assert float(metrics["ppo.score"]["difference"]) == pytest.approx(1.25)
     assert float(metrics["pretrain.bits_per_byte"]["difference"]) == 0

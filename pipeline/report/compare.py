@@ -69,10 +69,18 @@ def differing_keys(run: Run, other: Run) -> Table:
         for key in dict.fromkeys([*ours, *theirs]):
             if ours.get(key, ABSENT) != theirs.get(key, ABSENT):
                 found.setdefault((key, ours.get(key, ABSENT), theirs.get(key, ABSENT)), []).append(stage)
-    data = [{"key": k, run.name: a, other.name: b, "stages": ", ".join(stages)} for (k, a, b), stages in found.items()]
+    data = [
+        {"key": key, **_both(run, other, ours, theirs), "stages": ", ".join(stages)}
+        for (key, ours, theirs), stages in found.items()
+    ]
     rows = [(k, _short(a), _short(b), ", ".join(stages)) for (k, a, b), stages in found.items()]
     rows = [("key", run.name, other.name, "stages"), *(rows or [("none", ABSENT, ABSENT, ABSENT)])]
     return Table("compare_configuration", "Configuration that differs", rows, data, texts=4)
+
+
+def _both(run: Run, other: Run, ours: Any, theirs: Any) -> dict[str, Any]:
+    """Columns of both runs' values; a run may be named as another column is."""
+    return {f"in {run.name}": ours, f"in {other.name}": theirs}
 
 
 def _short(value: str) -> str:
@@ -111,7 +119,7 @@ def _metrics(name: str, title: str, run: Run, other: Run, asked: list[tuple[str,
             continue
         less = None if a is None or b is None else a - b
         rows.append((key.replace("evaluate.models.", ""), _cell(a, form), _cell(b, form), _cell(less, _signed(form))))
-        data.append({"metric": key, run.name: a, other.name: b, "difference": less})
+        data.append({"metric": key, **_both(run, other, a, b), "difference": less})
     return Table(name, title, [("metric", run.name, other.name, "difference"), *rows], data, folded=folded)
 
 

@@ -46,7 +46,7 @@ class Section:
     lead: tuple[str, ...] = ()  # paragraphs
     verdict: tuple[bool, str] | None = None  # whether it is good, and the sentence
     points: tuple[str, ...] = ()
-    html: Markup = Markup()  # noqa: RUF009 - a text cannot change
+    html: Markup | None = None
     parts: tuple[Table | Figure, ...] = ()
 
 

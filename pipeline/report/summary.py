@@ -84,10 +84,14 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
         )
         found.append(
             f"{opening(said(name))} {word}, {run.evaluation['judge']}: {gain.shown()} over SFT, "
-            f"from {gain.other:.3f} to {gain.one:.3f}, at KL {run.models[name]['kl']:.2f} nats per reply. "
-            f"{_second(run, gain, second)}"
+            f"from {gain.other:.3f} to {gain.one:.3f}{_at_kl(run, name)}. {_second(run, gain, second)}"
         )
     return found
+
+
+def _at_kl(run: Run, name: str) -> str:
+    kl = run.models[name].get("kl")
+    return "" if kl is None else f", at KL {kl:.2f} nats per reply"
 
 
 def _alone(run: Run, name: str) -> str:
@@ -110,13 +114,17 @@ def _second(run: Run, gain: Difference, second: Difference | None) -> str:
 
 
 def contest(run: Run, rows: list[Row]) -> list[str]:
-    """Each two aligned models against each other by the gold judge."""
-    names, found = aligned(run), []
-    for place, later in enumerate(names):
-        for earlier in names[:place]:
-            if gain := differences.between(rows, later, earlier):
-                found.append(f"{opening(_beside(later, earlier, gain))}.")
+    """The best aligned model by the gold judge against each other one."""
+    best, found = leader(run), []
+    for name in aligned(run):
+        if name != best and (gain := differences.between(rows, best, name)):
+            found.append(f"{opening(_beside(best, name, gain))}.")
     return found
+
+
+def leader(run: Run) -> str | None:
+    """The aligned model that the gold judge scores highest on average."""
+    return max(aligned(run), key=lambda name: run.models[name]["gold_mean"], default=None)
 
 
 def _beside(one: str, other: str, gain: Difference) -> str:
@@ -126,7 +134,7 @@ def _beside(one: str, other: str, gain: Difference) -> str:
 
 def untrained(run: Run, rows: list[Row]) -> list[str]:
     """Where the base model is not below the best aligned one: a judge that it pleases may not ask for much."""
-    best = max(aligned(run), key=lambda name: run.models[name]["gold_mean"], default=None)
+    best = leader(run)
     gain = differences.between(rows, best, "base") if best else None
     if gain is None or gain.sign > 0:
         return []
@@ -193,7 +201,7 @@ def contaminated(found: dict[str, Any]) -> str:
 
 
 def cards(run: Run) -> list[Card]:
-    """Up to six numbers that the page begins with."""
+    """The numbers that the page begins with."""
     rows, found, stages = run.samples(), [], run.stages
     for name in aligned(run):
         if gain := differences.between(rows, name, REFERENCE):
