@@ -9,8 +9,8 @@ from pipeline.errors import UserError, nearest
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
     "status": "show each stage: fresh, stale and why, running, failed",
-    "report": "write summary.json and report.html of a run again from its folder",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
+    "report": "write the report of a run again from its folder; --compare RUN sets another run beside it",
     "label": "serve the page where people compare replies, on this machine alone",
     "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
     "config": "print the composed configuration",
@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with status 2 after one line on bad input, 130 when interrupted."""
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
-        command, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-        globals()[f"_{command}"](overrides)
+        command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        globals()[f"_{command}"](overrides, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -31,11 +31,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> tuple[str, list[str]]:
+OPTIONS = {"compare": "report"}  # option → the command that it belongs to
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     commands = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="threefold",
         usage="threefold COMMAND [KEY=VALUE ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Pretrain, fine-tune and align a language model.\n\ncommands:\n{commands}",
         epilog="Overrides use Hydra's syntax: threefold run target=ppo ppo.kl_coef=0.1 experiment=demo\n"
@@ -43,7 +48,11 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
     )
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(arguments)
+    parser.add_argument("--compare", metavar="RUN", help=argparse.SUPPRESS)
+    try:
+        known, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
     if known.command is None:
@@ -53,7 +62,11 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
         raise UserError(
             f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
-    return known.command, known.overrides
+    options = {name: value for name in OPTIONS if (value := getattr(known, name)) is not None}
+    for name in options:
+        if known.command != OPTIONS[name]:
+            raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {known.command}")
+    return known.command, known.overrides, options
 
 
 def _run(overrides: list[str]) -> None:
@@ -61,7 +74,6 @@ def _run(overrides: list[str]) -> None:
     from pipeline.config import compose
     from pipeline.launch import take_part
     from pipeline.nodes import help_out
-    from pipeline.report import print_table, write_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
@@ -74,6 +86,8 @@ def _run(overrides: list[str]) -> None:
         seeds.run(config, overrides)
     elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
+    from pipeline.report import print_table, write_report  # a wrong key does not wait for its libraries
+
     print_table(write_report(config))
 
 
@@ -91,11 +105,11 @@ def _status(overrides: list[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _report(overrides: list[str]) -> None:
+def _report(overrides: list[str], compare: str | None = None) -> None:
     from pipeline.config import compose
     from pipeline.report import print_table, write_report
 
-    print_table(write_report(compose(overrides)))
+    print_table(write_report(compose(overrides), compare))
 
 
 def _frontier(overrides: list[str]) -> None:

@@ -3,6 +3,8 @@
 import importlib
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -90,7 +92,7 @@ class Job:
             write_json(self.out / "metrics.json", metrics | cost)
         if self.wandb:
             self.wandb.summarise(metrics | cost)
-        environment = {"python": platform.python_version(), "device": str(self.device)}
+        environment = {"python": platform.python_version(), "device": str(self.device)} | commit()
         return cost | {"environment": environment | {name: version(name) for name in VERSIONED}}
 
     def close(self) -> None:
@@ -108,6 +110,16 @@ def execute(job: Job, fingerprint: str) -> dict[str, Any]:
         return job.finish(metrics, fingerprint)
     finally:
         job.close()
+
+
+def commit() -> dict[str, str]:
+    """The commit of this code, with -dirty where files differ from it; empty outside of a git checkout of it."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(["git", "--no-optional-locks", *describe], cwd=root, capture_output=True, text=True)
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def quiet_libraries() -> None:

@@ -129,33 +129,6 @@ def current(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def main_metrics(seeds: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Heading and a row for each stage that the seed reaches: its main metric with its spread."""
-    heading = ("stage", "metric", f"mean ± standard deviation over {len(seeds['seeds'])} seeds", "values")
-    rows = []
-    for stage, metrics in seeds["metrics"].items():
-        if found := metrics.get(STAGES[stage].metric):
-            values = ", ".join(f"{value:.4g}" for value in found["values"])
-            rows.append((stage, STAGES[stage].metric, f"{found['mean']:.4g} ± {found['std']:.2g}", values))
-    return [heading, *rows]
-
-
-def models(seeds: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[tuple[str, ...]]:
-    """Heading and a row for each model: the report's columns (metric → heading, format), each with its spread."""
-    metrics = seeds["metrics"].get("evaluate", {})
-    names = list(dict.fromkeys(name.split(".")[1] for name in metrics if name.startswith("models.")))
-    shown = {key: said for key, said in columns.items() if any(f"models.{name}.{key}" in metrics for name in names)}
-    rows = [
-        (name, *(_cell(metrics.get(f"models.{name}.{key}"), form) for key, (_, form) in shown.items()))
-        for name in names
-    ]
-    return [("model", *(said for said, _ in shown.values())), *rows] if rows else []
-
-
-def _cell(found: dict[str, Any] | None, form: str) -> str:
-    return "–" if found is None else f"{found['mean']:{form}} ± {found['std']:{form.lstrip('+')}}"
-
-
 def claims(seeds: dict[str, Any]) -> list[str]:
     """What the differences between models come to, in words."""
     found = []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose, keys
 from stages import STAGES
@@ -34,9 +35,10 @@ def test_every_make_target_is_in_the_readme_and_in_its_own_list():
         assert re.search(rf"^{target}:.*## \S", MAKEFILE, re.MULTILINE), f"{target} has no line in `make`"
 
 
-@pytest.mark.parametrize("arguments", re.findall(r'ARGS="([^"]+)"', DOCS))
-def test_every_override_of_the_readme_composes(arguments):
-    compose(arguments.split())
+@pytest.mark.parametrize(("target", "arguments"), re.findall(r'make ([a-z-]+) ARGS="([^"]+)"', DOCS))
+def test_every_override_of_the_readme_composes(target, arguments):
+    command = target if target in cli.COMMANDS else "run"
+    compose(cli._parse([command, *arguments.split()])[1])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from scipy import stats
 from pipeline import cli, seeds, variants
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
+from pipeline.report import seeds as seeds_section
+from pipeline.report.run import Run
 
 
 def test_numbers_are_found_by_their_dotted_names():
@@ -52,9 +54,11 @@ def test_claims_say_what_the_seeds_can_tell(tmp_path):
     said = seeds.claims(found)
     assert said[0].startswith("gold of dpo less sft: +0.000") and said[0].endswith("not distinguishable")
     assert said[1].startswith("gold of ppo less sft: +0.405") and said[1].endswith("higher")
-    table = seeds.models(found, {"gold_mean": ("gold", ".3f"), "kl": ("KL", ".2f")})
-    assert table == [("model", "gold"), ("sft", "0.300 ± 0.000"), ("dpo", "0.300 ± 0.115"), ("ppo", "0.705 ± 0.013")]
-    assert seeds.main_metrics(found)[1][:3] == ("evaluate", "ppo_gold_mean", "0.705 ± 0.013")
+    run = Run("run", tmp_path, {"evaluate": {"judge": "vader"}}, {})
+    assert seeds_section.models(run, found).rows == [
+        ("model", "gold judge: vader"), ("sft", "0.300 ± 0.000"), ("dpo", "0.300 ± 0.115"), ("ppo", "0.705 ± 0.013"),
+    ]  # fmt: skip
+    assert seeds_section.stages(found).rows[1][:3] == ("evaluate", "ppo_gold_mean", "0.705 ± 0.013")
 
 
 def test_seeds_of_an_older_result_are_not_shown(tmp_path):

@@ -118,7 +118,7 @@ def test_the_report_asks_no_other_host(smoke):
     page = (smoke / "smoke" / "report.html").read_text()
     assert '<link rel="stylesheet" href="http' not in page and 'src="http' not in page
     for stage in STAGES:
-        assert f"<td>{stage}</td>" in page
+        assert f'<th scope="row">{stage}</th>' in page
 
 
 def test_a_partial_run_gives_a_report(smoke, capsys):

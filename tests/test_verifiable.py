@@ -10,7 +10,7 @@ from pipeline import chain, data, suites, tasks, verifiable
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.report_tasks import overlap, table
+from pipeline.report.tasks import overlap, table
 from pipeline.statistics import share_interval
 
 ROWS = [{"question": "2+2?", "answer": "Add.\n#### 4"}, {"question": "2+3?", "answer": "#### 5"}]

@@ -2,6 +2,15 @@
 
 from typing import Any
 
+from pipeline.report.names import in_order
+from pipeline.report.parts import Section, Table
+from pipeline.report.run import Run
+
+LEAD = (
+    "Share of answers that a rule finds right, with Wilson's 95 % interval; every reply with its verdict is in "
+    "evaluate/tasks.jsonl of the run."
+)
+
 # what is shown of a task: metric → what stands behind the task's name in the heading
 SHOWN = {
     "accuracy": "",
@@ -9,6 +18,32 @@ SHOWN = {
     "instructions_strict": ", single instructions",
     "greedy_instructions_strict": ", single instructions, greedy",
 }
+
+
+def section(run: Run) -> Section | None:
+    """Answers and overlap with training text; None where the evaluation has no tasks."""
+    shown = answers(run)
+    if shown is None:
+        return None
+    rows = overlap(run.evaluation)
+    heading, *counts = rows
+    copies = [dict(zip(heading, row, strict=True)) for row in counts]
+    found = Table("task_overlap", "Problems that occur in training text", rows, copies, folded=True)
+    return Section("tasks", "Tasks with answers", (LEAD,), parts=(shown, found))
+
+
+def answers(run: Run) -> Table | None:
+    """The table of the tasks; None where there are none."""
+    rows = table(run.evaluation, in_order(run.models)) if run.models else []
+    if not rows:
+        return None
+    answered = {name: run.models[name]["tasks"] for name, *_ in rows[1:]}
+    data = [
+        {"model": name, "task": task} | {k: v for k, v in found.items() if not isinstance(v, list)}
+        for name, tasks in answered.items()
+        for task, found in tasks.items()
+    ]
+    return Table("tasks", "Right answers", rows, data, models=True)
 
 
 def table(evaluate: dict[str, Any], models: list[str]) -> list[tuple[str, ...]]:
