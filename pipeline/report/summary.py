@@ -55,7 +55,7 @@ def aligned(run: Run) -> list[str]:
 
 
 def chosen(name: str) -> bool:
-    """Whether preferences or rewards are behind a model of this run; behind a vote over SFT's samples there are none."""
+    """Whether preferences or rewards are behind a model of this run; behind a vote over samples there are none."""
     if "/" in name or name in UNALIGNED:
         return False
     found = player(name, "evaluate.models")
