@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+FARTHEST = 100.0  # log of the largest distance that is computed
+
 # by form: the factor of -beta at distances d
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "best_of_n": lambda d: d * d,
@@ -34,7 +36,8 @@ class Law:
         """The KL, in nats, at which the gain is highest; None where it only grows."""
         if self.beta <= 0 or (self.alpha <= 0 and self.form == "best_of_n"):
             return None
-        distance = self.alpha / (2 * self.beta) if self.form == "best_of_n" else np.exp(self.alpha / self.beta - 1)
+        exponent = min(self.alpha / self.beta - 1, FARTHEST)  # almost straight laws peak beyond all numbers
+        distance = self.alpha / (2 * self.beta) if self.form == "best_of_n" else np.exp(exponent)
         return float(distance**2)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline import chain, device
+from pipeline import chain
 from pipeline.config import compose
 from pipeline.errors import UserError
 from stages import needed_by
@@ -45,7 +45,7 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
     composed = [compose(variant.arguments(config, overrides)) for variant in variants]
     _make_shared(composed, Path(config.runs) / config.run)
     jobs = min(len(variants), _jobs(config))
-    threads = config.runtime.threads or max(1, device.usable_cpus() // jobs)
+    threads = config.runtime.threads or max(1, _cores() // jobs)
     work = {
         variant.name: ([*variant.arguments(config, overrides), f"runtime.threads={threads}"], _log(each))
         for variant, each in zip(variants, composed, strict=True)
@@ -163,4 +163,10 @@ def _jobs(config: DictConfig) -> int:
     import torch
 
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
-    return 1 if on_gpu else max(1, device.usable_cpus() // (config.runtime.threads or 1))
+    return 1 if on_gpu else max(1, _cores() // (config.runtime.threads or 1))
+
+
+def _cores() -> int:
+    from pipeline.device import usable_cpus  # imports torch, which the report does without
+
+    return usable_cpus()

@@ -45,10 +45,13 @@ def figure(frontier: dict[str, Any], score: str, title: str) -> Figure:
         for trace in (*law(fitted[score]["curve"], method, shade), points(own, method, shade)):
             drawn.add_trace(trace)
         data += own
+    seen = [row["gain"] for row in data]
+    room = 0.1 * (max(seen) - min(seen)) or 0.1  # a band that few points leave open does not squeeze the points
     note = "How far can it be pushed before it falls, and which method gets most out of a nat of KL?"
     layout = figures.drawing(
         drawn, "√KL to the SFT model, nats", "gain over the SFT model", showlegend=True, height=340
     )
+    layout["layout"]["yaxis"] |= {"range": [min(seen) - room, max(seen) + room]}
     return Figure(f"frontier_{score}", title, note, layout, data)
 
 
