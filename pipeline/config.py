@@ -15,11 +15,18 @@ from pipeline import judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, Config, RewardPartConfig
-from stages import MODELS
+from stages import MODELS, STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
-GROUPS = ["model", "data", "tracker", "launch", "experiment", *(f"reward@{key}" for key in REWARDS)]
+GROUPS = ["model", "data", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
+GROUPS += [f"reward@{key}" for key in REWARDS]
+# parameters of sbatch that `cluster.parameters` may not hold: they have keys of their own, or Threefold sets them
+SET_ELSEWHERE = (
+    "partition", "account", "qos", "constraint", "nodes", "ntasks", "ntasks_per_node", "cpus_per_task", "gpus_per_node",
+    "mem", "time", "signal", "requeue", "no_requeue", "dependency", "kill_on_invalid_dep", "array", "job_name",
+    "output", "error", "open_mode",
+)  # fmt: skip
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -104,6 +111,7 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
+    _check_resources(config)
     limits = config.data.dialogue
     if limits.reply_min_chars > limits.reply_max_chars:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
@@ -235,13 +243,29 @@ def _check_judge_model(judge: DictConfig) -> None:
     judge_template.question(judge.template, tuple(judge.verdicts))
 
 
+def _check_resources(config: DictConfig) -> None:
+    """What the Slurm job of a stage asks for: time to work in before it is told to leave, and nodes it can use."""
+    for name, own in config.resources.stages.items():
+        minutes, key = own.minutes or config.resources.minutes, f"resources.stages.{name}"
+        if minutes * 60 < 2 * config.launcher.signal_seconds:
+            raise UserError(
+                f"launcher.signal_seconds={config.launcher.signal_seconds}: is more than half of the time limit of "
+                f"{name}, {minutes} min; set {key}.minutes higher, or this lower"
+            )
+        if not STAGES[name].several_processes and ((own.nodes or 1) > 1 or (own.gpus or 0) > 1):
+            raise UserError(f"{key}: {name} runs in one process; leave its nodes and gpus at 1")
+    for name in config.cluster.parameters:
+        if name.replace("-", "_") in SET_ELSEWHERE:
+            raise UserError(f"cluster.parameters.{name}: is set by other keys or Threefold itself; leave it out")
+
+
 def _addable(override: str) -> str:
     """An override that gives a mapping to a key that holds one adds its entries, as people expect of columns={a: b}."""
     key, _, value = override.partition("=")
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "parameters")
 
 
 def keys(schema: type = Config, prefix: str = "") -> list[str]:
