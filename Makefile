@@ -5,8 +5,8 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report status label test test-all bench-ppo bench-sampler bench-labels \
-	lint clean
+.PHONY: help install demo arithmetic $(STAGES) frontier report status label chat test test-all bench-ppo bench-sampler \
+	bench-labels lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ status: install ## show which stages are fresh, stale or running, and why
 
 label: install ## serve the page where people compare replies
 	$(THREEFOLD) label $(ARGS)
+
+chat: install ## talk with a model of a run in the terminal
+	@$(THREEFOLD) chat $(ARGS)
 
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

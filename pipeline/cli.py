@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "write summary.json and report.html of a run again from its folder",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "label": "serve the page where people compare replies, on this machine alone",
+    "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
     "config": "print the composed configuration",
 }
 
@@ -62,11 +63,15 @@ def _run(overrides: list[str]) -> None:
     from pipeline import waiting
     from pipeline.chain import bring_up_to_date
     from pipeline.config import compose
+    from pipeline.launch import take_part
+    from pipeline.nodes import help_out
     from pipeline.report import print_table, write_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
+    if config.launch.node_rank > 0:
+        return help_out(config.launch, take_part)
     if config.seeds is not None:
         from pipeline import seeds
 
@@ -148,6 +153,13 @@ def _label(overrides: list[str]) -> None:
     from pipeline.label_page import serve
 
     serve(compose(overrides), overrides)
+
+
+def _chat(overrides: list[str]) -> None:
+    from pipeline.chat_command import talk
+    from pipeline.config import compose
+
+    talk(compose(overrides), overrides)
 
 
 def _config(overrides: list[str]) -> None:

@@ -33,14 +33,14 @@ class Job:
 
     def __init__(
         self, stage: str, config: DictConfig, inputs: dict[str, Path], out: Path, checkpoints: Path,
-        rank: int = 0, processes: int = 1,
+        group: device.Group = device.ALONE,
     ):  # fmt: skip
         self.stage, self.config, self.inputs = stage, config, inputs
-        self.out, self.checkpoints, self.main = out, checkpoints, rank == 0
+        self.out, self.checkpoints, self.main = out, checkpoints, group.rank == 0
         self.steps = StepLog(out / "log.jsonl" if self.main else Path(os.devnull))
         self.wandb: WandbRun | None = None
         self.started = time.perf_counter()
-        self.device = device.set_up(config.runtime, config.get("precision", "auto"), processes)
+        self.device = device.set_up(config.runtime, config.get("precision", "auto"), group)
 
     def start(self) -> None:
         """Save the configuration, begin tracking, and measure memory and time from here."""
@@ -58,10 +58,11 @@ class Job:
             tqdm.write(f"{self.stage:<12} {text}")
 
     def announce(self, batch: str, steps: int | None, flops: float) -> None:
-        """State device, precision, effective batch or amount of work, and estimated time from the stage's `flops`."""
+        """State devices, precision, mode, batch of all processes or amount of work, and estimated time from `flops`."""
         share = flops / self.device.processes
+        mode = "one process" if self.device.processes == 1 else self.device.mode
         about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
-        self.say(f"{self.device} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
+        self.say(f"{self.device} · {mode} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
     def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
         """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left."""

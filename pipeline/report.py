@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import evaluated_pairs, report_arena, report_effects, report_reward, seeds, votes_arena
+from pipeline import evaluated_pairs, report_arena, report_effects, report_reward, report_tasks, seeds, votes_arena
 from pipeline.artifact import read_json, read_lines, write_json, write_text
 from pipeline.errors import UserError
 from stages import STAGES
@@ -64,6 +64,8 @@ def write_report(config: DictConfig) -> Path:
         written=time.strftime("%Y-%m-%d %H:%M"),
         stages=stage_rows(summary["stages"]),
         models=model_table(summary["stages"]),
+        tasks=task_table(summary["stages"]),
+        task_overlap=report_tasks.overlap(summary["stages"].get("evaluate", {})),
         outdated=summary["outdated"],
         samples=samples(folder, summary["stages"]),
         contamination=summary["stages"].get("evaluate", {}).get("contamination"),
@@ -184,10 +186,23 @@ def model_table(stages: dict[str, Any]) -> list[tuple[str, ...]]:
     return [heading, *rows]
 
 
+def task_table(stages: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Heading and rows of the tasks whose answers are checked by rule; empty where there are none."""
+    if "evaluate" not in stages:
+        return []
+    return report_tasks.table(stages["evaluate"], in_order(stages["evaluate"]["models"]))
+
+
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of models as the report lists them; best-of-n stands behind the SFT model that it samples from."""
-    places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(names, key=lambda name: places.get(name, places["sft"] + 0.5))
+    """Names as the report lists them: ways to decode behind the model they sample from, other runs' models last."""
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> float:
+    if name in ORDER:
+        return ORDER.index(name)
+    model = name.partition("_")[0]
+    return len(ORDER) if "/" in name else ORDER.index(model if model in ORDER else "sft") + 0.5
 
 
 def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
@@ -206,8 +221,9 @@ def print_table(folder: Path) -> None:
     stages = summarise(folder)["stages"]
     console = Console(width=None if Console().is_terminal else 200)
     console.print(_table(("stage", "result", "measured against", "time"), stage_rows(stages)))
-    if table := model_table(stages):
-        console.print(_table(table[0], table[1:]))
+    for table in (model_table(stages), task_table(stages)):
+        if table:
+            console.print(_table(table[0], table[1:]))
     if found := seeds.current(folder):
         heading, *rows = seeds.main_metrics(found)
         console.print(_table(heading, rows))

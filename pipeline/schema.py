@@ -35,11 +35,19 @@ class RuntimeConfig:
     log_every: int = number(1)
 
 
+SHARDED = ("fsdp2", "deepspeed_zero3")  # modes of `launch` in which each process holds a share of the model
+
+
 @dataclass
 class LaunchConfig:
-    """How many processes run a stage together."""
+    """How many processes run a training stage together, where, and what each of them holds of the model."""
 
+    mode: str = one_of("single", "ddp", *SHARDED)
     processes: int = number(1)
+    nodes: int = number(1)
+    node_rank: int = number(0)
+    main_address: str | None = MISSING
+    main_port: int = number(1, 65534)
 
 
 @dataclass
@@ -367,16 +375,26 @@ class JudgeModelConfig:
     batch_size: int = number(1)
 
 
+class TaskConfig(SourceConfig):
+    """A task of the evaluation: a source of problems, and how a reply to one is checked."""
+
+    check: str = one_of("exact", "numeric", "instructions")
+    split: str = field(default="all", metadata={"choices": ("all", "test")})
+    problems: int | None = field(default=None, metadata={"low": 1})
+    max_new_tokens: int | None = field(default=None, metadata={"low": 1})
+
+
 @dataclass
 class EvaluateConfig:
     """Stage `evaluate`."""
 
     models: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
     prompts: int = number(2)
     text_tokens: int = number(1)
-    best_of: int | None = number(2)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
     bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
@@ -409,6 +427,15 @@ class LabelConfig:
     port: int = number(0, 65535)
     pairs: str | None = MISSING
     votes: str | None = MISSING
+    seed: int = number(0)
+
+
+@dataclass
+class ChatConfig:
+    """`threefold chat`: a conversation in the terminal; no stage sees this."""
+
+    model: str = MISSING
+    system: str | None = MISSING
     seed: int = number(0)
 
 
@@ -452,3 +479,4 @@ class Config:
     frontier: FrontierConfig = field(default_factory=FrontierConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)

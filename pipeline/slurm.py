@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pipeline.config import check_shares
 from pipeline.errors import UserError
 from stages import STAGES
 
@@ -60,12 +61,23 @@ def resources(config: DictConfig, stage: str) -> dict[str, Any]:
 
 def check(config: DictConfig, stage: str) -> None:
     """Hold what `stage` asks of Slurm to the processes that it is made by; raises `UserError`."""
-    needs, processes = resources(config, stage), config.launch.processes
-    if needs["gpus"] and STAGES[stage].several_processes and needs["gpus"] != processes:
+    needs, launch = resources(config, stage), config.launch
+    if not STAGES[stage].several_processes:
+        return
+    if needs["nodes"] > 1 and launch.mode == "single":
         raise UserError(
-            f"resources.gpus={needs['gpus']} for {stage}: launch.processes={processes} use as many GPUs of a node; "
-            f"set both alike, for example launch=ddp launch.processes={needs['gpus']}"
+            f"resources.nodes={needs['nodes']} for {stage}: launch.mode=single is one process; use launch=ddp"
         )
+    if launch.nodes not in (1, needs["nodes"]):
+        raise UserError(f"launch.nodes={launch.nodes}: resources.nodes={needs['nodes']} for {stage}; set both alike")
+    if needs["gpus"] and needs["gpus"] != launch.processes:
+        raise UserError(
+            f"resources.gpus={needs['gpus']} for {stage}: launch.processes={launch.processes} use as many GPUs of a "
+            f"node; set both alike, for example launch=ddp launch.processes={needs['gpus']}"
+        )
+    there = OmegaConf.masked_copy(config, list(config))
+    OmegaConf.update(there, "launch.nodes", needs["nodes"])
+    check_shares(there, [stage])
 
 
 def parameters(config: DictConfig, stage: str, name: str, after: Iterable[str]) -> dict[str, Any]:

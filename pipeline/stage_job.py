@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import job_records
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError, first_line
+from stages import STAGES, needed_by
 
 VISIBLE = 60  # seconds after which what one node wrote is seen on all
 
@@ -55,12 +56,13 @@ class StageJob:
         return DelayedSubmission(self)
 
     def _make(self, artifact: Artifact) -> None:
-        from pipeline import chain
+        from pipeline import chain, launch, nodes
         from pipeline.config import compose
-        from stages import needed_by
 
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
-        config = compose(self.overrides)
+        config = compose([*self.overrides, *place(self.stage)])
+        if config.launch.node_rank > 0:
+            return nodes.help_out(config.launch, launch.take_part)
         self._wait_for_parents(artifact.folder.parent)
         entry = chain.plan(config, needed_by(self.stage, config))[self.stage]
         if entry.fingerprint != self.fingerprint:
@@ -84,3 +86,16 @@ class StageJob:
             for run in record.runs if record else ():
                 artifact.link_into(runs / run)
             job_records.file_of(artifact).unlink(missing_ok=True)
+
+
+def place(stage: str) -> list[str]:
+    """Overrides for the machines of this job: how many, which one this is, and where they meet.
+
+    A job has two ports, one for machines and the next for the processes of a stage (conf/launch); two jobs have the
+    same ones only if 10,000 others lie between them.
+    """
+    if not STAGES[stage].several_processes:
+        return ["launch.mode=single", "launch.processes=1", "launch.nodes=1", "launch.node_rank=0"]
+    port = 20000 + 2 * (int(os.environ["SLURM_JOB_ID"]) % 10000)
+    number = f"launch.nodes={os.environ['SLURM_JOB_NUM_NODES']}", f"launch.node_rank={os.environ['SLURM_NODEID']}"
+    return [*number, "launch.main_address=null", f"launch.main_port={port}"]

@@ -50,12 +50,23 @@ def test_an_answer_comes_soon_without_torch(arguments, said, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bogus",), "error: bogus: no such command; there are run, status, report, label, config"),
-        (("stauts",), "error: stauts: no such command (nearest: status); there are run, status, report, label, config"),
+        (("bogus",), "error: bogus: no such command; there are run, status, report, label, chat, config"),
+        (
+            ("stauts",),
+            "error: stauts: no such command (nearest: status); there are run, status, report, label,",
+        ),
         (("run", "ppo.kl_cof=0.1"), "error: ppo.kl_cof is not a configuration key (nearest: ppo.kl_coef)"),
         (("status", "model=tyny"), "error: model=tyny: no such choice (nearest: tiny); there are gpt2, hf, llama_"),
         (("config", "--foo"), "error: --foo: no such option; overrides are written KEY=VALUE"),
         (("report", "run=none", "runs={tmp}"), "error: {tmp}/none: this run has no finished stage; make one with:"),
+        (
+            ("chat", "run=none", "runs={tmp}", "chat.seed=3"),
+            'error: chat.model=ppo: run none has no ppo yet; make it with: make ppo ARGS="run=none runs={tmp}"\n',
+        ),
+        (
+            ("chat", "chat.model=ppo_best_off_8"),
+            "error: chat.model: ppo_best_off_8 must be one of base, sft,",
+        ),
     ],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, tuple) else "",
 )
@@ -81,7 +92,7 @@ def test_help_names_every_command(capsys):
         cli.main([])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"run", "status", "report", "label", "config"}
+    assert set(cli.COMMANDS) == {"run", "status", "report", "label", "chat", "config"}
     assert all(f"\n  {name}" in shown and text in shown for name, text in cli.COMMANDS.items())
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PPO = (ROOT / "docs/ppo.md").read_text()
 DOCS = README + PPO + (ROOT / "docs/rewards.md").read_text()  # all whose commands and keys must exist
+DOCS += (ROOT / "docs/cluster.md").read_text()
 METRICS = (ROOT / "docs" / "metrics.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
