@@ -375,6 +375,7 @@ class JudgeModelConfig:
     batch_size: int = number(1)
 
 
+@dataclass
 class TaskConfig(SourceConfig):
     """A task of the evaluation: a source of problems, and how a reply to one is checked."""
 
