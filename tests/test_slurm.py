@@ -378,7 +378,7 @@ def test_an_interrupt_leaves_the_jobs_and_says_so(lab, monkeypatch, capsys):
 @pytest.fixture
 def in_job(monkeypatch, lab):
     """A node of Slurm, and the work of the job that makes the tokenizer."""
-    here = {"SLURM_JOB_ID": "20007", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "2"}
+    here = {"SLURM_JOB_ID": "20007", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}
     for name, value in here.items():
         monkeypatch.setenv(name, value)
     lab.submit([f"runs={lab.runs}", "target=pretrain"])
@@ -386,7 +386,8 @@ def in_job(monkeypatch, lab):
     return lab
 
 
-def test_a_job_knows_its_machines(in_job):
+def test_a_job_knows_its_machines(in_job, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     assert stage_job.place("dpo") == [
         "launch.nodes=2", "launch.node_rank=0", "launch.main_address=null", "launch.main_port=20014"
     ]  # fmt: skip

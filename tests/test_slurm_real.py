@@ -159,7 +159,8 @@ def test_preempted_and_timed_out_jobs_end_with_the_bits_of_undisturbed_ones(plac
     cli.main(["submit", *common, "ppo.seed=6", "run=seed6", "resources.minutes=3", "launcher.signal_seconds=60"])
     jobs, works = {}, {}
     for seed in (5, 6):
-        artifact = chain.plan(compose([*common, f"ppo.seed={seed}"]))["ppo"].artifact
+        config = compose([*common, f"ppo.seed={seed}"])
+        artifact = chain.plan(config, chain.wanted(config))["ppo"].artifact
         jobs[seed], works[seed] = job_records.read(artifact).job, artifact.work
     identity = preempt(jobs[5], works[5], urgent)
     for seed in (5, 6):
@@ -198,9 +199,8 @@ def test_a_job_that_fails_and_one_that_is_cancelled_leave_the_others(place, smok
         Variant("variants/good", (patient,), "ppo"),
         Variant("variants/ended", (patient, "ppo.reward.args={seconds: 300}"), "ppo"),
     ]
-    ended = chain.plan(compose(members[2].arguments(compose(command), command)), [*STAGES][:3] + ["ppo"])[
-        "ppo"
-    ].artifact
+    config = compose(members[2].arguments(compose(command), command))
+    ended = chain.plan(config, chain.wanted(config))["ppo"].artifact
 
     def scancel():
         job = wait_for(lambda: job_records.read(ended)).job
