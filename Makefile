@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report status label chat test test-all bench-ppo bench-sampler \
+.PHONY: help install demo arithmetic $(STAGES) frontier report submit status cancel label chat test test-all test-slurm bench-ppo bench-sampler \
 	bench-labels lint clean
 
 help: ## list the targets
@@ -43,8 +43,14 @@ frontier: install ## push best-of-n, DPO and PPO until the judge falls, three se
 report: install ## write the report of a run again from its folder
 	$(THREEFOLD) report $(ARGS)
 
-status: install ## show which stages are fresh, stale or running, and why
+submit: install ## send what is stale to Slurm, a job for each stage, and return at once
+	$(THREEFOLD) submit $(ARGS)
+
+status: install ## show which stages are fresh, stale, queued or running, and why
 	$(THREEFOLD) status $(ARGS)
+
+cancel: install ## end the jobs of a run in Slurm
+	$(THREEFOLD) cancel $(ARGS)
 
 label: install ## serve the page where people compare replies
 	$(THREEFOLD) label $(ARGS)
@@ -55,8 +61,12 @@ chat: install ## talk with a model of a run in the terminal
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-all: install ## run the tests and the slow proofs
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow" $(ARGS)
+test-all: install ## run the tests, the slow proofs, and those on Slurm
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slurm" $(ARGS)
+	$(MAKE) test-slurm
+
+test-slurm: install ## run a chain, a sweep, two nodes and preemption on the Slurm that answers here
+	$(VENV)/bin/python -m pytest -m slurm -rs tests/test_slurm_real.py
 
 bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
 	$(VENV)/bin/python tests/bench_ppo.py $(ARGS)

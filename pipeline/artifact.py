@@ -3,6 +3,7 @@
 runs/artifacts/<stage>-<fingerprint>/       a finished artifact
 runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
 runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
+runs/artifacts/<stage>-<fingerprint>.job    the Slurm job that is to make it (pipeline/job_records.py)
 runs/<run>/<stage>                          a link to the artifact that the run uses
 """
 
@@ -62,6 +63,15 @@ class Artifact:
         """Make the work folders, keeping what an interrupted attempt left in them."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+        self.forget_failure()
+
+    def note_failure(self, line: str) -> None:
+        """Keep the error line of an attempt."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / "failed.txt").write_text(f"{line}\n")
+
+    def forget_failure(self) -> None:
+        """Drop the error line of the last attempt, for there is a new one."""
         (self.work / "failed.txt").unlink(missing_ok=True)
 
     def finish(self, manifest: dict[str, Any]) -> None:

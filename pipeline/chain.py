@@ -12,7 +12,7 @@ import rewards
 from pipeline import launch, nodes
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.config import check_shares
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
 from stages import STAGES, depending_on, needed_by, parents, sources
@@ -132,19 +132,25 @@ def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
+def wanted(config: DictConfig) -> list[str]:
+    """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
+    if config.target is not None and config.target not in STAGES:
+        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
+    found = needed_by(config.target, config)
+    if config.target and config.dependents:
+        run = Path(config.runs) / config.run
+        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
+        found = [name for name in STAGES if any(name in needed_by(w, config) for w in [*found, *made])]
+    return found
+
+
 def bring_up_to_date(config: DictConfig) -> list[str]:
     """Make what `config.target` (or the whole chain) needs and lacks; returns the stages that ran.
 
     Raises `UserError` for bad input; an unexpected error in a stage is written to its work folder and raised again.
     """
-    if config.target is not None and config.target not in STAGES:
-        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
     run = Path(config.runs) / config.run
-    wanted = needed_by(config.target, config)
-    if config.target and config.dependents:
-        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
-        wanted = [name for name in STAGES if any(name in needed_by(w, config) for w in [*wanted, *made])]
-    planned, ran = plan(config, wanted), []
+    planned, ran = plan(config, wanted(config)), []
     check_processes(config, planned)
     check_sources(config, planned)
     check_rewards(config, planned)
@@ -204,7 +210,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others
         try:
             _run(config, entry, inputs, others)
         except Exception as error:
-            (artifact.work / "failed.txt").write_text((str(error) or type(error).__name__).splitlines()[0] + "\n")
+            artifact.note_failure(first_line(error))
             (artifact.work / "traceback.txt").write_text(traceback.format_exc())
             raise
     return True

@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from pipeline.errors import UserError, nearest
 
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
-    "status": "show each stage: fresh, stale and why, running, failed",
+    "submit": "send what is stale to Slurm, a job for each stage after those it needs, and return at once",
+    "status": "show each stage: fresh, stale and why, queued, running, failed",
+    "cancel": "end the jobs of a run in Slurm, and of its variants",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "report": "write the report of a run again from its folder; --compare RUN sets another run beside it",
     "label": "serve the page where people compare replies, on this machine alone",
@@ -70,6 +73,7 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
 
 
 def _run(overrides: list[str]) -> None:
+    from pipeline import waiting
     from pipeline.chain import bring_up_to_date
     from pipeline.config import compose
     from pipeline.launch import take_part
@@ -84,6 +88,8 @@ def _run(overrides: list[str]) -> None:
         from pipeline import seeds
 
         seeds.run(config, overrides)
+    elif config.launcher.kind == "slurm":
+        waiting.run(config, overrides)
     elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
     from pipeline.report import print_table, write_report  # a wrong key does not wait for its libraries
@@ -91,17 +97,49 @@ def _run(overrides: list[str]) -> None:
     print_table(write_report(config))
 
 
+def _submit(overrides: list[str]) -> None:
+    from pipeline import submission
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    rows = submission.rows(submission.submit(submission.members(config, overrides)))
+    if not rows:
+        print("nothing to do: every stage is fresh")
+    else:
+        _print_table(("stage", "job", "after", "asks for", "for"), rows)
+
+
 def _status(overrides: list[str]) -> None:
+    from pipeline import queued
+    from pipeline.chain import status
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
+    rows = [[row[name] for name in columns] for row in queued.tell(config, status(config))]
+    _print_table((*columns[:-1], "main metric"), rows)
+
+
+def _cancel(overrides: list[str]) -> None:
+    from pipeline import queued
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    rows = [(row["stage"], row["job"], row["state"]) for row in queued.cancel(config)]
+    if not rows:
+        print(f"nothing to cancel: run {config.run} has no jobs in Slurm")
+    else:
+        _print_table(("stage", "job", "state"), rows)
+
+
+def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.chain import status
-    from pipeline.config import compose
-
-    table = Table("stage", "state", "reason", "fingerprint", "made", "main metric", box=None, header_style="bold")
-    for row in status(compose(overrides)):
-        table.add_row(row["stage"], row["state"], escape(row["reason"]), row["fingerprint"], row["made"], row["metric"])
+    table = Table(*heading, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -21,7 +21,14 @@ from stages import STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
-GROUPS = ["model", "data", "tasks", "tracker", "launch", "experiment", *(f"reward@{key}" for key in REWARDS)]
+GROUPS = ["model", "data", "tasks", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
+GROUPS += [f"reward@{key}" for key in REWARDS]
+# parameters of sbatch that `cluster.parameters` may not hold: they have keys of their own, or Threefold sets them
+SET_ELSEWHERE = (
+    "partition", "account", "qos", "constraint", "nodes", "ntasks", "ntasks_per_node", "cpus_per_task", "gpus_per_node",
+    "mem", "time", "signal", "requeue", "no_requeue", "dependency", "kill_on_invalid_dep", "array", "job_name",
+    "output", "error", "open_mode",
+)  # fmt: skip
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -116,6 +123,7 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
+    _check_resources(config)
     limits = config.data.dialogue
     if limits.reply_min_chars > limits.reply_max_chars:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
@@ -313,6 +321,22 @@ def _check_judge_model(judge: DictConfig) -> None:
     judge_template.question(judge.template, tuple(judge.verdicts))
 
 
+def _check_resources(config: DictConfig) -> None:
+    """What the Slurm job of a stage asks for: time to work in before it is told to leave, and nodes it can use."""
+    for name, own in config.resources.stages.items():
+        minutes, key = own.minutes or config.resources.minutes, f"resources.stages.{name}"
+        if minutes * 60 < 2 * config.launcher.signal_seconds:
+            raise UserError(
+                f"launcher.signal_seconds={config.launcher.signal_seconds}: is more than half of the time limit of "
+                f"{name}, {minutes} min; set {key}.minutes higher, or this lower"
+            )
+        if not STAGES[name].several_processes and ((own.nodes or 1) > 1 or (own.gpus or 0) > 1):
+            raise UserError(f"{key}: {name} runs in one process; leave its nodes and gpus at 1")
+    for name in config.cluster.parameters:
+        if name.replace("-", "_") in SET_ELSEWHERE:
+            raise UserError(f"cluster.parameters.{name}: is set by other keys or Threefold itself; leave it out")
+
+
 def _check_task(key: str, task: DictConfig, positions: int | None) -> None:
     """A source of problems that its check can read, in a split that it has."""
     if not re.fullmatch(r"[\w-]+", name := key.removeprefix("evaluate.tasks.")):
@@ -334,7 +358,7 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
 NAMED = {"parts": RewardPartConfig, "tasks": TaskConfig}  # mappings from names to sections, and what each holds
 
 

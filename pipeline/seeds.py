@@ -22,16 +22,25 @@ NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, whi
 
 def run(config: DictConfig, overrides: list[str]) -> Path:
     """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
-    key, folder = seeded_key(config), Path(config.runs) / config.run
-    first, wanted = OmegaConf.select(config, key), last_made(config, folder)
-    values = range(first, first + config.seeds)
-    members = [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in values]
-    made = variants.make(config, overrides, members)
-    for entry in chain.plan(made[0], chain.needed_by(wanted, made[0])).values():  # that of the command's own seed
+    folder, wanted = Path(config.runs) / config.run, members(config)
+    made = variants.make(config, overrides, wanted)
+    for entry in chain.plan(made[0], chain.needed_by(wanted[0].target, made[0])).values():  # of the command's own seed
         entry.artifact.link_into(folder)
     folders = [Path(each.runs) / each.run for each in made]
-    write_json(folder / "seeds.json", {"key": key, "seeds": list(values)} | summary(folders))
+    write_json(folder / "seeds.json", {"key": seeded_key(config), "seeds": seed_values(config)} | summary(folders))
     return folder
+
+
+def members(config: DictConfig) -> list[Variant]:
+    """The run of each seed."""
+    key, wanted = seeded_key(config), last_made(config, Path(config.runs) / config.run)
+    return [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in seed_values(config)]
+
+
+def seed_values(config: DictConfig) -> list[int]:
+    """The seeds: that of the configuration, and those that follow it."""
+    first = OmegaConf.select(config, seeded_key(config))
+    return list(range(first, first + config.seeds))
 
 
 def seeded_key(config: DictConfig) -> str:

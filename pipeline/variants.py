@@ -1,7 +1,7 @@
 """Variants of a run: the same command with other values, each in a run folder of its own, several at a time.
 
-What all variants share is made once, with all threads, before they go their ways; what some share is made by the first
-of them while the others wait for its lock.
+On this machine, what all variants share is made once, with all threads, before they go their ways; what some share is
+made by the first of them while the others wait for its lock. With launcher=slurm every artifact is a job of its own.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline import chain
+from pipeline import chain, waiting
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.submission import Member
 from stages import needed_by
 
 
@@ -43,6 +44,22 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
     Raises `UserError` where any failed, after all others are done; the first lines of their errors are printed.
     """
     composed = [compose(variant.arguments(config, overrides)) for variant in variants]
+    if config.launcher.kind == "slurm":
+        given = [variant.arguments(config, overrides) for variant in variants]
+        failed = waiting.make([Member(each, own) for each, own in zip(composed, given, strict=True)])
+        failed = {name.removeprefix(f"{config.run}/"): reason for name, reason in failed.items()}
+    else:
+        failed = _make_here(config, overrides, variants, composed)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(variants)} variants failed; {name}: {reason}")
+    return composed
+
+
+def _make_here(
+    config: DictConfig, overrides: list[str], variants: list[Variant], composed: list[DictConfig]
+) -> dict[str, str]:
+    """Make variants on this machine; name → first error line, and where more is said, of those that failed."""
     _make_shared(composed, Path(config.runs) / config.run)
     jobs = min(len(variants), _jobs(config))
     threads = config.runtime.threads or max(1, _cores() // jobs)
@@ -51,11 +68,7 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
         for variant, each in zip(variants, composed, strict=True)
     }
     unfinished = {name: task for (name, task), each in zip(work.items(), composed, strict=True) if not _linked(each)}
-    failed = _run(unfinished, jobs)
-    if failed:
-        name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(variants)} variants failed; {name}: {reason} (see {work[name][1]})")
-    return composed
+    return {name: f"{reason} (see {work[name][1]})" for name, reason in _run(unfinished, jobs).items()}
 
 
 def _make_shared(configs: list[DictConfig], run: Path) -> None:
@@ -158,8 +171,8 @@ def _end_with_the_driver() -> None:
 
 def _jobs(config: DictConfig) -> int:
     """How many variants are made at a time."""
-    if config.runtime.jobs is not None:
-        return config.runtime.jobs
+    if config.launcher.jobs is not None:
+        return config.launcher.jobs
     import torch
 
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()

@@ -95,7 +95,8 @@ def borrowed(smoke, tmp_path):
 
 
 def test_the_command_makes_each_seed_once_in_processes_of_their_own(borrowed, capsys):
-    command = ["run", "experiment=smoke", "tracker=none", f"runs={borrowed}", "target=dpo", "seeds=2", "runtime.jobs=2"]
+    command = ["run", "experiment=smoke", "tracker=none", f"runs={borrowed}"]
+    command += ["target=dpo", "seeds=2", "launcher.jobs=2"]
     cli.main(command)
     said = capsys.readouterr().out
     assert "1 variants, 1 at a time" in said and "dpo.seed-2: done" in said and " ± " in said  # seed 1 is there
