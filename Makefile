@@ -5,7 +5,7 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report status label test test-all bench-ppo bench-sampler bench-labels \
+.PHONY: help install demo arithmetic $(STAGES) frontier report status label dashboard sync test test-all bench-ppo bench-sampler bench-labels \
 	lint clean
 
 help: ## list the targets
@@ -45,6 +45,12 @@ report: install ## write the report of a run again from its folder
 
 status: install ## show which stages are fresh, stale or running, and why
 	$(THREEFOLD) status $(ARGS)
+
+dashboard: install ## look at tracked runs: trackio's page, or W&B's in the terminal; ARGS=--wandb sets up W&B's workspace
+	$(THREEFOLD) dashboard $(ARGS)
+
+sync: install ## send W&B runs that were made offline
+	$(THREEFOLD) sync $(ARGS)
 
 label: install ## serve the page where people compare replies
 	$(THREEFOLD) label $(ARGS)

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import launch
+from pipeline import launch, model_card, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.errors import UserError
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
@@ -134,6 +134,8 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     planned, ran = plan(config, wanted), []
     check_sources(config, planned)
     check_rewards(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        tracker_kinds.require(config.tracker)
     for entry in planned.values():
         if not entry.artifact.finished and make(config, entry, planned):
             ran.append(entry.stage)
@@ -196,7 +198,9 @@ def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
             key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")
         },
     }
-    entry.artifact.finish(manifest | execution)
+    manifest |= execution
+    model_card.write(entry.artifact.out, manifest, entry.artifact.folder.parent)
+    entry.artifact.finish(manifest)
 
 
 def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> dict[str, Any]:

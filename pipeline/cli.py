@@ -12,6 +12,8 @@ COMMANDS = {
     "report": "write summary.json and report.html of a run again from its folder",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "label": "serve the page where people compare replies, on this machine alone",
+    "dashboard": "look at tracked runs: trackio's page, or W&B's in the terminal; --wandb sets up W&B's workspace",
+    "sync": "send W&B runs that were made offline",
     "config": "print the composed configuration",
 }
 
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> tuple[str, list[str]]:
-    commands = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="threefold",
         usage="threefold COMMAND [KEY=VALUE ...]",
@@ -43,6 +45,8 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(arguments)
+    if known.command == "dashboard" and unknown == ["--wandb"]:
+        return "dashboard", [*known.overrides, "dashboard.show=wandb"]
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
     if known.command is None:
@@ -110,6 +114,20 @@ def _label(overrides: list[str]) -> None:
     from pipeline.label_page import serve
 
     serve(compose(overrides), overrides)
+
+
+def _dashboard(overrides: list[str]) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.show(compose(overrides))
+
+
+def _sync(overrides: list[str]) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.sync(compose(overrides))
 
 
 def _config(overrides: list[str]) -> None:

@@ -15,6 +15,7 @@ from pipeline import judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, Config, RewardPartConfig
+from pipeline.tracker_kinds import KINDS
 from stages import MODELS
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
@@ -99,6 +100,7 @@ def check_together(config: DictConfig) -> None:
     _check_models(config.evaluate.models)
     _check_frontier(config.frontier)
     _check_judge_model(config.evaluate.judge_model)
+    _check_tracker(config.tracker)
     _check_ppo(config.ppo, config.launch.processes)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
@@ -233,6 +235,16 @@ def _check_judge_model(judge: DictConfig) -> None:
     if len(judge.verdicts) != 2 or judge.verdicts[0] == judge.verdicts[1]:
         raise UserError(f"evaluate.judge_model.verdicts={judge.verdicts}: must be two different words")
     judge_template.question(judge.template, tuple(judge.verdicts))
+
+
+def _check_tracker(tracker: DictConfig) -> None:
+    for kind in tracker.kinds:
+        if kind not in KINDS:
+            raise UserError(f"tracker.kinds: {kind} must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    if len(set(tracker.kinds)) < len(tracker.kinds):
+        raise UserError(f"tracker.kinds={list(tracker.kinds)}: names one twice")
+    if long := next((tag for tag in tracker.tags if not 1 <= len(tag) <= 64), None):
+        raise UserError(f"tracker.tags: {long[:20]}… is longer than the 64 characters that W&B takes")
 
 
 def _addable(override: str) -> str:
