@@ -42,12 +42,10 @@ def samples(job: Job, tokenizer: Any, number: int, prompts: list[Prompt], rollou
     first = rollout.take(torch.tensor(list(rows), device=rollout.scores.device)).to("cpu")
     kl = ((first.logprobs - first.reference_logprobs) * first.mask).sum(1)
     lengths = first.mask.sum(1).int()
-    replies = [reply[:length].tolist() for reply, length in zip(first.reply, lengths, strict=True)]
-    cells = zip(rows, replies, first.scores.tolist(), kl.tolist(), lengths.tolist(), strict=True)
-    return Table(
-        COLUMNS,
-        [
-            (number, prompts[row].messages[-1]["content"], chat.reply_text(tokenizer, reply), *figures)
-            for row, reply, *figures in cells
-        ],
-    )
+    found = []
+    for row, reply, score, nats, length in zip(
+        rows, first.reply.tolist(), first.scores.tolist(), kl.tolist(), lengths.tolist(), strict=True
+    ):
+        texts = prompts[row].messages[-1]["content"], chat.reply_text(tokenizer, reply[:length])
+        found.append((number, *texts, round(score, 4), round(nats, 4), length))
+    return Table(COLUMNS, found)

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import queue
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.tracker_kinds import KINDS
 
 MOST_WAITING = 10_000  # calls that a tracker may be behind
 FINISH_SECONDS = 45  # that a stage waits for a tracker at its end
+LEAST_ROOM = 2**18  # bytes
 
 
 class StepLog:
@@ -160,4 +162,16 @@ def _start(kind: str, config: DictConfig, about: About) -> Background | None:
     except Exception as error:
         print(f"{name} is off for this stage: {(str(error) or type(error).__name__).splitlines()[0]}", flush=True)
         return None
-    return Background(name, lambda: make(config, about))
+
+    def start() -> Tracker:
+        require_room(about.store / kind)
+        return make(config, about)
+
+    return Background(name, start)
+
+
+def require_room(folder: Path) -> None:
+    """Raise `OSError` where a folder cannot be written to; the trackers themselves would say so at length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * LEAST_ROOM)

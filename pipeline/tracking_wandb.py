@@ -1,6 +1,7 @@
 """W&B: one run per stage, grouped by run, online where a key is at hand and the host answers, otherwise offline."""
 
 import contextlib
+import logging
 import os
 import secrets
 import subprocess
@@ -27,6 +28,8 @@ class WandbRun:
         self.tracker, self.about, self.succeeded = tracker, about, False
         self.online = mode(tracker.mode) == "online"
         self.run = self._start()
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # on a full disk its own log would print a traceback per line
         self.run.define_metric(about.axis)
         self.run.define_metric(f"{about.stage}/*", step_metric=about.axis)
         if self.online:
@@ -49,13 +52,11 @@ class WandbRun:
 
     def _init(self, chosen: str, identity: str) -> Any:
         about, tracker = self.about, self.tracker
-        place = about.store / "wandb"
-        place.mkdir(exist_ok=True)
         return wandb.init(
             project=tracker.project,
             entity=tracker.entity,
             mode=chosen,
-            dir=str(place),
+            dir=str(about.store / "wandb"),
             id=identity,
             resume="allow",
             reinit="create_new",  # whatever became of the run before
