@@ -132,10 +132,10 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
         made = [name for name in depending_on(config.target, config) if (run / name).exists()]
         wanted = [name for name in STAGES if any(name in needed_by(w, config) for w in [*wanted, *made])]
     planned, ran = plan(config, wanted), []
-    check_sources(config, planned)
-    check_rewards(config, planned)
     if not all(entry.artifact.finished for entry in planned.values()):
         tracker_kinds.require(config.tracker)
+    check_sources(config, planned)
+    check_rewards(config, planned)
     for entry in planned.values():
         if not entry.artifact.finished and make(config, entry, planned):
             ran.append(entry.stage)

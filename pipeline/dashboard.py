@@ -145,7 +145,7 @@ def workspace(entity: str, project: str) -> Any:
         name=described.name,
         sections=sections,
         settings=ws.WorkspaceSettings(group_by_prefix="first"),
-        runset_settings=ws.RunsetSettings(groupby=[wr.Metric("Group"), wr.Metric("JobType")]),
+        runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group"), ws.Metric("JobType")]),
     )
 
 

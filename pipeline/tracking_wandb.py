@@ -27,6 +27,8 @@ class WandbRun:
     def __init__(self, tracker: DictConfig, about: About):
         self.tracker, self.about, self.succeeded = tracker, about, False
         self.online = mode(tracker.mode) == "online"
+        # copies of tables that wait for `sync`; by default they are in the home folder
+        os.environ.setdefault("WANDB_DATA_DIR", str((about.store / "wandb").absolute()))
         self.run = self._start()
         for handler in logging.getLogger("wandb").handlers:
             handler.handleError = lambda record: None  # on a full disk its own log would print a traceback per line
