@@ -50,8 +50,8 @@ def test_an_answer_comes_soon_without_torch(arguments, said, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bogus",), "error: bogus: no such command; there are run, status, report, label, config"),
-        (("stauts",), "error: stauts: no such command (nearest: status); there are run, status, report, label, config"),
+        (("bogus",), "error: bogus: no such command; there are run, status, report, frontier"),
+        (("stauts",), "error: stauts: no such command (nearest: status); there are run, status, report, frontier"),
         (("run", "ppo.kl_cof=0.1"), "error: ppo.kl_cof is not a configuration key (nearest: ppo.kl_coef)"),
         (("status", "model=tyny"), "error: model=tyny: no such choice (nearest: tiny); there are gpt2, hf, llama_"),
         (("config", "--foo"), "error: --foo: no such option; overrides are written KEY=VALUE"),
@@ -81,7 +81,7 @@ def test_help_names_every_command(capsys):
         cli.main([])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert set(cli.COMMANDS) == {"run", "status", "report", "label", "config"}
+    assert set(cli.COMMANDS) == {"run", "status", "report", "frontier", "label", "dashboard", "sync", "config"}
     assert all(f"\n  {name}" in shown and text in shown for name, text in cli.COMMANDS.items())
 
 
