@@ -5,8 +5,8 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report submit status cancel label chat test test-all test-slurm bench-ppo bench-sampler \
-	bench-labels lint clean
+.PHONY: help install demo arithmetic $(STAGES) frontier report submit status cancel label chat dashboard sync test \
+	test-all test-slurm bench-ppo bench-sampler bench-labels lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ status: install ## show which stages are fresh, stale, queued or running, and wh
 
 cancel: install ## end the jobs of a run in Slurm
 	$(THREEFOLD) cancel $(ARGS)
+
+dashboard: install ## look at tracked runs: trackio's page, or W&B's in the terminal; ARGS=--wandb sets up W&B's workspace
+	$(THREEFOLD) dashboard $(ARGS)
+
+sync: install ## send W&B runs that were made offline
+	$(THREEFOLD) sync $(ARGS)
 
 label: install ## serve the page where people compare replies
 	$(THREEFOLD) label $(ARGS)

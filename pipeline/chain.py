@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import launch, nodes
+from pipeline import launch, model_card, nodes, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.config import check_shares
 from pipeline.errors import UserError, first_line
@@ -152,6 +152,8 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
     check_processes(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        tracker_kinds.require(config.tracker)
     check_sources(config, planned)
     check_rewards(config, planned)
     with nodes.gathered(config.launch) as others:
@@ -228,7 +230,9 @@ def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: no
             key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")
         },
     }
-    entry.artifact.finish(manifest | execution)
+    manifest |= execution
+    model_card.write(entry.artifact.out, manifest, entry.artifact.folder.parent)
+    entry.artifact.finish(manifest)
 
 
 def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: nodes.Nodes | None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ COMMANDS = {
     "report": "write the report of a run again from its folder; --compare RUN sets another run beside it",
     "label": "serve the page where people compare replies, on this machine alone",
     "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
+    "dashboard": "look at tracked runs: trackio's page, or W&B's in the terminal; --wandb sets up W&B's workspace",
+    "sync": "send W&B runs that were made offline",
     "config": "print the composed configuration",
 }
 
@@ -34,11 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-OPTIONS = {"compare": "report"}  # option → the command that it belongs to
+OPTIONS = {"compare": "report", "wandb": "dashboard"}  # option → the command that it belongs to
 
 
 def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    commands = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="threefold",
         usage="threefold COMMAND [KEY=VALUE ...]",
@@ -52,6 +54,7 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
     parser.add_argument("--compare", metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("--wandb", action="store_const", const=True, help=argparse.SUPPRESS)
     try:
         known, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
     except argparse.ArgumentError as error:
@@ -174,6 +177,20 @@ def _chat(overrides: list[str]) -> None:
     from pipeline.config import compose
 
     talk(compose(overrides), overrides)
+
+
+def _dashboard(overrides: list[str], wandb: bool = False) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.show(compose([*overrides, "dashboard.show=wandb"] if wandb else overrides))
+
+
+def _sync(overrides: list[str]) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.sync(compose(overrides))
 
 
 def _config(overrides: list[str]) -> None:

@@ -17,6 +17,7 @@ from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig, TaskConfig
+from pipeline.tracker_kinds import KINDS
 from stages import STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
@@ -119,6 +120,7 @@ def check_together(config: DictConfig) -> None:
     for name, task in config.evaluate.tasks.items():
         _check_task(f"evaluate.tasks.{name}", task, config.model.max_position_embeddings)
     _check_ppo(config.ppo)
+    _check_tracker(config.tracker)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
@@ -350,6 +352,16 @@ def _check_task(key: str, task: DictConfig, positions: int | None) -> None:
         raise UserError(f"{key}.split=all: its splits are kept apart; set split=test, or leave splits out")
     if task.max_new_tokens and positions and task.max_new_tokens >= positions:
         raise UserError(f"{key}.max_new_tokens={task.max_new_tokens}: leaves no room in {positions} positions")
+
+
+def _check_tracker(tracker: DictConfig) -> None:
+    for kind in tracker.kinds:
+        if kind not in KINDS:
+            raise UserError(f"tracker.kinds: {kind} must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    if len(set(tracker.kinds)) < len(tracker.kinds):
+        raise UserError(f"tracker.kinds={list(tracker.kinds)}: names one twice")
+    if long := next((tag for tag in tracker.tags if not 1 <= len(tag) <= 64), None):
+        raise UserError(f"tracker.tags: {long[:20]}… is longer than the 64 characters that W&B takes")
 
 
 def _addable(override: str) -> str:

@@ -444,10 +444,21 @@ class ChatConfig:
 class TrackerConfig:
     """Where metrics go besides the run folder."""
 
-    kind: str = one_of("wandb", "none")
+    kinds: list[str] = field(default_factory=list)
     project: str = MISSING
     entity: str | None = MISSING
     mode: str = one_of("auto", "online", "offline")
+    tags: list[str] = field(default_factory=list)
+    samples: int = number(0)
+    upload: bool = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`threefold dashboard`: where tracked runs are looked at; no stage sees this."""
+
+    show: str = one_of("auto", "trackio", "leet", "tensorboard", "wandb")
+    port: int = number(1, 65535)
 
 
 @dataclass
@@ -481,3 +492,4 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    dashboard: DashboardConfig = field(default_factory=DashboardConfig)

@@ -15,6 +15,7 @@ from pipeline import ranks
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.schema import SHARDED
+from pipeline.tracked import OPTIMISER_STEP
 
 COMPLETE = "complete"  # file that marks a checkpoint as wholly written; what the processes held of the model is in it
 
@@ -182,7 +183,9 @@ class Reports(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Record the metrics of a step; the Trainer's own closing summary is left out."""
         if logs and "train_runtime" not in logs:
-            self.job.log(self.before + state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
+            step = self.before + state.global_step
+            axes = {OPTIMISER_STEP: step, self.unit: step * self.per_step}
+            self.job.log(step, {name: value for name, value in logs.items() if isinstance(value, int | float)}, axes)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written, once all processes have written theirs of it."""

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import chat, checkup, ensemble, likelihood, lora, models, preferences, sampling, training
+from pipeline import chat, checkup, checkup_views, ensemble, likelihood, lora, models, preferences, sampling, training
 from pipeline.data import draw
 from pipeline.ensemble import Ensemble
 from pipeline.errors import UserError
@@ -32,6 +32,8 @@ def run(job: Job) -> dict[str, Any]:
     model = combined(job, members, tokenizer, samples)
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.bf16):  # as PPO will score
         checked = check_up(model, tokenizer, train.pairs, test)
+    if job.tracked:
+        job.show(checkup_views.views(checked))
     return checked | {
         "score_mean": members[0].config.score_mean,
         "score_std": members[0].config.score_std,

@@ -88,7 +88,7 @@ def test_help_names_every_command(capsys):
         cli.main([])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    others = {"status", "submit", "cancel", "report", "frontier", "label", "chat", "config"}
+    others = {"status", "submit", "cancel", "report", "frontier", "label", "chat", "dashboard", "sync", "config"}
     assert set(cli.COMMANDS) == {"run"} | others
     assert all(f"\n  {name}" in shown and text in shown for name, text in cli.COMMANDS.items())
 
