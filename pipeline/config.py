@@ -14,7 +14,7 @@ import rewards
 from pipeline.errors import UserError, nearest
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig
-from stages import MODELS
+from stages import MODELS, STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
@@ -164,14 +164,14 @@ def _check_launch(launch: DictConfig) -> None:
 
 
 def check_shares(config: DictConfig, stages: list[str]) -> None:
-    """Hold the batches of the training stages `stages` to the processes that share them; raises `UserError`.
+    """Hold the batches of the training stages among `stages` to the processes that share them; raises `UserError`.
 
     A batch of pretrain and sft is filled up with rows without labels, which no loss counts (pipeline/ranks.py), and
     PPO's loss is a sum over tokens; those of reward and dpo are means over equal numbers of pairs.
     """
     processes = config.launch.processes * config.launch.nodes
     untrained = () if config.pretrain.tokens else ("pretrain",)
-    for stage in (name for name in stages if name not in untrained):
+    for stage in (name for name in stages if STAGES[name].several_processes and name not in untrained):
         if processes > 1:
             _check_share(config, stage, processes)
             _check_sharded(config, stage)

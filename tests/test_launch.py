@@ -222,7 +222,7 @@ def test_values_of_launch_that_contradict_each_other(options, line):
 
 
 def test_stages_that_are_there_already_do_not_count(tmp_path):
-    check_shares(compose(["launch=ddp", "launch.processes=3"]), ["pretrain", "sft"])
+    check_shares(compose(["launch=ddp", "launch.processes=3"]), ["tokenizer", "pretrain", "sft", "evaluate"])
     check_shares(compose(["launch=fsdp2"]), ["pretrain", "sft", "reward", "dpo"])
 
 
