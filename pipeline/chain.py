@@ -167,8 +167,8 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
 def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:
     """Hold what several processes would share to what they can, for the stages to be made; raises `UserError`."""
     stages = [name for name, entry in planned.items() if not entry.artifact.finished]
-    check_shares(config, stages)
     if any(STAGES[stage].several_processes for stage in stages):
+        check_shares(config, stages)
         launch.check(config)
 
 

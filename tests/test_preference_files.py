@@ -189,7 +189,7 @@ def test_a_folder_with_one_broken_file_is_refused_by_that_file(tmp_path, refusal
 def test_defects_within_the_share_do_not_stop_a_run(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_bytes(GOOD_LINES + b'{"prompt": "q", "chosen": "a"}\n')
     made = []
-    monkeypatch.setattr(chain, "make", lambda config, entry, planned, others: made.append(entry.stage))
+    monkeypatch.setattr(chain, "make", lambda config, entry, *rest: made.append(entry.stage))
     monkeypatch.setattr(Artifact, "link_into", lambda self, run: None)
     monkeypatch.setattr("pipeline.report.write_report", lambda config: None)
     monkeypatch.setattr("pipeline.report.print_table", lambda folder: None)

@@ -21,7 +21,7 @@ def stages_that_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> li
     ran = []
     original = chain.make
     monkeypatch.setattr(
-        chain, "make", lambda config, entry, planned: ran.append(entry.stage) or original(config, entry, planned)
+        chain, "make", lambda config, entry, *rest: ran.append(entry.stage) or original(config, entry, *rest)
     )
     cli.main(["run", *arguments])
     return ran
