@@ -65,9 +65,12 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
     for split in ("train", "test"):
         (tmp_path / f"hh-rlhf/{split}.jsonl.gz").touch()
     config = compose(["experiment=hh", "reward@evaluate.judge=length", "reward@ppo.reward=learned_brief"])
-    covered = {part for planned in chain.plan(config).values() for part in planned.parts}
+    plans = chain.plan(config), chain.plan(config, needed_by("frontier", config))
+    covered = {part for plan in plans for planned in plan.values() for part in planned.parts}
     neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.", "chat.")
-    neutral += ("dashboard.",)
+    neutral += ("launcher.", "cluster.", "resources.", "dashboard.")
+    # which runs the frontier consists of, and how laws are fitted to them
+    neutral += tuple(f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap"))
     # of a local source its content counts, not its place; entries of a dictionary count one by one
     local = (".path", ".config_name", ".splits", ".columns", ".args", ".parts", ".probes", ".tasks")
     local = [k for k in keys() if k.endswith(local) or (k.startswith("data.") and k.endswith(".revision"))]
