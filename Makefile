@@ -5,8 +5,8 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier report status label dashboard sync test test-all bench-ppo bench-sampler bench-labels \
-	lint clean
+.PHONY: help install demo arithmetic $(STAGES) frontier report status label dashboard sync test test-all bench-ppo bench-sampler \
+	bench-labels lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
