@@ -5,8 +5,8 @@ THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo arithmetic $(STAGES) frontier sweep report status label test test-all bench-ppo bench-sampler bench-labels \
-	lint clean
+.PHONY: help install demo arithmetic $(STAGES) frontier sweep report submit status cancel label chat dashboard sync test \
+	test-all test-slurm bench-ppo bench-sampler bench-labels lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -47,17 +47,36 @@ sweep: install ## make a run with several values of some keys, or search them: A
 report: install ## write the report of a run again from its folder
 	$(THREEFOLD) report $(ARGS)
 
-status: install ## show which stages are fresh, stale or running, and why
+submit: install ## send what is stale to Slurm, a job for each stage, and return at once
+	$(THREEFOLD) submit $(ARGS)
+
+status: install ## show which stages are fresh, stale, queued or running, and why
 	$(THREEFOLD) status $(ARGS)
+
+cancel: install ## end the jobs of a run in Slurm
+	$(THREEFOLD) cancel $(ARGS)
+
+dashboard: install ## look at tracked runs: trackio's page, or W&B's in the terminal; ARGS=--wandb sets up W&B's workspace
+	$(THREEFOLD) dashboard $(ARGS)
+
+sync: install ## send W&B runs that were made offline
+	$(THREEFOLD) sync $(ARGS)
 
 label: install ## serve the page where people compare replies
 	$(THREEFOLD) label $(ARGS)
 
+chat: install ## talk with a model of a run in the terminal
+	@$(THREEFOLD) chat $(ARGS)
+
 test: install ## run the tests
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-all: install ## run the tests and the slow proofs
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow" $(ARGS)
+test-all: install ## run the tests, the slow proofs, and those on Slurm
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slurm" $(ARGS)
+	$(MAKE) test-slurm
+
+test-slurm: install ## run a chain, a sweep, two nodes and preemption on the Slurm that answers here
+	$(VENV)/bin/python -m pytest -m slurm -rs tests/test_slurm_real.py
 
 bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
 	$(VENV)/bin/python tests/bench_ppo.py $(ARGS)

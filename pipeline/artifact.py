@@ -3,6 +3,7 @@
 runs/artifacts/<stage>-<fingerprint>/       a finished artifact
 runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
 runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
+runs/artifacts/<stage>-<fingerprint>.job    the Slurm job that is to make it (pipeline/job_records.py)
 runs/<run>/<stage>                          a link to the artifact that the run uses
 """
 
@@ -65,13 +66,22 @@ class Artifact:
         """Make the work folders, keeping what an interrupted attempt left in them."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        for name in ("failed.txt", STOP):
-            (self.work / name).unlink(missing_ok=True)
+        self.forget_failure()
+        (self.work / STOP).unlink(missing_ok=True)
 
     def ask_to_stop(self, reason: str) -> None:
         """Have its maker end with an error at the next step that it logs; it continues from there when made again."""
         with contextlib.suppress(FileNotFoundError):  # it is finished by now, or was never begun
             write_text(self.work / STOP, reason)
+
+    def note_failure(self, line: str) -> None:
+        """Keep the error line of an attempt."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / "failed.txt").write_text(f"{line}\n")
+
+    def forget_failure(self) -> None:
+        """Drop the error line of the last attempt, for there is a new one."""
+        (self.work / "failed.txt").unlink(missing_ok=True)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, move `out` to its final name in one step, and drop the work folder."""

@@ -9,11 +9,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import launch
+from pipeline import launch, model_card, nodes, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
-from pipeline.errors import UserError
+from pipeline.config import check_shares
+from pipeline.errors import UserError, first_line
+from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
-from stages import STAGES, depending_on, needed_by, parents
+from stages import STAGES, depending_on, needed_by, parents, sources
+
+LOCATION = ("path", "config_name", "revision")  # of a source: its content counts, and these for one from the hub
+TASKS = "evaluate.tasks."
 
 
 @dataclass
@@ -48,13 +53,21 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
         parts |= _flatten(key, OmegaConf.select(config, key))
     parts = {key: value for key, value in parts.items() if not _below(key, stage.without)}
     for key, made_by in stage.folders:
-        parts[key] = [artifact_digest(folder, key, made_by) for folder in _listed(OmegaConf.select(config, key))]
+        folders = _listed(OmegaConf.select(config, key))
+        parts[key] = [artifact_digest(folder, key, made_by) for folder in folders]
+        if key in stage.named:
+            parts[f"{key}.names"] = [policy_name(folder) for folder in folders]
     for key in stage.models:
         if parts[key] is not None:
             parts[key] = model_digest(parts[key], key)
-    for key in stage.sources:
+    for key in sources(name, config):
         source = OmegaConf.select(config, key)
+        parts = {known: value for known, value in parts.items() if known not in [f"{key}.{part}" for part in LOCATION]}
         parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)
+        if key.startswith(TASKS):
+            from pipeline import verifiable
+
+            parts[f"{key}.source"] = verifiable.digest(source.check)
     for key in stage.functions:
         for place, function in rewards.functions(OmegaConf.select(config, key)).items():
             if function is not None:
@@ -72,7 +85,7 @@ def view(config: DictConfig, name: str) -> DictConfig:
     """
     stage = STAGES[name]
     seen = OmegaConf.create({})
-    for key in (*stage.keys, *stage.sources, "runtime", "tracker", "run"):
+    for key in (*stage.keys, *sources(name, config), "runtime", "tracker", "run"):
         value = OmegaConf.select(config, key)
         if hidden := [name.removeprefix(f"{key}.") for name in stage.without if name.startswith(f"{key}.")]:
             value = OmegaConf.masked_copy(value, [name for name in value if name not in hidden])
@@ -119,26 +132,49 @@ def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
+def wanted(config: DictConfig) -> list[str]:
+    """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
+    if config.target is not None and config.target not in STAGES:
+        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
+    found = needed_by(config.target, config)
+    if config.target and config.dependents:
+        run = Path(config.runs) / config.run
+        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
+        found = [name for name in STAGES if any(name in needed_by(w, config) for w in [*found, *made])]
+    return found
+
+
 def bring_up_to_date(config: DictConfig) -> list[str]:
     """Make what `config.target` (or the whole chain) needs and lacks; returns the stages that ran.
 
     Raises `UserError` for bad input; an unexpected error in a stage is written to its work folder and raised again.
     """
-    if config.target is not None and config.target not in STAGES:
-        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
     run = Path(config.runs) / config.run
-    wanted = needed_by(config.target, config)
-    if config.target and config.dependents:
-        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
-        wanted = [name for name in STAGES if any(name in needed_by(w, config) for w in [*wanted, *made])]
-    planned, ran = plan(config, wanted), []
+    planned, ran = plan(config, wanted(config)), []
+    check(config, planned)
+    with nodes.gathered(config.launch) as others:
+        for entry in planned.values():
+            if not entry.artifact.finished and make(config, entry, planned, others):
+                ran.append(entry.stage)
+            entry.artifact.link_into(run)
+    return ran
+
+
+def check(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """All that can be known to be wrong before the first of the planned stages starts; raises `UserError`."""
+    check_processes(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        tracker_kinds.require(config.tracker)
     check_sources(config, planned)
     check_rewards(config, planned)
-    for entry in planned.values():
-        if not entry.artifact.finished and make(config, entry, planned):
-            ran.append(entry.stage)
-        entry.artifact.link_into(run)
-    return ran
+
+
+def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """Hold what several processes would share to what they can, for the stages to be made; raises `UserError`."""
+    stages = [name for name, entry in planned.items() if not entry.artifact.finished]
+    if any(STAGES[stage].several_processes for stage in stages):
+        check_shares(config, stages)
+        launch.check(config)
 
 
 def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
@@ -147,12 +183,15 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
     A broken file of preferences would otherwise show after pretraining. A source that a finished artifact was made from
     is known to be good, and what is read here stays in memory for the stages, so a good source is read once as before.
     """
-    from pipeline import data
+    from pipeline import data, verifiable
 
-    known = {key for entry in planned.values() if entry.artifact.finished for key in STAGES[entry.stage].sources}
-    needed = {key for entry in planned.values() if not entry.artifact.finished for key in STAGES[entry.stage].sources}
+    known = {key for entry in planned.values() if entry.artifact.finished for key in sources(entry.stage, config)}
+    needed = {key for entry in planned.values() if not entry.artifact.finished for key in sources(entry.stage, config)}
     for key in sorted(needed - known):
-        if (source := OmegaConf.select(config, key)).path is not None:
+        source = OmegaConf.select(config, key)
+        if key.startswith(TASKS):
+            verifiable.check(key, source)
+        elif source.path is not None:
             data.check(source)
 
 
@@ -163,8 +202,8 @@ def check_rewards(config: DictConfig, planned: dict[str, Planned]) -> None:
             rewards.load(OmegaConf.select(config, key), rewards.GIVEN[entry.stage])
 
 
-def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> bool:
-    """Make one artifact under its lock; False when another process made it while this one waited."""
+def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others: nodes.Nodes | None = None) -> bool:
+    """Make one artifact under its lock, together with `others`; False when another process made it meanwhile."""
     artifact = entry.artifact
     artifact.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = artifact.lock()
@@ -176,17 +215,17 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned]) -> boo
         artifact.open()
         inputs = {parent: planned[parent].artifact.folder for parent in parents(entry.stage, config)}
         try:
-            _run(config, entry, inputs)
+            _run(config, entry, inputs, others)
         except Exception as error:
-            (artifact.work / "failed.txt").write_text((str(error) or type(error).__name__).splitlines()[0] + "\n")
+            artifact.note_failure(first_line(error))
             (artifact.work / "traceback.txt").write_text(traceback.format_exc())
             raise
     return True
 
 
-def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
+def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: nodes.Nodes | None) -> None:
     started = time.time()
-    execution = _execute(config, entry, inputs)
+    execution = _execute(config, entry, inputs, others)
     manifest = {
         "stage": entry.stage,
         "fingerprint": entry.fingerprint,
@@ -196,23 +235,24 @@ def _run(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> None:
             key.removeprefix("parent."): value for key, value in entry.parts.items() if key.startswith("parent.")
         },
     }
-    entry.artifact.finish(manifest | execution)
+    manifest |= execution
+    model_card.write(entry.artifact.out, manifest, entry.artifact.folder.parent)
+    entry.artifact.finish(manifest)
 
 
-def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path]) -> dict[str, Any]:
-    """Run the stage, in this process or in `launch.processes`; returns what the manifest says of the execution."""
-    stage, artifact, seen, processes = entry.stage, entry.artifact, view(config, entry.stage), config.launch.processes
-    if processes > 1 and STAGES[stage].several_processes:
+def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path], others: nodes.Nodes | None) -> dict[str, Any]:
+    """Run the stage, in this process or in those of `launch`; returns what the manifest says of the execution."""
+    stage, artifact, seen = entry.stage, entry.artifact, view(config, entry.stage)
+    if config.launch.processes * config.launch.nodes > 1 and STAGES[stage].several_processes:
         folders = {parent: str(folder) for parent, folder in inputs.items()}
         places = str(artifact.out), str(artifact.checkpoints)
-        task = launch.Task(stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, processes)
-        return launch.run(task, artifact.work)
+        task = launch.Task(
+            stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, **launch.place(config.launch)
+        )
+        return launch.run(task, artifact.work, others)
     from pipeline.job import Job, execute
 
-    job = Job(stage, seen, inputs, artifact.out, artifact.checkpoints)
-    if processes > 1:
-        job.say(f"runs in one process: launch.processes={processes} does not concern it")
-    return execute(job, entry.fingerprint)
+    return execute(Job(stage, seen, inputs, artifact.out, artifact.checkpoints), entry.fingerprint)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:

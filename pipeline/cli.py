@@ -3,16 +3,22 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from pipeline.errors import UserError, nearest
 
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
-    "status": "show each stage: fresh, stale and why, running, failed",
-    "report": "write summary.json and report.html of a run again from its folder",
+    "submit": "send what is stale to Slurm, a job for each stage after those it needs, and return at once",
+    "status": "show each stage: fresh, stale and why, queued, running, failed",
+    "cancel": "end the jobs of a run in Slurm, and of its variants",
     "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
     "sweep": "make a run with several values of some keys, or search them with Optuna: a table and plots",
+    "report": "write the report of a run again from its folder; --compare RUN sets another run beside it",
     "label": "serve the page where people compare replies, on this machine alone",
+    "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
+    "dashboard": "look at tracked runs: trackio's page, or W&B's in the terminal; --wandb sets up W&B's workspace",
+    "sync": "send W&B runs that were made offline",
     "config": "print the composed configuration",
 }
 
@@ -21,8 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 2 after a line on bad input, 130 when interrupted, 1 where runs of a sweep failed."""
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
-        command, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-        globals()[f"_{command}"](overrides)
+        command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        globals()[f"_{command}"](overrides, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -31,11 +37,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _parse(arguments: list[str]) -> tuple[str, list[str]]:
-    commands = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+OPTIONS = {"compare": "report", "wandb": "dashboard"}  # option → the command that it belongs to
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="threefold",
         usage="threefold COMMAND [KEY=VALUE ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Pretrain, fine-tune and align a language model.\n\ncommands:\n{commands}",
         epilog="Overrides use Hydra's syntax: threefold run target=ppo ppo.kl_coef=0.1 experiment=demo\n"
@@ -43,7 +54,12 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
     )
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(arguments)
+    parser.add_argument("--compare", metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("--wandb", action="store_const", const=True, help=argparse.SUPPRESS)
+    try:
+        known, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
     if known.command is None:
@@ -53,45 +69,89 @@ def _parse(arguments: list[str]) -> tuple[str, list[str]]:
         raise UserError(
             f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
-    return known.command, known.overrides
+    options = {name: value for name in OPTIONS if (value := getattr(known, name)) is not None}
+    for name in options:
+        if known.command != OPTIONS[name]:
+            raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {known.command}")
+    return known.command, known.overrides, options
 
 
 def _run(overrides: list[str]) -> None:
+    from pipeline import waiting
     from pipeline.chain import bring_up_to_date
     from pipeline.config import compose
-    from pipeline.report import print_table, write_report
+    from pipeline.launch import take_part
+    from pipeline.nodes import help_out
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
+    if config.launch.node_rank > 0:
+        return help_out(config.launch, take_part)
     if config.seeds is not None:
         from pipeline import seeds
 
         seeds.run(config, overrides)
+    elif config.launcher.kind == "slurm":
+        waiting.run(config, overrides)
     elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
+    from pipeline.report import print_table, write_report  # a wrong key does not wait for its libraries
+
     print_table(write_report(config))
 
 
+def _submit(overrides: list[str]) -> None:
+    from pipeline import submission
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    rows = submission.rows(submission.submit(submission.members(config, overrides)))
+    if not rows:
+        print("nothing to do: every stage is fresh")
+    else:
+        _print_table(("stage", "job", "after", "asks for", "for"), rows)
+
+
 def _status(overrides: list[str]) -> None:
+    from pipeline import queued
+    from pipeline.chain import status
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
+    rows = [[row[name] for name in columns] for row in queued.tell(config, status(config))]
+    _print_table((*columns[:-1], "main metric"), rows)
+
+
+def _cancel(overrides: list[str]) -> None:
+    from pipeline import queued
+    from pipeline.config import compose
+
+    config = compose(overrides)
+    rows = [(row["stage"], row["job"], row["state"]) for row in queued.cancel(config)]
+    if not rows:
+        print(f"nothing to cancel: run {config.run} has no jobs in Slurm")
+    else:
+        _print_table(("stage", "job", "state"), rows)
+
+
+def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.chain import status
-    from pipeline.config import compose
-
-    table = Table("stage", "state", "reason", "fingerprint", "made", "main metric", box=None, header_style="bold")
-    for row in status(compose(overrides)):
-        table.add_row(row["stage"], row["state"], escape(row["reason"]), row["fingerprint"], row["made"], row["metric"])
+    table = Table(*heading, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _report(overrides: list[str]) -> None:
+def _report(overrides: list[str], compare: str | None = None) -> None:
     from pipeline.config import compose
     from pipeline.report import print_table, write_report
 
-    print_table(write_report(compose(overrides)))
+    print_table(write_report(compose(overrides), compare))
 
 
 def _frontier(overrides: list[str]) -> None:
@@ -121,6 +181,27 @@ def _label(overrides: list[str]) -> None:
     from pipeline.label_page import serve
 
     serve(compose(overrides), overrides)
+
+
+def _chat(overrides: list[str]) -> None:
+    from pipeline.chat_command import talk
+    from pipeline.config import compose
+
+    talk(compose(overrides), overrides)
+
+
+def _dashboard(overrides: list[str], wandb: bool = False) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.show(compose([*overrides, "dashboard.show=wandb"] if wandb else overrides))
+
+
+def _sync(overrides: list[str]) -> None:
+    from pipeline import dashboard
+    from pipeline.config import compose
+
+    dashboard.sync(compose(overrides))
 
 
 def _config(overrides: list[str]) -> None:

@@ -5,6 +5,7 @@ Nothing in this module imports torch, so that a wrong key is answered in a secon
 
 import math
 import re
+import shlex
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,13 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 import rewards
 from pipeline import judge_template
 from pipeline.errors import UserError, nearest
+from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.schema import PROBES, Config, RewardPartConfig
-from stages import MODELS
+from pipeline.schema import PROBES, SHARDED, Config, RewardPartConfig, TaskConfig
+from pipeline.tracker_kinds import KINDS
+from stages import STAGES
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
-GROUPS = ["model", "data", "tracker", "launch", "experiment", *(f"reward@{key}" for key in REWARDS)]
+GROUPS = ["model", "data", "tasks", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
+GROUPS += [f"reward@{key}" for key in REWARDS]
+# parameters of sbatch that `cluster.parameters` may not hold: they have keys of their own, or Threefold sets them
+SET_ELSEWHERE = (
+    "partition", "account", "qos", "constraint", "nodes", "ntasks", "ntasks_per_node", "cpus_per_task", "gpus_per_node",
+    "mem", "time", "signal", "requeue", "no_requeue", "dependency", "kill_on_invalid_dep", "array", "job_name",
+    "output", "error", "open_mode",
+)  # fmt: skip
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -47,6 +57,12 @@ def compose(overrides: list[str]) -> DictConfig:
     return config
 
 
+def make_command(target: str, overrides: list[str], without: str) -> str:
+    """The command that makes a stage under the same overrides, but for those below the section `without`."""
+    kept = [override for override in overrides if not override.lstrip("+~").startswith(f"{without}.")]
+    return f'make {target} ARGS="{" ".join(map(shlex.quote, kept))}"' if kept else f"make {target}"
+
+
 def check(config: DictConfig, schema: type, prefix: str = "") -> None:
     """Hold every key and value below `config` to `schema` and its limits; raises `UserError` naming the key."""
     known = {entry.name: entry for entry in fields(schema)}
@@ -60,9 +76,9 @@ def check(config: DictConfig, schema: type, prefix: str = "") -> None:
         value = config[name]
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             check(value, OmegaConf.get_type(value), f"{key}.")
-        elif name == "parts":
-            for part in value:
-                check(value[part], RewardPartConfig, f"{key}.{part}.")
+        elif name in NAMED:
+            for entry in value:
+                check(value[entry], NAMED[name], f"{key}.{entry}.")
         elif value is not None:
             _check_value(key, value, known[name].metadata)
 
@@ -96,14 +112,20 @@ def check_together(config: DictConfig) -> None:
         _check_judge(key, OmegaConf.select(config, key))
     _check_comparisons(config.comparisons, preferences.path is not None)
     _check_reward_model(config.reward)
-    _check_models(config.evaluate.models)
+    _check_players(config.evaluate)
     _check_frontier(config.frontier)
     _check_judge_model(config.evaluate.judge_model)
-    _check_ppo(config.ppo, config.launch.processes)
+    player(config.chat.model, "chat.model")
+    _check_launch(config.launch)
+    for name, task in config.evaluate.tasks.items():
+        _check_task(f"evaluate.tasks.{name}", task, config.model.max_position_embeddings)
+    _check_ppo(config.ppo)
+    _check_tracker(config.tracker)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
+    _check_resources(config)
     limits = config.data.dialogue
     if limits.reply_min_chars > limits.reply_max_chars:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
@@ -136,9 +158,7 @@ def _check_reward_model(reward: DictConfig) -> None:
 
 
 def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
-    names = ["sft", *("/".join(folder.rstrip("/").split("/")[-2:]) for folder in comparisons.policies)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"comparisons.policies: two are called {twice}, by run and stage; name each once")
+    _check_policies("comparisons.policies", comparisons.policies, ["sft"])
     if given and comparisons.label_by == "people":
         raise UserError("comparisons.label_by=people: data.preferences has labels already; set one of the two")
     if comparisons.pairing == "uncertain" and comparisons.scorer is None:
@@ -155,13 +175,72 @@ def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
         raise UserError("comparisons.label_noise: is for labels of the judge; with label_by=people leave it 0")
 
 
-def _check_ppo(ppo: DictConfig, processes: int) -> None:
+def _check_launch(launch: DictConfig) -> None:
+    processes = launch.processes * launch.nodes
+    if launch.mode == "single" and processes > 1:
+        raise UserError(f"launch.mode=single: is one process, and {processes} are asked for; use launch=ddp")
+    if launch.mode in SHARDED and processes == 1:
+        raise UserError(f"launch.mode={launch.mode}: shares a model among processes; set launch.processes to 2 or more")
+    if launch.node_rank >= launch.nodes:
+        raise UserError(f"launch.node_rank={launch.node_rank}: must be below launch.nodes={launch.nodes}")
+
+
+def check_shares(config: DictConfig, stages: list[str]) -> None:
+    """Hold the batches of the training stages among `stages` to the processes that share them; raises `UserError`.
+
+    A batch of pretrain and sft is filled up with rows without labels, which no loss counts (pipeline/ranks.py), and
+    PPO's loss is a sum over tokens; those of reward and dpo are means over equal numbers of pairs.
+    """
+    processes = config.launch.processes * config.launch.nodes
+    untrained = () if config.pretrain.tokens else ("pretrain",)
+    for stage in (name for name in stages if STAGES[name].several_processes and name not in untrained):
+        if processes > 1:
+            _check_share(config, stage, processes)
+            _check_sharded(config, stage)
+        if stage != "ppo":
+            _check_micro_batch(config, stage, processes)
+
+
+def _check_share(config: DictConfig, stage: str, processes: int) -> None:
+    size, nodes = config[stage].batch_size, config.launch.nodes
+    given = f"launch.processes={config.launch.processes}" + (f" on launch.nodes={nodes}" if nodes > 1 else "")
+    if stage in ("reward", "dpo") and size % processes:
+        raise UserError(f"{given}: must divide {stage}.batch_size={size}, for each process takes as many pairs")
+    if stage == "ppo" and processes > size:
+        raise UserError(f"{given}: is above ppo.batch_size={size}")
+
+
+def _check_micro_batch(config: DictConfig, stage: str, processes: int) -> None:
+    size, micro = config[stage].batch_size, config.runtime.micro_batch_size
+    share = math.ceil(size / processes)
+    if micro is not None and share % min(micro, share):
+        of = f", of which each of {processes} processes takes {share}" if processes > 1 else ""
+        raise UserError(f"runtime.micro_batch_size={micro}: must divide {stage}.batch_size={size}{of}")
+
+
+def _check_sharded(config: DictConfig, stage: str) -> None:
+    """What cannot be shared out among processes that hold a part of the model each."""
+    mode = config.launch.mode
+    if mode not in SHARDED:
+        return
+    if stage == "ppo":
+        raise UserError(
+            f"launch.mode={mode}: does not share out PPO's models, which sample as well; make what comes before it "
+            "with target=reward, and then ppo with launch=ddp (ppo.lora_rank lets its models share one)"
+        )
+    if stage == "pretrain" and mode == "deepspeed_zero3":
+        raise UserError(
+            "launch.mode=deepspeed_zero3: cuts up the matrices that pretrain's Muon needs whole; use launch=fsdp2"
+        )
+    if stage == "reward" and config.reward.lora_rank is not None:
+        raise UserError(f"reward.lora_rank: launch.mode={mode} shares out whole models; use launch=ddp, or set it null")
+
+
+def _check_ppo(ppo: DictConfig) -> None:
     if ppo.batch_size % ppo.minibatches:
         raise UserError(f"ppo.minibatches={ppo.minibatches}: must divide ppo.batch_size={ppo.batch_size}")
     if ppo.batch_size % ppo.samples_per_prompt:
         raise UserError(f"ppo.samples_per_prompt={ppo.samples_per_prompt}: must divide ppo.batch_size")
-    if processes > ppo.batch_size:
-        raise UserError(f"launch.processes={processes}: is above ppo.batch_size={ppo.batch_size}")
     if ppo.advantage in ("rloo", "grpo") and ppo.samples_per_prompt < 2:
         raise UserError(f"ppo.samples_per_prompt: ppo.advantage={ppo.advantage} compares replies; set 2 or more")
     if ppo.critic_warmup and ppo.advantage != "gae":
@@ -210,18 +289,29 @@ def _check_judge(key: str, judge: DictConfig) -> None:
             raise UserError(f"{key}.parts.{name}.normalise: would give every model that is judged mean 0; is for PPO")
 
 
-def _check_models(models: list[str]) -> None:
-    if not models:
+def _check_policies(key: str, folders: list[str], others: list[str]) -> None:
+    """Policies of other runs are told apart by run and stage, from each other and from `others`."""
+    names = [*others, *(policy_name(folder) for folder in folders)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{key}: two are called {twice}, by run and stage; name each once")
+
+
+def _check_players(evaluate: DictConfig) -> None:
+    if not evaluate.models:
         raise UserError(f"evaluate.models: is empty; name models of the chain: {', '.join(MODELS)}")
-    for name in models:
-        if name not in MODELS:
-            raise UserError(f"evaluate.models: {name} must be one of {', '.join(MODELS)}{nearest(name, MODELS)}")
+    players = [player(name, "evaluate.models") for name in evaluate.models]
+    for i, name in enumerate(evaluate.models):
+        if players[i] in players[:i]:
+            raise UserError(f"evaluate.models: {name} is named twice (best_of_N is sft_best_of_N); name each once")
+    _check_policies("evaluate.earlier", evaluate.earlier, ["human", *evaluate.models])
 
 
 def _check_frontier(frontier: DictConfig) -> None:
     for n in frontier.best_of:
         if not 1 <= n <= frontier.samples:
             raise UserError(f"frontier.best_of: {n} must be from 1 to frontier.samples={frontier.samples}")
+    if not any(n > 1 for n in frontier.best_of):
+        raise UserError(f"frontier.best_of={list(frontier.best_of)}: needs at least one n above 1")
     for key in ("best_of", "seeds", "betas", "kl_coefs"):
         if len(set(frontier[key])) < len(frontier[key]):
             raise UserError(f"frontier.{key}={list(frontier[key])}: names one twice")
@@ -235,13 +325,55 @@ def _check_judge_model(judge: DictConfig) -> None:
     judge_template.question(judge.template, tuple(judge.verdicts))
 
 
+def _check_resources(config: DictConfig) -> None:
+    """What the Slurm job of a stage asks for: time to work in before it is told to leave, and nodes it can use."""
+    for name, own in config.resources.stages.items():
+        minutes, key = own.minutes or config.resources.minutes, f"resources.stages.{name}"
+        if minutes * 60 < 2 * config.launcher.signal_seconds:
+            raise UserError(
+                f"launcher.signal_seconds={config.launcher.signal_seconds}: is more than half of the time limit of "
+                f"{name}, {minutes} min; set {key}.minutes higher, or this lower"
+            )
+        if not STAGES[name].several_processes and ((own.nodes or 1) > 1 or (own.gpus or 0) > 1):
+            raise UserError(f"{key}: {name} runs in one process; leave its nodes and gpus at 1")
+    for name in config.cluster.parameters:
+        if name.replace("-", "_") in SET_ELSEWHERE:
+            raise UserError(f"cluster.parameters.{name}: is set by other keys or Threefold itself; leave it out")
+
+
+def _check_task(key: str, task: DictConfig, positions: int | None) -> None:
+    """A source of problems that its check can read, in a split that it has."""
+    if not re.fullmatch(r"[\w-]+", name := key.removeprefix("evaluate.tasks.")):
+        raise UserError(f"evaluate.tasks: {name!r} is no name of letters, digits, - and _; choose another")
+    if task.path is None:
+        raise UserError(f"{key}.path has no value: set it to a file, a folder or a name on the hub")
+    formats = ("ifeval",) if task.check == "instructions" else ("prompt_completion", "messages")
+    if task.format not in formats:
+        raise UserError(f"{key}.format={task.format}: {key}.check={task.check} reads {' or '.join(formats)}")
+    if task.split == "all" and task.splits:
+        raise UserError(f"{key}.split=all: its splits are kept apart; set split=test, or leave splits out")
+    if task.max_new_tokens and positions and task.max_new_tokens >= positions:
+        raise UserError(f"{key}.max_new_tokens={task.max_new_tokens}: leaves no room in {positions} positions")
+
+
+def _check_tracker(tracker: DictConfig) -> None:
+    for kind in tracker.kinds:
+        if kind not in KINDS:
+            raise UserError(f"tracker.kinds: {kind} must be one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    if len(set(tracker.kinds)) < len(tracker.kinds):
+        raise UserError(f"tracker.kinds={list(tracker.kinds)}: names one twice")
+    if long := next((tag for tag in tracker.tags if not 1 <= len(tag) <= 64), None):
+        raise UserError(f"tracker.tags: {long[:20]}… is longer than the 64 characters that W&B takes")
+
+
 def _addable(override: str) -> str:
     """An override that gives a mapping to a key that holds one adds its entries, as people expect of columns={a: b}."""
     key, _, value = override.partition("=")
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
+NAMED = {"parts": RewardPartConfig, "tasks": TaskConfig}  # mappings from names to sections, and what each holds
 
 
 def keys(schema: type = Config, prefix: str = "") -> list[str]:
@@ -257,11 +389,12 @@ def _dataclass_of(kind: Any) -> type | None:
     return kind if is_dataclass(kind) else None
 
 
-def _keys_of_part(key: str) -> list[str]:
-    """Keys of a part of a reward that stand beside `key`, if that is one which parts do not have."""
-    part, _, name = key.rpartition(".")
-    known = [entry.name for entry in fields(RewardPartConfig)]
-    return [f"{part}.{entry}" for entry in known] if ".parts." in part and name not in known else []
+def _keys_of_named(key: str) -> list[str]:
+    """Keys that stand beside `key` in a section of a mapping, if that is one which such sections do not have."""
+    section, _, name = key.rpartition(".")
+    schema = NAMED.get(section.split(".")[-2:][0])
+    known = [entry.name for entry in fields(schema)] if schema else []
+    return [f"{section}.{entry}" for entry in known] if name not in known else []
 
 
 def _explain(error: BaseException, overrides: list[str]) -> str:
@@ -284,7 +417,7 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
         name = next(
             (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
         )
-        return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_part(name))}"
+        return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_named(name))}"
     if full_key:
         return f"{full_key[1]}: {text.splitlines()[0]}"
     message = " ".join(text.split()).split(" See https://hydra")[0]

@@ -1,5 +1,6 @@
 """Whether texts of the evaluation occur in what was trained on: word n-grams in common, whatever the formatting."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ SLOTS = 2**30  # of the hash of n-grams; a million different ones collide with o
 
 
 def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
-    """The share of each evaluated text's different word 8-grams that occur in a trained text; nan where it has none.
+    """The share of each evaluated text's different word 8-grams that occur in a trained text.
 
-    Case, punctuation and white space do not count, so a reformatted copy is a copy.
+    Case, punctuation and white space do not count, so a reformatted copy is a copy. A text without an 8-gram has 1
+    where a trained text is the same as a whole, but for case and white space, and otherwise nan.
     """
     grams = HashingVectorizer(
         token_pattern=r"\w+", ngram_range=(WORDS, WORDS), n_features=SLOTS, binary=True, norm=None, alternate_sign=False
@@ -24,7 +26,18 @@ def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
     found = np.isin(own.indices, known)
     counts = np.diff(own.indptr)
     sums = np.add.reduceat(np.append(found, 0), np.minimum(own.indptr[:-1], len(found)))
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    whole = {_plain(text) for text in trained}
+    short = [1.0 if _plain(text) in whole else np.nan for text in evaluated]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), short)
+
+
+def long_enough(text: str) -> bool:
+    """Whether a text has a word 8-gram."""
+    return len(re.findall(r"\w+", text)) >= WORDS
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def counts(found: np.ndarray) -> dict[str, int]:
@@ -43,8 +56,20 @@ def flagged(found: np.ndarray) -> np.ndarray:
     return np.nan_to_num(found, nan=0.0) >= NEAR
 
 
-def against(evaluated: list[str], trained: dict[str, list[str]]) -> tuple[dict[str, Any], np.ndarray]:
-    """Counts for each training stage (name → its texts), and which evaluated texts any of them flags."""
-    by_stage = {stage: shares(evaluated, texts) for stage, texts in trained.items()}
-    any_flag = np.any([flagged(found) for found in by_stage.values()], axis=0)
-    return {stage: counts(found) for stage, found in by_stage.items()}, any_flag
+def against(
+    evaluated: dict[str, list[str]], trained: dict[str, list[str]]
+) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    """Of each evaluated set the counts for each training stage (name → its texts), and which texts any of them flags.
+
+    What was trained on is read once for all sets.
+    """
+    together = [text for texts in evaluated.values() for text in texts]
+    ends = np.cumsum([len(texts) for texts in evaluated.values()])[:-1]
+    by_stage = {stage: np.split(shares(together, texts), ends) for stage, texts in trained.items()}
+    return {
+        name: (
+            {stage: counts(found[place]) for stage, found in by_stage.items()},
+            np.any([flagged(found[place]) for found in by_stage.values()], axis=0),
+        )
+        for place, name in enumerate(evaluated)
+    }

@@ -43,8 +43,11 @@ class Rows:
 
 
 def load(source: DictConfig, split: str) -> Rows:
-    """The rows of one split of a source. Raises `UserError` when too many rows are unusable, naming the first."""
-    return _load(_as_json(source), split)
+    """The rows of one split of a source, or `all` of one without splits of its own.
+
+    Raises `UserError` when too many rows are unusable, naming the first.
+    """
+    return _parse(_as_json(source), "train") if split == "all" else _load(_as_json(source), split)
 
 
 def check(source: DictConfig) -> None:
@@ -69,7 +72,7 @@ def _as_json(source: DictConfig) -> str:
     return json.dumps(OmegaConf.to_container(source, resolve=True), sort_keys=True)
 
 
-@functools.lru_cache(maxsize=9)  # three sources of three splits
+@functools.lru_cache(maxsize=32)  # three sources of three splits, and the tasks of the evaluation
 def _load(source_json: str, split: str) -> Rows:
     given = json.loads(source_json)["splits"]
     parsed = _parse(source_json, split if split in given else "train")
@@ -89,7 +92,7 @@ def _bucket(key: str) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
 
 
-@functools.lru_cache(maxsize=9)
+@functools.lru_cache(maxsize=32)
 def _parse(source_json: str, given_split: str) -> Rows:
     """All rows of what the source itself calls `given_split` (all of it where it has no splits)."""
     source, rows = OmegaConf.create(json.loads(source_json)), []

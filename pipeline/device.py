@@ -13,9 +13,23 @@ import torch
 from omegaconf import DictConfig
 
 from pipeline.errors import UserError
+from pipeline.schema import SHARDED
 
 # parameters of glibc's mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that execute a stage together, and this one's rank among them."""
+
+    rank: int = 0
+    processes: int = 1
+    on_this_machine: int = 1
+    mode: str = "single"  # launch.mode
+
+
+ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -26,27 +40,33 @@ class Device:
     bf16: bool
     threads: int  # of this process
     processes: int = 1  # that share the work
+    mode: str = "single"  # what each of them holds of the model: launch.mode
 
     def __str__(self) -> str:
         place = f"{self.threads} CPU threads" if self.type == "cpu" else torch.cuda.get_device_name()
         several = f"{self.processes} × " if self.processes > 1 else ""
         return f"{several}{place}, {'bf16' if self.bf16 else 'fp32'}"
 
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.mode in SHARDED
 
-def set_up(runtime: DictConfig, precision: str, processes: int = 1) -> Device:
-    """Choose the device, set torch's threads (a share of them for each of `processes`), and return what was chosen.
+
+def set_up(runtime: DictConfig, precision: str, group: Group = ALONE) -> Device:
+    """Choose the device, set torch's threads (a share of them for each process of the machine); what was chosen.
 
     Raises `UserError` for a missing GPU.
     """
-    if processes == 1:
+    if group.processes == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # several would silently share a Trainer's batch
-    kind = choose(runtime, processes)
+    kind = choose(runtime, group.on_this_machine)
     threads = runtime.threads or min(psutil.cpu_count(logical=False) or 1, usable_cpus())
-    threads = max(1, threads // processes)
+    threads = max(1, threads // group.on_this_machine)
     torch.set_num_threads(threads)
     _manage_freed_memory(runtime.keep_freed_memory)
     bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
-    return Device(kind, bf16, threads, processes)
+    return Device(kind, bf16, threads, group.processes, group.mode)
 
 
 def choose(runtime: DictConfig, processes: int) -> str:

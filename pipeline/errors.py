@@ -12,3 +12,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt `name`, as " (nearest: ppo.kl_coef)", or the empty string."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (nearest: {found[0]})" if found else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline import instructions
 from pipeline.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.sources import package_file
@@ -39,6 +40,12 @@ def messages(raw: Row, dropped: Counter) -> list[Row]:
         raise UnusableRowError("no assistant turn")
     opening = next(m for m in found if m["role"] != "system")
     return [{"key": opening["content"], "messages": found, "symmetric": False}]
+
+
+def ifeval(raw: Row, dropped: Counter) -> list[Row]:
+    """Columns `prompt`, `instruction_id_list` and `kwargs` of IFEval: no reply is known, `instructions` check one."""
+    prompt = messages_of(raw, "prompt")
+    return [{"key": key_of(prompt), "messages": prompt, "symmetric": False, "instructions": instructions.read(raw)}]
 
 
 def chitchat(raw: Row, dropped: Counter) -> list[Row]:
@@ -69,7 +76,7 @@ def chitchat(raw: Row, dropped: Counter) -> list[Row]:
 
 
 FORMATS: dict[str, Callable[[Row, Counter], list[Row]]] = {
-    **{f.__name__: f for f in (text, prompt_completion, messages)},
+    **{f.__name__: f for f in (text, prompt_completion, messages, ifeval)},
     **PREFERENCE_FORMATS,
     "chitchat": chitchat,
 }

@@ -3,6 +3,8 @@
 import importlib
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -13,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pipeline import device
-from pipeline.artifact import STOP, write_json
+from pipeline.artifact import STOP, read_json, write_json
 from pipeline.errors import UserError
-from pipeline.tracking import StepLog, WandbRun
+from pipeline.tracked import OPTIMISER_STEP, About
+from pipeline.tracking import StepLog, Trackers
 
 # TRL, transformers and datasets then send nothing about their use
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,24 +37,29 @@ class Job:
 
     def __init__(
         self, stage: str, config: DictConfig, inputs: dict[str, Path], out: Path, checkpoints: Path,
-        rank: int = 0, processes: int = 1,
+        group: device.Group = device.ALONE,
     ):  # fmt: skip
         self.stage, self.config, self.inputs = stage, config, inputs
-        self.out, self.checkpoints, self.main = out, checkpoints, rank == 0
+        self.out, self.checkpoints, self.main = out, checkpoints, group.rank == 0
         self.steps = StepLog(out / "log.jsonl" if self.main else Path(os.devnull))
-        self.wandb: WandbRun | None = None
+        self.trackers: Trackers | None = None
         self.started = time.perf_counter()
-        self.device = device.set_up(config.runtime, config.get("precision", "auto"), processes)
+        self.device = device.set_up(config.runtime, config.get("precision", "auto"), group)
 
-    def start(self) -> None:
+    def start(self, fingerprint: str) -> None:
         """Save the configuration, begin tracking, and measure memory and time from here."""
         device.reset_peak_memory()
         quiet_libraries()
         if not self.main:
             return
         OmegaConf.save(self.config, self.out / "config.yaml")
-        if self.config.tracker.kind == "wandb":
-            self.wandb = WandbRun(self.config.tracker, self.stage, self.config.run, self.checkpoints, self.config)
+        if self.config.tracker.kinds:
+            self.trackers = Trackers(self.config.tracker, self._about(fingerprint), self.steps.last())
+
+    def _about(self, fingerprint: str) -> About:
+        parents = {name: read_json(folder / "manifest.json")["fingerprint"] for name, folder in self.inputs.items()}
+        described, store = OmegaConf.to_container(self.config), self.checkpoints.parent.parent
+        return About(self.stage, self.config.run, fingerprint, parents, described, store, self.checkpoints)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -59,10 +67,11 @@ class Job:
             tqdm.write(f"{self.stage:<12} {text}")
 
     def announce(self, batch: str, steps: int | None, flops: float) -> None:
-        """State device, precision, effective batch or amount of work, and estimated time from the stage's `flops`."""
+        """State devices, precision, mode, batch of all processes or amount of work, and estimated time from `flops`."""
         share = flops / self.device.processes
+        mode = "one process" if self.device.processes == 1 else self.device.mode
         about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
-        self.say(f"{self.device} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
+        self.say(f"{self.device} · {mode} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
     def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
         """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left."""
@@ -73,13 +82,31 @@ class Job:
             leave=False, mininterval=30 if quiet else 0.5, file=sys.stderr, disable=not self.main,
         )  # fmt: skip
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record metrics of one step in the step log and the tracker; raises `UserError` where asked to end here."""
+    def log(self, step: int, metrics: dict[str, float], axes: dict[str, int] | None = None) -> None:
+        """Record metrics of one step in the step log and the trackers, for these also how far it is in other units.
+
+        Raises `UserError` where the stage was asked to end here.
+        """
         self.steps.write(step, metrics)
-        if self.wandb:
-            self.wandb.log(step, metrics)
+        if self.trackers:
+            self.trackers.log(step, metrics, axes or {OPTIMISER_STEP: step})
         if self.main and (asked := self.out.parent / STOP).exists():
             raise UserError(f"{self.stage}: ended at step {step}: {asked.read_text()}")
+
+    @property
+    def tracked(self) -> bool:
+        """Whether anybody sees what `show` is given; if not it need not be made."""
+        return self.trackers is not None
+
+    def show(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Tables, histograms and figures for the trackers alone, at `step` or at the last one."""
+        if self.trackers:
+            self.trackers.show(values, step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Have the trackers tell people that something needs them."""
+        if self.trackers:
+            self.trackers.alert(title, text)
 
     def finish(self, metrics: dict[str, Any], fingerprint: str) -> dict[str, Any]:
         """Write `metrics.json`; returns what the manifest says of this execution."""
@@ -90,26 +117,36 @@ class Job:
         }
         if self.main:
             write_json(self.out / "metrics.json", metrics | cost)
-        if self.wandb:
-            self.wandb.summarise(metrics | cost)
-        environment = {"python": platform.python_version(), "device": str(self.device)}
+        if self.trackers:
+            self.trackers.finish(metrics | cost, self.out)
+        environment = {"python": platform.python_version(), "device": str(self.device)} | commit()
         return cost | {"environment": environment | {name: version(name) for name in VERSIONED}}
 
     def close(self) -> None:
         """End tracking, whether the stage succeeded or not, and leave the GPU's memory to others."""
-        if self.wandb:
-            self.wandb.close()
+        if self.trackers:
+            self.trackers.close()
         device.free_memory()
 
 
 def execute(job: Job, fingerprint: str) -> dict[str, Any]:
     """Run the stage of `job` from start to end; returns what the manifest says of this execution."""
     try:
-        job.start()
+        job.start(fingerprint)
         metrics = importlib.import_module(f"stages.{job.stage}").run(job)
         return job.finish(metrics, fingerprint)
     finally:
         job.close()
+
+
+def commit() -> dict[str, str]:
+    """The commit of this code, with -dirty where files differ from it; empty outside of a git checkout of it."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(["git", "--no-optional-locks", *describe], cwd=root, capture_output=True, text=True)
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def quiet_libraries() -> None:

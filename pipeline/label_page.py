@@ -20,6 +20,7 @@ from werkzeug.serving import make_server
 
 from pipeline import agreement, evaluated_pairs
 from pipeline.artifact import read_lines
+from pipeline.config import make_command
 from pipeline.errors import UserError
 from pipeline.labelling import CHOICES, Labelling
 from pipeline.votes import only_writer, read_pool
@@ -76,9 +77,8 @@ def report_command(overrides: list[str]) -> str:
 
 def next_command(votes: Path, overrides: list[str]) -> str:
     """The command that trains a reward model on the votes, with the overrides that chose this run."""
-    kept = [override for override in overrides if not override.lstrip("+~").startswith("label.")]
-    arguments = [*kept, f"data.preferences.path={votes}", "data.preferences.format=arena"]
-    return f'make reward ARGS="{" ".join(map(shlex.quote, arguments))}"'
+    of_votes = [f"data.preferences.path={votes}", "data.preferences.format=arena"]
+    return make_command("reward", [*overrides, *of_votes], "label")
 
 
 def _listening(port: int) -> socket.socket:

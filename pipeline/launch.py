@@ -1,27 +1,34 @@
-"""Several processes for one stage: `accelerate launch` starts pipeline/worker.py in each, on this machine.
+"""Several processes for one stage: `accelerate launch` starts pipeline/worker.py in each, on every machine.
 
 In the work folder of the artifact:
-job.json      what the processes are to do
-result.json   what the main process says of the execution, for the manifest
-error.json    the first error of any process
-launch.txt    what the launcher wrote, and processes other than the main one
+job.json        what the processes are to do
+result.json     what the main process says of the execution, for the manifest
+error.json      the first error of any process
+launch-0.txt    what the launcher of machine 0 wrote, and processes other than the main one; of others launch-1.txt, ...
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
+from pipeline.nodes import Nodes, address
+from pipeline.schema import SHARDED
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # before a stage in this process narrows it to one GPU (device.set_up)
 PATIENCE = 20  # seconds in which the launcher ends by itself once its processes have
+WORKER = "pipeline.worker"
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,36 @@ class Task:
     out: str
     checkpoints: str
     fingerprint: str
-    processes: int
+    processes: int  # on all machines together
+    mode: str = "ddp"  # launch.mode
+    nodes: int = 1
+    address: str = "127.0.0.1"  # of machine 0
+    port: int = 0  # where the processes meet there; 0 is any that is free
 
 
-def run(task: Task, work: Path) -> dict[str, Any]:
-    """Run `task` in its processes and wait; returns what the manifest says of the execution.
+def place(launch: DictConfig) -> dict[str, Any]:
+    """What the section `launch` of a configuration adds to a task."""
+    found = {"processes": launch.processes * launch.nodes, "mode": launch.mode, "nodes": launch.nodes}
+    several = {"address": address(launch), "port": launch.main_port + 1} if launch.nodes > 1 else {}
+    return found | several
+
+
+def check(config: DictConfig) -> None:
+    """Raise `UserError` where this machine has not what `launch` asks for: DeepSpeed, or GPUs."""
+    launch = config.launch
+    if launch.processes * launch.nodes == 1:
+        return
+    if launch.mode == "deepspeed_zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError('launch.mode=deepspeed_zero3: DeepSpeed is missing; pip install -e ".[deepspeed]"')
+    from pipeline import device
+
+    kind = device.choose(config.runtime, launch.processes)
+    if launch.mode in SHARDED and kind == "cpu":
+        raise UserError(f"launch.mode={launch.mode}: needs GPUs, and there is none to be used here; use launch=ddp")
+
+
+def run(task: Task, work: Path, others: Nodes | None = None) -> dict[str, Any]:
+    """Run `task` in its processes, on machine 0 and `others`; returns what the manifest says of the execution.
 
     Raises the `UserError` of the process that failed first, and `RuntimeError` with its traceback for other errors. The
     processes end with this one, however it ends.
@@ -46,12 +78,17 @@ def run(task: Task, work: Path) -> dict[str, Any]:
     for name in ("result.json", "error.json"):
         (work / name).unlink(missing_ok=True)
     write_json(work / "job.json", asdict(task))
-    status = _wait(_command(task.processes, work / "job.json"), work / "launch.txt")
+    if others:
+        others.start(work / "job.json")
+    status = take_part(work / "job.json", 0, others.trouble if others else lambda: None)
+    trouble = (others.finished() if status == 0 else others.trouble()) if others else None
     if (work / "error.json").exists():
         error = read_json(work / "error.json")
         raise UserError(error["message"]) if error["user"] else RuntimeError("{message}\n{traceback}".format(**error))
+    if trouble:
+        raise UserError(f"{task.stage}: {trouble}")
     if status != 0 or not (work / "result.json").exists():
-        raise UserError(f"{task.stage}: one of its processes was ended from outside, see {work / 'launch.txt'}")
+        raise UserError(f"{task.stage}: one of its processes was ended from outside, see {work / log_name(0)}")
     return read_json(work / "result.json")
 
 
@@ -68,17 +105,29 @@ def report(error: Exception, work: Path) -> None:
         json.dump(said, stream)
 
 
-def _command(processes: int, file: Path) -> list[str]:
+def take_part(file: Path, rank: int, trouble: Callable[[], str | None]) -> int:
+    """Run the processes of machine `rank` for a job file; the launcher's status, or -1 where `trouble` ended them."""
+    return _wait(_command(read(file), rank, file), file.with_name(log_name(rank)), trouble)
+
+
+def log_name(rank: int) -> str:
+    """The file that what the launcher of machine `rank` wrote is in."""
+    return f"launch-{rank}.txt"
+
+
+def _command(task: Task, rank: int, file: Path) -> list[str]:
     # everything that accelerate would otherwise take from a configuration file of the user's or guess; port 0 is any
-    # free one; --multi_gpu starts processes on CPUs as well, where --cpu would silently start one
-    options = {"num_processes": processes, "num_machines": 1, "main_process_port": 0, "gpu_ids": "all"}
+    # free one; --multi_gpu starts processes on CPUs as well, where --cpu would silently start one; what a process holds
+    # of the model is said to the trainer (training.arguments)
+    options = {"num_processes": task.processes, "num_machines": task.nodes, "machine_rank": rank, "gpu_ids": "all"}
+    options |= {"main_process_ip": task.address, "main_process_port": task.port, "rdzv_backend": "static"}
     options |= {"mixed_precision": "no", "dynamo_backend": "no"}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *given]
-    return [*launcher, "-m", "pipeline.worker", str(file)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--same_network", *given]
+    return [*launcher, "-m", WORKER, str(file)]
 
 
-def _wait(command: list[str], log: Path) -> int:
+def _wait(command: list[str], log: Path, trouble: Callable[[], str | None]) -> int:
     """The launcher's exit status. Its processes read our end of its standard input, and end when that is closed."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     environment |= {"CUDA_VISIBLE_DEVICES": GPUS} if GPUS is not None else {}
@@ -86,7 +135,10 @@ def _wait(command: list[str], log: Path) -> int:
     with log.open("wb") as stream:
         launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stream, env=environment)
         try:
-            return launcher.wait()
+            while trouble() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return launcher.wait(1)
+            return -1
         finally:
             launcher.stdin.close()
             try:

@@ -1,7 +1,8 @@
 """Muon for hidden matrices with AdamW for everything else, as one optimiser.
 
 `torch.optim.Muon` orthogonalises in bf16 one matrix at a time; without bf16 instructions that halves the speed of
-training. Here matrices of one shape are orthogonalised together, in fp32 where the device has no fast bf16.
+training. Here matrices of one shape are orthogonalised together, in fp32 where the device has no fast bf16. Where
+processes share out the weights (launch.mode=fsdp2), each brings a whole update together and keeps its own rows of it.
 """
 
 from collections import defaultdict
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, "Muon")
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -25,6 +27,18 @@ def orthogonalise(updates: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def whole(matrix: Tensor) -> Tensor:
+    """A matrix that processes share out, brought together in each of them; any other as it is."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def shared_as(p: Tensor, update: Tensor) -> Tensor:
+    """This process's part of an update that all have, where `p` is shared out; otherwise the update."""
+    if not isinstance(p, DTensor):
+        return update
+    return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -56,11 +70,11 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             by_shape[p.shape].append(p)
         for shape, members in by_shape.items():
-            updates = torch.stack([self._nesterov(p, momentum) for p in members])
+            updates = torch.stack([whole(self._nesterov(p, momentum)) for p in members])
             updates = orthogonalise(updates.to(self.dtype)).to(members[0].dtype)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for p, update in zip(members, updates, strict=True):
-                p.add_(update, alpha=-lr * scale)
+                p.add_(shared_as(p, update), alpha=-lr * scale)
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pipeline import data
+from pipeline import data, ranks
 from pipeline.errors import UserError
 from pipeline.job import Job
 
@@ -42,6 +42,23 @@ class PackedRows(Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.stream[i * self.context : (i + 1) * self.context].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+class EvenedRows(Dataset):
+    """Rows with each batch filled up so that all processes take as many: with rows whose tokens no loss counts."""
+
+    def __init__(self, rows: PackedRows, batch_size: int, processes: int):
+        order = list(range(len(rows)))
+        self.rows, self.order = rows, ranks.evened(order, batch_size, processes, None)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if self.order[i] is not None:
+            return self.rows[self.order[i]]
+        ids = self.rows[0]["input_ids"]
+        return {"input_ids": ids, "labels": torch.full_like(ids, -100)}
 
 
 def shuffled_rows(job: Job, tokenizer: Any, context: int, seed: int) -> PackedRows:

@@ -3,12 +3,33 @@
 Every process runs the same collective calls in the same order whatever its share is, empty ones included.
 """
 
+import contextlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+
+from pipeline.job import Job
+
+
+def meet(job: Job) -> None:
+    """Wait until all processes of the stage have come here."""
+    if job.device.processes > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def main_first(job: Job) -> Iterator[None]:
+    """The main process does what is inside before the others, who then find what it wrote."""
+    if not job.main:
+        meet(job)
+    yield
+    if job.main:
+        meet(job)
 
 
 def share(rows: Any, accelerator: Accelerator) -> Any:
@@ -27,6 +48,13 @@ def in_order(parts: list[list[Any]]) -> list[Any]:
 def gathered(rows: list[Any], accelerator: Accelerator) -> list[Any]:
     """The whole sequence of which `rows` is this process's share."""
     return in_order(gather_object([rows])) if accelerator.num_processes > 1 else rows
+
+
+def evened(rows: list[Any], batch_size: int, processes: int, without_labels: Any) -> list[Any]:
+    """`rows` with each batch filled up so that all processes take as many: with rows that no loss counts."""
+    whole = math.ceil(batch_size / processes) * processes
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [row for batch in batches for row in [*batch, *[without_labels] * (whole - len(batch))]]
 
 
 def sum_gradients(parameters: list[Tensor], accelerator: Accelerator) -> None:

@@ -13,6 +13,11 @@ def number(low: float | None = None, high: float | None = None) -> Any:
     return field(default=MISSING, metadata={"low": low, "high": high})
 
 
+def number_or_null(low: float) -> Any:
+    """A number of at least `low`, null unless it is given."""
+    return field(default=None, metadata={"low": low})
+
+
 def one_of(*choices: str) -> Any:
     """A required string from `choices`."""
     return field(default=MISSING, metadata={"choices": choices})
@@ -28,14 +33,83 @@ class RuntimeConfig:
     micro_batch_size: int | None = number(1)
     checkpoints: int = number(1)
     log_every: int = number(1)
-    jobs: int | None = number(1)
+
+
+SHARDED = ("fsdp2", "deepspeed_zero3")  # modes of `launch` in which each process holds a share of the model
 
 
 @dataclass
 class LaunchConfig:
-    """How many processes run a stage together."""
+    """How many processes run a training stage together, where, and what each of them holds of the model."""
 
+    mode: str = one_of("single", "ddp", *SHARDED)
     processes: int = number(1)
+    nodes: int = number(1)
+    node_rank: int = number(0)
+    main_address: str | None = MISSING
+    main_port: int = number(1, 65534)
+
+
+@dataclass
+class LauncherConfig:
+    """Where the stages of a run are made."""
+
+    kind: str = one_of("local", "slurm")
+    jobs: int | None = number(1)
+    poll_seconds: float = number(0.1)
+    requeue: bool = MISSING
+    max_timeouts: int = number(1)
+    signal_seconds: int = number(5)
+
+
+@dataclass
+class ClusterConfig:
+    """Where on a Slurm cluster jobs go."""
+
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = MISSING
+    constraint: str | None = MISSING
+    setup: list[str] = field(default_factory=list)
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageResourcesConfig:
+    """What the Slurm job of one stage asks for; null is what all stages ask for."""
+
+    nodes: int | None = number_or_null(1)
+    gpus: int | None = number_or_null(0)
+    cpus: int | None = number_or_null(1)
+    memory_gb: float | None = number_or_null(0.1)
+    minutes: int | None = number_or_null(1)
+
+
+@dataclass
+class ResourcesOfStagesConfig:
+    """The stages of the chain."""
+
+    tokenizer: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    pretrain: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    sft: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    comparisons: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    reward: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    dpo: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    ppo: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    frontier: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+    evaluate: StageResourcesConfig = field(default_factory=StageResourcesConfig)
+
+
+@dataclass
+class ResourcesConfig:
+    """What the Slurm job of a stage asks for."""
+
+    nodes: int = number(1)
+    gpus: int = number(0)
+    cpus: int = number(1)
+    memory_gb: float | None = number(0.1)
+    minutes: int = number(1)
+    stages: ResourcesOfStagesConfig = field(default_factory=ResourcesOfStagesConfig)
 
 
 @dataclass
@@ -302,15 +376,26 @@ class JudgeModelConfig:
 
 
 @dataclass
+class TaskConfig(SourceConfig):
+    """A task of the evaluation: a source of problems, and how a reply to one is checked."""
+
+    check: str = one_of("exact", "numeric", "instructions")
+    split: str = field(default="all", metadata={"choices": ("all", "test")})
+    problems: int | None = field(default=None, metadata={"low": 1})
+    max_new_tokens: int | None = field(default=None, metadata={"low": 1})
+
+
+@dataclass
 class EvaluateConfig:
     """Stage `evaluate`."""
 
     models: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
     prompts: int = number(2)
     text_tokens: int = number(1)
-    best_of: int | None = number(2)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
     bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
@@ -364,13 +449,33 @@ class SweepConfig:
 
 
 @dataclass
+class ChatConfig:
+    """`threefold chat`: a conversation in the terminal; no stage sees this."""
+
+    model: str = MISSING
+    system: str | None = MISSING
+    seed: int = number(0)
+
+
+@dataclass
 class TrackerConfig:
     """Where metrics go besides the run folder."""
 
-    kind: str = one_of("wandb", "none")
+    kinds: list[str] = field(default_factory=list)
     project: str = MISSING
     entity: str | None = MISSING
     mode: str = one_of("auto", "online", "offline")
+    tags: list[str] = field(default_factory=list)
+    samples: int = number(0)
+    upload: bool = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """`threefold dashboard`: where tracked runs are looked at; no stage sees this."""
+
+    show: str = one_of("auto", "trackio", "leet", "tensorboard", "wandb")
+    port: int = number(1, 65535)
 
 
 @dataclass
@@ -386,6 +491,9 @@ class Config:
     precision: str = one_of("auto", "fp32", "bf16")
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -401,3 +509,5 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    dashboard: DashboardConfig = field(default_factory=DashboardConfig)

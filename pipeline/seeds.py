@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from pipeline import chain, variants
+from pipeline import chain, paired, variants
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
 from pipeline.variants import Variant
@@ -22,16 +22,25 @@ NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, whi
 
 def run(config: DictConfig, overrides: list[str]) -> Path:
     """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
-    key, folder = seeded_key(config), Path(config.runs) / config.run
-    first, wanted = OmegaConf.select(config, key), last_made(config, folder)
-    values = range(first, first + config.seeds)
-    members = [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in values]
-    made = variants.make(config, overrides, members)
-    for entry in chain.plan(made[0], chain.needed_by(wanted, made[0])).values():  # that of the command's own seed
+    folder, wanted = Path(config.runs) / config.run, members(config)
+    made = variants.make(config, overrides, wanted)
+    for entry in chain.plan(made[0], chain.needed_by(wanted[0].target, made[0])).values():  # of the command's own seed
         entry.artifact.link_into(folder)
     folders = [Path(each.runs) / each.run for each in made]
-    write_json(folder / "seeds.json", {"key": key, "seeds": list(values)} | summary(folders))
+    write_json(folder / "seeds.json", {"key": seeded_key(config), "seeds": seed_values(config)} | summary(folders))
     return folder
+
+
+def members(config: DictConfig) -> list[Variant]:
+    """The run of each seed."""
+    key, wanted = seeded_key(config), last_made(config, Path(config.runs) / config.run)
+    return [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in seed_values(config)]
+
+
+def seed_values(config: DictConfig) -> list[int]:
+    """The seeds: that of the configuration, and those that follow it."""
+    first = OmegaConf.select(config, seeded_key(config))
+    return list(range(first, first + config.seeds))
 
 
 def seeded_key(config: DictConfig) -> str:
@@ -56,8 +65,7 @@ def summary(folders: list[Path]) -> dict[str, Any]:
 
     Stages that all runs share have no spread, and are left out; so are metrics that not every run has.
     """
-    metrics = {}
-    fingerprints = {}
+    metrics, fingerprints, between = {}, {}, []
     for stage in STAGES:
         files = [folder / stage / "metrics.json" for folder in folders]
         if not all(file.is_file() for file in files):
@@ -67,7 +75,9 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         if len(set(prints)) > 1:
             fingerprints[stage] = prints
             metrics[stage] = spread([numbers(each) for each in found])
-    return {"fingerprints": fingerprints, "metrics": metrics, "differences": differences(metrics.get("evaluate", {}))}
+            if stage == "evaluate":
+                between = differences([numbers(each) for each in found])
+    return {"fingerprints": fingerprints, "metrics": metrics, "differences": between}
 
 
 def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -82,33 +92,38 @@ def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation (of a sample) and values of every number that all runs have."""
+    """Mean, standard deviation (of a sample) and values of every number that all runs have.
+
+    What is equal in all of them the seed does not reach: it is left out.
+    """
     names = [name for name in runs[0] if all(name in each for each in runs)]
-    columns = {name: [each[name] for each in runs] for name in names}
+    columns = {name: [each[name] for each in runs] for name in names if len({each[name] for each in runs}) > 1}
     return {
         name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
         for name, values in columns.items()
     }
 
 
-def differences(evaluate: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gold of each trained model less the SFT model's, and PPO's less DPO's, paired by seed (Student's t test)."""
+def differences(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Gold of each trained model less the SFT model's, and PPO's less DPO's, paired by seed (Student's t test).
+
+    `runs` are the evaluation's numbers, one for each seed; differences that the seed does not reach are left out.
+    `p_holm` is corrected for all that are there.
+    """
     pairs = [("dpo", "sft"), ("ppo", "sft"), ("ppo", "dpo")]
-    columns = {name: f"models.{name}.gold_mean" for pair in pairs for name in pair}
-    return [
-        {"model": model, "against": other}
-        | paired(evaluate[columns[model]]["values"], evaluate[columns[other]]["values"])
+    gold = {name: [each.get(f"models.{name}.gold_mean") for each in runs] for pair in pairs for name in pair}
+    found = [
+        {"model": model, "against": other} | t_test(gold[model], gold[other])
         for model, other in pairs
-        if columns[model] in evaluate and columns[other] in evaluate
+        if None not in gold[model] + gold[other] and np.ptp(np.subtract(gold[model], gold[other])) > 0
     ]
+    corrected = paired.holm([row["p"] for row in found])
+    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
 
 
-def paired(values: list[float], others: list[float]) -> dict[str, Any]:
+def t_test(values: list[float], others: list[float]) -> dict[str, Any]:
     """The mean difference of two figures of the same seeds, its 95 % interval, and p of no difference."""
-    difference = np.subtract(values, others)
-    if np.ptp(difference) == 0:
-        return {"difference": float(difference[0]), "ci95": [float(difference[0])] * 2, "p": float(difference[0] == 0)}
-    test = stats.ttest_rel(values, others)
+    difference, test = np.subtract(values, others), stats.ttest_rel(values, others)
     interval = test.confidence_interval()
     return {
         "difference": float(difference.mean()),
@@ -124,36 +139,10 @@ def current(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_json(file)
     for stage, prints in found["fingerprints"].items():
-        if read_json(folder / stage / "metrics.json")["fingerprint"] not in prints:
+        made = folder / stage / "metrics.json"
+        if not made.is_file() or read_json(made)["fingerprint"] not in prints:
             return None
     return found
-
-
-def main_metrics(seeds: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Heading and a row for each stage that the seed reaches: its main metric with its spread."""
-    heading = ("stage", "metric", f"mean ± standard deviation over {len(seeds['seeds'])} seeds", "values")
-    rows = []
-    for stage, metrics in seeds["metrics"].items():
-        if found := metrics.get(STAGES[stage].metric):
-            values = ", ".join(f"{value:.4g}" for value in found["values"])
-            rows.append((stage, STAGES[stage].metric, f"{found['mean']:.4g} ± {found['std']:.2g}", values))
-    return [heading, *rows]
-
-
-def models(seeds: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[tuple[str, ...]]:
-    """Heading and a row for each model: the report's columns (metric → heading, format), each with its spread."""
-    metrics = seeds["metrics"].get("evaluate", {})
-    names = list(dict.fromkeys(name.split(".")[1] for name in metrics if name.startswith("models.")))
-    shown = {key: said for key, said in columns.items() if any(f"models.{name}.{key}" in metrics for name in names)}
-    rows = [
-        (name, *(_cell(metrics.get(f"models.{name}.{key}"), form) for key, (_, form) in shown.items()))
-        for name in names
-    ]
-    return [("model", *(said for said, _ in shown.values())), *rows] if rows else []
-
-
-def _cell(found: dict[str, Any] | None, form: str) -> str:
-    return "–" if found is None else f"{found['mean']:{form}} ± {found['std']:{form.lstrip('+')}}"
 
 
 def claims(seeds: dict[str, Any]) -> list[str]:
@@ -161,9 +150,9 @@ def claims(seeds: dict[str, Any]) -> list[str]:
     found = []
     for each in seeds["differences"]:
         low, high = each["ci95"]
-        verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+        verdict = "not distinguishable" if each["p_holm"] >= 0.05 else "higher" if each["difference"] > 0 else "lower"
         found.append(
             f"gold of {each['model']} less {each['against']}: {each['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over "
-            f"{len(seeds['seeds'])} seeds, p {each['p']:.2g}: {verdict}"
+            f"{len(seeds['seeds'])} seeds, p {each['p_holm']:.2g} (Holm): {verdict}"
         )
     return found

@@ -2,7 +2,7 @@
 
 runs/<run>/variants/<key=value,…>   the run of each setting and seed
 runs/<run>/sweep.json               settings with their spread, the best, importance, failed runs
-runs/<run>/sweep.csv, sweep.html    a line for each run; the table and plots
+runs/<run>/sweep.csv                a line for each run
 runs/<run>/sweep.journal            Optuna's trials, where it is a search
 """
 
@@ -13,24 +13,22 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from pipeline import report_sweep, seeds, sweep_table, variants
-from pipeline.artifact import read_json, write_json, write_text
-from pipeline.config import compose
+from pipeline import seeds, sweep_table, variants
+from pipeline.artifact import Artifact, read_json, write_json, write_text
 from pipeline.errors import UserError, nearest
+from pipeline.report import write_report
+from pipeline.report.parts import csv_text
 from pipeline.sweep_metric import direction, kl_metric, metric, stage_wanted
 from pipeline.sweep_space import Dimension, combinations, spelt
 from pipeline.variants import Variant
-from stages import needed_by
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
-NOT_MADE = "ended without an error of its own, perhaps for lack of memory; its log says more"
 
 
 def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
@@ -41,7 +39,11 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     """
     with alone(config):
         found = _search(config, overrides, space) if config.sweep.trials else _grid(config, overrides, space)
-    sweep_table.print_result(found, Path(config.runs) / config.run)
+    folder = Path(config.runs) / config.run
+    sweep_table.print_result(found, folder)
+    if found["made_from"]:  # a report is of a run's stages
+        write_report(config)
+        print(f"report with plots: {folder / 'report.html'}")
     return found
 
 
@@ -91,16 +93,7 @@ def make(config: DictConfig, overrides: list[str], wanted: dict[Variant, dict[st
         variants.make(config, overrides, list(wanted))
     except variants.Failed as failed:
         reasons = failed.reasons
-    except BrokenExecutor:  # a process was killed, and took the others with it
-        reasons = {each.name: NOT_MADE for each in wanted if not made(config, overrides, each)}
     return [result(config, each, known, reasons.get(each.name)) for each, known in wanted.items()]
-
-
-def made(config: DictConfig, overrides: list[str], wanted: Variant) -> bool:
-    """Whether all that a variant wants is there."""
-    composed = compose(wanted.arguments(config, overrides))
-    planned = variants.chain.plan(composed, needed_by(composed.target, composed))
-    return all(entry.artifact.finished for entry in planned.values())
 
 
 def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: str | None) -> dict[str, Any]:
@@ -157,12 +150,14 @@ def write(
         "repeated": [dimension.key for dimension in space if dimension.repeats],
         "importance": importance,
         "importance_by": by,
+        "made_from": sweep_table.made_from(Path(config.runs), runs),
         "failed": [run for run in runs if run["state"] == "failed"],
         "runs": runs,
     }
     found["settings"] = sweep_table.settings(runs, found["direction"])
     folder = Path(config.runs) / config.run
+    for stage, fingerprint in found["made_from"].items():
+        Artifact(Path(config.runs), stage, fingerprint).link_into(folder)
     write_json(folder / "sweep.json", found)
-    sweep_table.write_csv(folder / "sweep.csv", runs, found["metric"])
-    write_text(folder / "sweep.html", report_sweep.page(found))
+    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, found["metric"])))
     return found

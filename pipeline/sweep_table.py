@@ -1,7 +1,5 @@
 """What a sweep came to: settings with their spread over seeds, the best, what mattered, and metric against KL."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.artifact import write_text
+from pipeline.artifact import read_json
+from stages import STAGES
 
 
 def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
@@ -91,20 +90,37 @@ def _means(labels: list[Any], values: np.ndarray) -> np.ndarray:
     return same @ values / same.sum(1)
 
 
-def write_csv(file: Path, runs: list[dict[str, Any]], metric: str) -> None:
-    """A line for each run: trial, setting, seeds, state, metric, KL, folder and error."""
-    text = io.StringIO()
-    rows = [
+def lines(runs: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """A row for each run: trial, setting, seeds, state, metric, KL, folder and error."""
+    return [
         {
             **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"], **run["repetition"],
             "state": run["state"], metric: run["value"], "kl": run["kl"], "run": run["run"], "reason": run["reason"],
         }
         for run in runs
     ]  # fmt: skip
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(file, text.getvalue())
+
+
+def made_from(folder: Path, runs: list[dict[str, Any]]) -> dict[str, str]:
+    """The fingerprint of every stage that all finished runs below `folder` have in common."""
+    folders = [folder / run["run"] for run in runs if run["state"] == "complete"]
+    found = {stage: {fingerprint(folder, stage) for folder in folders} for stage in STAGES}
+    return {stage: prints.pop() for stage, prints in found.items() if len(prints) == 1 and None not in prints}
+
+
+def fingerprint(folder: Path, stage: str) -> str | None:
+    """The fingerprint of a run's stage; None where it has none."""
+    file = folder / stage / "manifest.json"
+    return read_json(file)["fingerprint"] if file.is_file() else None
+
+
+def current(folder: Path) -> dict[str, Any] | None:
+    """sweep.json of a run; None without one, and where the run has other stages by now than its runs were made from."""
+    file = folder / "sweep.json"
+    found = read_json(file) if file.is_file() else None
+    if found and all(fingerprint(folder, stage) in (known, None) for stage, known in found["made_from"].items()):
+        return found
+    return None
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -171,7 +187,7 @@ def print_result(found: dict[str, Any], folder: Path) -> None:
     console.print(drawn)
     for line in [*sentences(found), *failures(found)]:
         console.print(escape(line), highlight=False, soft_wrap=True)
-    files = f"plots: {folder / 'sweep.html'}   numbers: {folder / 'sweep.json'}, sweep.csv"
+    files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
     console.print(escape(files), highlight=False, soft_wrap=True)
 
 
@@ -179,5 +195,5 @@ def failures(found: dict[str, Any]) -> list[str]:
     """A line for each failed run, and how to make them."""
     if not found["failed"]:
         return []
-    listed = [f"  {run['run']}: {run['reason']}" for run in found["failed"]]
+    listed = [f"  {setting(run['setting'] | run['repetition'])}: {run['reason']}" for run in found["failed"]]
     return [f"{len(listed)} of {len(found['runs'])} runs failed; the same command makes them alone:", *listed]

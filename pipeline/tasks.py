@@ -6,6 +6,7 @@ and splits are made by prompt as for all data: what is held out occurs in no tra
 
 import itertools
 import random
+import string
 from collections.abc import Callable
 
 from pipeline.errors import UserError, nearest
@@ -23,7 +24,34 @@ def arithmetic(seed: int = 0) -> Problems:
     return found
 
 
-TASKS: dict[str, Callable[[], Problems]] = {f.__name__: f for f in (arithmetic,)}
+WORDS = 10_000  # of the letter task
+ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th")
+
+
+def letters(seed: int = 0) -> Problems:
+    """A question on the letters of each of 10,000 random words of 3 to 6 letters; `seed` decides words and questions.
+
+    No word occurs twice, not even spelt backwards, and none reads the same both ways.
+    """
+    chance, seen, found = random.Random(seed), set(), []
+    while len(found) < WORDS:
+        word = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 6)))
+        if word == word[::-1] or not seen.isdisjoint((word, word[::-1])):
+            continue
+        seen.add(word)
+        place = chance.randrange(len(word))
+        asked = {
+            f"reverse {word}": word[::-1],
+            f"sort {word}": "".join(sorted(word)),
+            f"spell {word}": " ".join(word),
+            f"{ORDINALS[place]} letter of {word}": word[place],
+        }
+        prompt = chance.choice(list(asked))
+        found.append({"prompt": prompt, "completion": asked[prompt]})
+    return found
+
+
+TASKS: dict[str, Callable[[], Problems]] = {f.__name__: f for f in (arithmetic, letters)}
 
 
 def generator(path: str) -> Callable[[], Problems]:

@@ -1,28 +1,56 @@
 """What the stages that use a Trainer share: its arguments, its reports, and continuing after a kill."""
 
+import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from pipeline import ranks
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.schema import SHARDED
+from pipeline.tracked import OPTIMISER_STEP
 
-COMPLETE = "complete"  # file that marks a checkpoint as wholly written
+COMPLETE = "complete"  # file that marks a checkpoint as wholly written; what the processes held of the model is in it
+
+# what each mode of `launch` adds to a trainer's arguments, and how accelerate calls it; on a CPU ddp is MULTI_CPU
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True},
+    "bf16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}},
+    "deepspeed_zero3": {"deepspeed": ZERO3},
+}
+SET_UP = {"single": ("NO",), "ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed_zero3": ("DEEPSPEED",)}
 
 
 def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Path | None = None) -> dict[str, Any]:
-    """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows; checkpoints go into that folder."""
-    micro = min(job.config.runtime.micro_batch_size or batch_size, batch_size)
-    if batch_size % micro:
-        raise UserError(f"runtime.micro_batch_size={micro}: must divide {job.stage}.batch_size={batch_size}")
-    return {
+    """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows; checkpoints go into that folder.
+
+    `batch_size` is that of all processes together; each takes an equal share of the rows of every batch, in the order
+    of the rows: passes of `micro` rows go to the processes in turn.
+    """
+    share = math.ceil(batch_size / job.device.processes)
+    micro = min(job.config.runtime.micro_batch_size or share, share)
+    return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
+        "ddp_find_unused_parameters": True,  # buckets then stay as they are: a resumed run adds up in the same order
         "max_steps": steps,
         "seed": seed,
         "data_seed": seed,
@@ -70,12 +98,24 @@ def linear_schedule(learning_rate: float, warmup: float, steps: int) -> dict[str
     }
 
 
-def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0) -> None:
+def require_whole_batch(job: Job, rows: int, batch_size: int) -> None:
+    """Raise `UserError` where several processes would share fewer rows than one batch and each counts in the loss."""
+    if job.device.processes > 1 and rows < batch_size:
+        raise UserError(
+            f"{job.stage}.batch_size={batch_size}: {rows} pairs are fewer, which {job.device.processes} processes "
+            "cannot share alike; set it lower, or use launch=single"
+        )
+
+
+def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0) -> nn.Module:
     """Train to the end, from the last complete checkpoint if there is one; `per_step` `unit`s per optimiser step.
 
-    `before` are the steps of the trainings of this stage that came before, in its log.
+    `before` are the steps of the trainings of this stage that came before, in its log. Returns the trained model, with
+    all its weights in the main process; in others it may have a share of them.
     """
-    last = last_checkpoint(Path(trainer.args.output_dir))
+    require_mode(trainer, job)
+    kind, shape = type(trainer.model), trainer.model.config
+    last = ranks.decided(job.main and continued_from(Path(trainer.args.output_dir), job), trainer.accelerator)
     step = int(last.rsplit("-", 1)[1]) if last else 0
     if last:
         job.say(f"continues from step {step:,} of {trainer.args.max_steps:,}")
@@ -83,6 +123,39 @@ def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reports(job, per_step, unit, step, before))
     trainer.train(resume_from_checkpoint=last)
+    if not job.device.sharded:
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes give theirs
+    return whole(kind, shape, weights).to(job.device.type) if job.main else trainer.model
+
+
+def whole(kind: type[nn.Module], shape: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """A model of one's own, fp32, with weights that several processes held."""
+    model = kind(shape)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return model
+
+
+def require_mode(trainer: Trainer, job: Job) -> None:
+    """Raise `UserError` where accelerate has silently set up another mode than the one asked for."""
+    found, mode = trainer.accelerator.distributed_type.name, job.device.mode
+    wrong_version = mode == "fsdp2" and not trainer.accelerator.is_fsdp2
+    if found not in SET_UP[mode] or trainer.accelerator.num_processes != job.device.processes or wrong_version:
+        raise UserError(
+            f"launch.mode={mode}: accelerate set up {trainer.accelerator.num_processes} {found} instead of "
+            f"{job.device.processes} {' or '.join(SET_UP[mode])}; unset the ACCELERATE_ variables of the environment"
+        )
+
+
+def continued_from(folder: Path, job: Job) -> str | None:
+    """The checkpoint to continue from; raises `UserError` where processes shared the model that now do not."""
+    last = last_checkpoint(folder)
+    saved = (Path(last) / COMPLETE).read_text() if last else job.device.mode
+    if saved != job.device.mode and {saved, job.device.mode} & set(SHARDED):
+        raise UserError(
+            f"launch.mode={job.device.mode}: was begun with {saved}; continue with that, or remove {folder}"
+        )
+    return last
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -110,11 +183,15 @@ class Reports(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Record the metrics of a step; the Trainer's own closing summary is left out."""
         if logs and "train_runtime" not in logs:
-            self.job.log(self.before + state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
+            step = self.before + state.global_step
+            axes = {OPTIMISER_STEP: step, self.unit: step * self.per_step}
+            self.job.log(step, {name: value for name, value in logs.items() if isinstance(value, int | float)}, axes)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written."""
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        """Mark the checkpoint that was just written, once all processes have written theirs of it."""
+        ranks.meet(self.job)
+        if self.job.main:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).write_text(self.job.device.mode)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the progress bar."""

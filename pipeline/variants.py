@@ -1,7 +1,7 @@
 """Variants of a run: the same command with other values, each in a run folder of its own, several at a time.
 
-What all variants share is made once, with all threads, before they go their ways; what some share is made by the first
-of them while the others wait for its lock.
+On this machine, what all variants share is made once, with all threads, before they go their ways; what some share is
+made by the first of them while the others wait for its lock. With launcher=slurm every artifact is a job of its own.
 """
 
 import contextlib
@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline import chain, device
+from pipeline import chain, waiting
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.submission import Member
 from stages import needed_by
 
 
@@ -50,34 +52,49 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
 
     Raises `Failed` where any failed, after all others are done; the first lines of their errors are printed.
     """
+    if config.launch.nodes > 1:
+        raise UserError(
+            f"launch.nodes={config.launch.nodes}: several runs at once need one machine each; use launch.nodes=1"
+        )
     composed = [compose(variant.arguments(config, overrides)) for variant in variants]
-    if len(composed) > 1:  # one alone shares nothing, and is made in a process of its own as well
-        _make_shared(composed, Path(config.runs) / config.run)
+    if config.launcher.kind == "slurm":
+        given = [variant.arguments(config, overrides) for variant in variants]
+        failed = waiting.make([Member(each, own) for each, own in zip(composed, given, strict=True)])
+        failed = {name.removeprefix(f"{config.run}/"): reason for name, reason in failed.items()}
+    else:
+        failed = _make_here(config, overrides, variants, composed)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise Failed(f"{len(failed)} of {len(variants)} variants failed; {name}: {reason}", failed)
+    return composed
+
+
+def _make_here(
+    config: DictConfig, overrides: list[str], variants: list[Variant], composed: list[DictConfig]
+) -> dict[str, str]:
+    """Make variants on this machine; name → first error line, and where more is said, of those that failed."""
+    _make_shared(composed, Path(config.runs) / config.run)
     jobs = min(len(variants), _jobs(config))
-    threads = config.runtime.threads or max(1, device.usable_cpus() // jobs)
+    threads = config.runtime.threads or max(1, _cores() // jobs)
     work = {
         variant.name: ([*variant.arguments(config, overrides), f"runtime.threads={threads}"], _log(each))
         for variant, each in zip(variants, composed, strict=True)
     }
     unfinished = {name: task for (name, task), each in zip(work.items(), composed, strict=True) if not _linked(each)}
-    failed = _run(unfinished, jobs)
-    if failed:
-        name, reason = next(iter(failed.items()))
-        message = f"{len(failed)} of {len(variants)} variants failed; {name}: {reason} (see {work[name][1]})"
-        raise Failed(message, failed)
-    return composed
+    return {name: f"{reason} (see {work[name][1]})" for name, reason in _run(unfinished, jobs).items()}
 
 
 def _make_shared(configs: list[DictConfig], run: Path) -> None:
-    """Make the stages that every variant needs in the same form, and link them into `run`."""
+    """Make the stages that every variant needs in the same form, and link them into `run`; one alone shares none."""
     plans = [chain.plan(config, needed_by(config.target, config)) for config in configs]
+    for config, plan in zip(configs, plans, strict=True):
+        chain.check(config, plan)
     planned = plans[0]
     shared = {
         name: entry
         for name, entry in planned.items()
-        if all(name in plan and plan[name].fingerprint == entry.fingerprint for plan in plans)
+        if len(plans) > 1 and all(name in plan and plan[name].fingerprint == entry.fingerprint for plan in plans)
     }
-    chain.check_sources(configs[0], shared)
     for entry in shared.values():
         if not entry.artifact.finished:
             chain.make(configs[0], entry, planned)
@@ -94,31 +111,49 @@ def _linked(config: DictConfig) -> bool:
 
 
 def _run(work: dict[str, tuple[list[str], Path]], jobs: int) -> dict[str, str]:
-    """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed."""
-    if not work:
-        return {}
-    failed, started, done, jobs = {}, time.monotonic(), 0, min(jobs, len(work))
-    print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
-        names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
-        for future in _as_finished(pool, set(names)):
-            name, reason, done = names[future], future.result(), done + 1
-            failed |= {name: reason} if reason else {}
-            state = f"failed: {reason}" if reason else "done"
-            print(f"{done} of {len(work)}  {name}: {state}  ({time.monotonic() - started:.0f} s)", flush=True)
+    """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed.
+
+    Where a process is ended from outside, which ends all others with it, the rest is made one at a time.
+    """
+    failed: dict[str, str] = {}
+    left, started, jobs = dict(work), time.monotonic(), min(jobs, len(work))
+    if left:
+        print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
+    while left:
+        try:
+            for name, reason in _finished(left, jobs):
+                _note(failed, name, reason, len(work) - len(left) + 1, len(work), time.monotonic() - started)
+                del left[name]
+        except BrokenProcessPool:
+            if jobs == 1:
+                name = next(iter(left))
+                _note(failed, name, OUTSIDE, len(work) - len(left) + 1, len(work), time.monotonic() - started)
+                del left[name]
+            jobs = 1
     return failed
 
 
-def _as_finished(pool: ProcessPoolExecutor, futures: set[Future[str | None]]) -> Iterator[Future[str | None]]:
-    """Futures as they finish; an interrupt ends what is running and starts no more."""
-    try:
-        while futures:
-            finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-            yield from finished
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+OUTSIDE = "its process was ended from outside, perhaps for want of memory; launcher.jobs=1 takes less"
+
+
+def _note(failed: dict[str, str], name: str, reason: str | None, done: int, count: int, seconds: float) -> None:
+    if reason:
+        failed[name] = reason
+    print(f"{done} of {count}  {name}: {f'failed: {reason}' if reason else 'done'}  ({seconds:.0f} s)", flush=True)
+
+
+def _finished(work: dict[str, tuple[list[str], Path]], jobs: int) -> Iterator[tuple[str, str | None]]:
+    """Names as they are done, with the first line of their error; an interrupt ends what is running."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
+        names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
+        try:
+            for future in as_completed(names):
+                yield names[future], future.result()
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _make_one(overrides: list[str], log: Path) -> str | None:
@@ -168,9 +203,15 @@ def _end_with_the_driver() -> None:
 
 def _jobs(config: DictConfig) -> int:
     """How many variants are made at a time."""
-    if config.runtime.jobs is not None:
-        return config.runtime.jobs
+    if config.launcher.jobs is not None:
+        return config.launcher.jobs
     import torch
 
     on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
-    return 1 if on_gpu else max(1, device.usable_cpus() // (config.runtime.threads or 1))
+    return 1 if on_gpu else max(1, _cores() // (config.runtime.threads or 1))
+
+
+def _cores() -> int:
+    from pipeline.device import usable_cpus  # imports torch, which the report does without
+
+    return usable_cpus()

@@ -1,30 +1,40 @@
 """One of the processes that run a stage together: `python -m pipeline.worker JOB_FILE`, started by pipeline/launch.py.
 
-Only the main process (rank 0) writes files, speaks and tracks.
+`srun python -m pipeline.worker JOB_FILE` starts them as well, one task each. Only the main process (rank 0) writes
+files, speaks and tracks.
 """
 
+import datetime
 import os
+import re
 import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from pipeline import launch
+from pipeline import launch, nodes
 from pipeline.artifact import write_json
 from pipeline.errors import UserError
 
 MODES = {"cpu": ("MULTI_CPU", "gloo"), "cuda": ("MULTI_GPU", "nccl")}  # device → accelerate's mode, torch's backend
+# what accelerate reads of FSDP before the trainer's own arguments: whole states on rank 0 need gloo beside nccl
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+# processes wait for the main one while it samples and measures alone, however long that takes; one that fails or goes
+# ends the others through the launcher, not through this
+LONGEST_WAIT = datetime.timedelta(days=7)
 
 
 def main(file: Path) -> None:
     """Do this process's part of the task in `file`; after an error, which it reports to the driver, exit status 1."""
-    end_with_the_driver()
+    if not adopt_slurm():
+        end_with_the_driver()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end without a traceback
     sys.path.insert(0, "")  # reward functions by import path may lie beside the user
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         os.dup2(1, 2)  # the launcher's stderr is a file: the progress bar goes to where the driver prints
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not DDP's advice on training.arguments
     try:
         result = run(launch.read(file), rank)
     except Exception as error:
@@ -34,8 +44,25 @@ def main(file: Path) -> None:
         write_json(file.parent / "result.json", result)
 
 
+def adopt_slurm() -> bool:
+    """Take rank and meeting point from Slurm where srun started this process itself; whether it did."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
+        return False
+    slurm = {
+        name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "NTASKS", "LOCALID", "STEP_TASKS_PER_NODE", "JOB_ID")
+    }
+    on_this_machine = re.match(r"\d+", slurm["STEP_TASKS_PER_NODE"])[0]  # as "4(x2)": the same number on every machine
+    os.environ |= {"RANK": slurm["PROCID"], "WORLD_SIZE": slurm["NTASKS"]}
+    os.environ |= {"LOCAL_RANK": slurm["LOCALID"], "LOCAL_WORLD_SIZE": on_this_machine}
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = nodes.slurm_address() or "127.0.0.1"
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm["JOB_ID"]) % 20000))
+    return True
+
+
 def run(task: launch.Task, rank: int) -> dict[str, Any]:
     """Join the other processes and run the stage; returns what the manifest says of the execution."""
+    os.environ |= FSDP if task.mode == "fsdp2" else {}
     from accelerate import PartialState
     from omegaconf import OmegaConf
 
@@ -45,24 +72,33 @@ def run(task: launch.Task, rank: int) -> dict[str, Any]:
     config = OmegaConf.create(task.config)
     OmegaConf.set_struct(config, True)
     OmegaConf.set_readonly(config, True)
-    kind = device.choose(config.runtime, task.processes)
-    state = PartialState(cpu=kind == "cpu")
-    require_mode(state, kind, task.processes)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind = device.choose(config.runtime, on_this_machine)
+    state = PartialState(cpu=kind == "cpu", timeout=LONGEST_WAIT)
+    require_mode(state, kind, task)
     inputs = {stage: Path(folder) for stage, folder in task.inputs.items()}
-    job = Job(task.stage, config, inputs, Path(task.out), Path(task.checkpoints), rank, task.processes)
+    group = device.Group(rank, task.processes, on_this_machine, task.mode)
+    job = Job(task.stage, config, inputs, Path(task.out), Path(task.checkpoints), group)
+    os.environ["OMP_NUM_THREADS"] = str(job.device.threads)  # otherwise a trainer sets torch's threads anew
     result = execute(job, task.fingerprint)
     state.wait_for_everyone()
     state.destroy_process_group()
     return result
 
 
-def require_mode(state: Any, kind: str, processes: int) -> None:
-    """Raise `UserError` where accelerate has silently set up anything but `processes` processes of equal rank."""
-    found = (state.num_processes, state.distributed_type.name, state.backend)
-    if found != (processes, *MODES[kind]):
+def require_mode(state: Any, kind: str, task: launch.Task) -> None:
+    """Raise `UserError` where accelerate has silently set up anything but the processes of `task`, of equal rank.
+
+    What they hold of the model is checked once there is one: pipeline/training.py.
+    """
+    mode, backend = MODES[kind]
+    if task.mode == "fsdp2" and kind == "cuda":
+        backend = "cuda:nccl,cpu:gloo"
+    found, wanted = (state.num_processes, state.distributed_type.name, state.backend), (task.processes, mode, backend)
+    if found != wanted:
         raise UserError(
-            f"launch.processes={processes}: accelerate set up {' '.join(map(str, found))} instead of {processes} "
-            f"{' '.join(MODES[kind])}; unset the ACCELERATE_ variables of the environment"
+            f"launch.mode={task.mode}: accelerate set up {' '.join(map(str, found))} instead of "
+            f"{' '.join(map(str, wanted))}; unset the ACCELERATE_ variables of the environment"
         )
 
 

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 import rewards
+from pipeline import players
 
 
 @dataclass(frozen=True)
@@ -15,15 +18,16 @@ class Stage:
 
     parents: tuple[str, ...]  # all that it can need; `parents` has those of a configuration
     keys: tuple[str, ...]  # the configuration it may read; all of it is in its fingerprint
-    sources: tuple[str, ...] = ()  # keys of data sources whose content is in its fingerprint
+    sources: tuple[str, ...] = ()  # keys of data sources whose content is in its fingerprint; .* is every name
     functions: tuple[str, ...] = ()  # keys of reward functions whose source code is in its fingerprint
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
     models: tuple[str, ...] = ()  # keys of model folders, or names on the hub, whose content is in its fingerprint
+    named: tuple[str, ...] = ()  # those keys of folders whose names, RUN/STAGE, its results hold: they count as well
     without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
     version: int = 1
     metric: str = ""  # the metric that tables show
-    several_processes: bool = False  # whether several processes can run it together (`launch.processes`)
+    several_processes: bool = False  # whether several processes can run it together (`launch`)
 
 
 STAGES = {
@@ -38,6 +42,7 @@ STAGES = {
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
         metric="bits_per_byte",
+        several_processes=True,
     ),
     "sft": Stage(
         parents=("pretrain",),
@@ -45,6 +50,7 @@ STAGES = {
         sources=("data.replies",),
         version=2,
         metric="reply_bits_per_byte",
+        several_processes=True,
     ),
     "comparisons": Stage(
         parents=("sft",),
@@ -65,12 +71,14 @@ STAGES = {
         without=("reward.gate",),
         version=4,
         metric="accuracy",
+        several_processes=True,
     ),
     "dpo": Stage(
         parents=("sft", "comparisons"),
         keys=("dpo", "precision"),
         version=2,
         metric="accuracy",
+        several_processes=True,
     ),
     "ppo": Stage(
         parents=("sft", "reward"),
@@ -93,16 +101,26 @@ STAGES = {
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
         keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
-        sources=("data.replies", "data.text"),
+        sources=("data.replies", "data.text", "evaluate.tasks.*"),
         functions=("evaluate.judge", "evaluate.second_judge"),
         models=("evaluate.judge_model.path",),
-        version=4,
+        folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
+        named=("evaluate.earlier",),
+        version=6,
         metric="ppo_gold_mean",
     ),
 }
 
 
-MODELS = {"base": "pretrain", "sft": "sft", "dpo": "dpo", "ppo": "ppo"}  # a model's name → the stage that makes it
+def sources(name: str, config: Any) -> list[str]:
+    """The keys of the data sources of stage `name` under `config`, those in a mapping by their names."""
+    found = []
+    for key in STAGES[name].sources:
+        if key.endswith(".*"):
+            found += [f"{key[:-1]}{entry}" for entry in OmegaConf.select(config, key[:-2])]
+        else:
+            found.append(key)
+    return found
 
 
 def parents(name: str, config: Any) -> list[str]:
@@ -121,10 +139,9 @@ def parents(name: str, config: Any) -> list[str]:
             if stage not in ("dpo", "ppo") or stage == config.frontier.method
         ]
     if name == "evaluate":
-        compared = ["sft", *(MODELS[model] for model in config.evaluate.models)]
-        made_with = {stage for model in compared for stage in needed_by(model, config)}
-        if config.evaluate.best_of is not None:
-            made_with |= {"comparisons", "reward"}
+        taking_part = [players.player(name, "evaluate.models") for name in config.evaluate.models]
+        compared = {"sft"} | players.stages_of(taking_part)
+        made_with = {needed for stage in compared for needed in needed_by(stage, config)}
         return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
     return list(STAGES[name].parents)
 

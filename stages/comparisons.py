@@ -12,6 +12,7 @@ from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.pairing import Answer, Candidate
+from pipeline.players import policy_name
 from pipeline.preferences import Pair
 
 
@@ -104,7 +105,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
     Replies without an end token are left out: the token would have to be made up.
     """
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
-    policies = {"sft": job.inputs["sft"]} | {name_of(Path(folder)): Path(folder) for folder in config.policies}
+    policies = {"sft": job.inputs["sft"]} | {policy_name(folder): Path(folder) for folder in config.policies}
     tokenizer = chat.require_same_template(policies)
     room = models.load_policy(job.inputs["sft"], "meta")
     train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
@@ -126,11 +127,6 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
                 groups[i // config.samples_per_prompt].append(Answer(asked[i].prompt, text, name))
     bar.close()
     return groups[: len(train)], groups[len(train) :], unfinished
-
-
-def name_of(folder: Path) -> str:
-    """What a policy is called: its run and stage, where it lies in the folder of a run, runs/<run>/<stage>."""
-    return f"{folder.parent.name}/{folder.name}"
 
 
 def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer
 
-from pipeline import chat, displacement, likelihood, models, preferences, statistics, training
+from pipeline import chat, displacement, likelihood, models, preferences, ranks, statistics, training
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.preferences import TokenisedPairs
@@ -25,7 +25,10 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(1, len(ordered.rows) // config.batch_size)
     tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in ordered.rows)
     job.announce(f"{tokens // steps:,} tokens", steps, (6 + 2) * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, ordered, steps)
+    training.require_whole_batch(job, len(ordered.rows), config.batch_size)
+    model = fit(job, model, tokenizer, ordered, steps)
+    if not job.main:
+        return {}
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta)
@@ -40,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> None:
+def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> Any:
     """Train with TRL, which renders and tokenises the pairs; reference log-probabilities are computed once and kept.
 
     Raises `UserError` where TRL's tokens differ from those of the other stages.
@@ -56,13 +59,13 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int)
         precompute_ref_log_probs=True,
         max_length=None,
     )
-    trainer = DPOTrainer(
-        model, args=arguments, train_dataset=on_disk(job, tokenizer, pairs), processing_class=tokenizer
-    )
+    with ranks.main_first(job):
+        train_dataset = on_disk(job, tokenizer, pairs)
+    trainer = DPOTrainer(model, args=arguments, train_dataset=train_dataset, processing_class=tokenizer)
     for theirs, ours in zip(trainer.train_dataset, pairs.rows, strict=True):
         if any(theirs[name] != ours[name] for name in ours):
             raise UserError("dpo: this model's chat template writes text after the end token, which DPO would train on")
-    training.train(trainer, job, config.batch_size, "pairs")
+    return training.train(trainer, job, config.batch_size, "pairs")
 
 
 def on_disk(job: Job, tokenizer: Any, train: TokenisedPairs) -> Dataset:

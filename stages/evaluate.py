@@ -1,9 +1,9 @@
 """Stage `evaluate`: the models of the run reply to the same held-out prompts, judged by two judges."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 import rewards
 from pipeline import (
@@ -16,34 +16,41 @@ from pipeline import (
     ensemble,
     held_out,
     judge_model,
-    likelihood,
+    measuring,
     models,
     paired,
-    sampling,
     statistics,
+    suites,
 )
 from pipeline.artifact import read_json, read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.measuring import Played, Shared
+from pipeline.players import MODELS, Player, player, policy_name
 from pipeline.sources import is_task
 from rewards import RewardFunction
 from rewards.learned import learned
 from rewards.repetition import repeated_share
-from stages import MODELS
-
-GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
 
 
 def run(job: Job) -> dict[str, Any]:
     """Sample, judge, and compare with people's own replies; all replies are left in samples.jsonl."""
     config = job.config.evaluate
-    stages = {name: stage for name, stage in MODELS.items() if name in config.models}
-    tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
+    taking_part = by_model(config)
+    earlier = {policy_name(folder): Path(folder) for folder in config.earlier}
+    folders = {name: job.inputs[stage] for name, stage in MODELS.items() if name in taking_part} | earlier
+    made = {stage: folder for stage, folder in job.inputs.items() if stage != "comparisons"}
+    tokenizer = chat.require_same_template(made | earlier)
     reference = models.load_policy(job.inputs["sft"], job.device.type)
-    examples = held_out.prompts(job, tokenizer, reference, config.prompts, config.seed)
-    examples, contaminated = checked_for_copies(job, examples)
-    announce(job, len(examples), reference)
+    smallest = narrowest(reference, earlier)
+    examples = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
+    tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
+    examples, contaminated, counted = checked_for_copies(job, examples, tasks)
+    problems = sum(len(suite.problems) for suite in tasks.values())
+    announce(job, taking_part, len(examples), problems, reference)
+    if config.judge_model.path is not None:
+        judge_model.check(config.judge_model)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:
@@ -51,28 +58,26 @@ def run(job: Job) -> dict[str, Any]:
     texts = held_out.first_texts(
         data.texts(data.load(job.config.data.text, "test").rows), tokenizer, config.text_tokens
     )
-    bar = job.progress((len(stages) + (config.best_of or 0)) * len(examples), "replies")
-    found, replies, proxies = {}, {}, {}
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
+    bar = job.progress(replies_in_all(taking_part, len(examples), problems), "replies")
+    played: dict[str, Played] = {}
     if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
-        found["human"], replies["human"] = {}, [example.reply for example in examples]
-    for name, stage in stages.items():
-        policy = models.load_policy(job.inputs[stage], job.device.type)
-        found[name], replies[name], by_proxy = measured(job, policy, reference, proxy, judges[0], tokenizer, examples)
-        found[name]["text_bits_per_byte"] = held_out.text_bits_per_byte(
-            policy, tokenizer, texts, job.config.pretrain.context
-        )  # as pretraining measures it: what alignment took from the language model
-        if by_proxy is not None:
-            proxies[name] = by_proxy
-        bar.update(len(examples))
-    if config.best_of is not None:
-        name = f"best_of_{config.best_of}"
-        found[name], replies[name], proxies[name] = best_of(job, reference, proxy, tokenizer, examples, bar)
+        played["human"] = Played([example.reply for example in examples], None, {})
+    for model, players in taking_part.items():
+        played |= measuring.of_model(shared, folders[model], players, bar)
     bar.close()
+    replies = {name: one.replies for name, one in played.items()}
+    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
     golds, seconds = ({name: judged_by(judge, examples, texts) for name, texts in replies.items()} for judge in judges)
-    for name in replies:
-        found[name] = judged(job, replies[name], golds[name], seconds[name]) | found[name]
+    found = {name: judged(job, replies[name], golds[name], seconds[name]) | played[name].metrics for name in played}
+    for name, one in played.items():
+        if one.greedy:
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy), config)
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
+    answers = {name: one.answers for name, one in played.items() if one.answers is not None}
+    write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
     if config.judge_model.path is not None:
@@ -82,6 +87,7 @@ def run(job: Job) -> dict[str, Any]:
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
+        "tasks": {name: suites.described(suite) | {"contamination": counted[name]} for name, suite in tasks.items()},
         **further,
         "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
         "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
@@ -92,57 +98,30 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def measured(
-    job: Job, policy: Any, reference: Any, proxy: RewardFunction | None, judge: RewardFunction, tokenizer: Any,
-    examples: list[Example],
-) -> tuple[dict[str, Any], list[str], list[float] | None]:  # fmt: skip
-    """What is measured of a model itself, its sampled replies, and their scores by `proxy`, PPO's reward model."""
-    sampled = sample(job, policy, tokenizer, examples, job.config.sampling)
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    ids = [reply.ids for reply in sampled]
-    texts = [chat.reply_text(tokenizer, reply) for reply in ids]
-    metrics = {
-        "ended_share": float(np.mean([reply.ended for reply in sampled])),
-        "kl": likelihood.kl(policy, reference, prompts, ids, job.config.sampling.temperature, tokenizer.pad_token_id),
-        "reply_bits_per_byte": held_out.reply_bits_per_byte(
-            policy, tokenizer, examples, policy.config.max_position_embeddings
-        ),
-    }
-    by_proxy = None
-    if proxy is not None:
-        by_proxy = proxy([e.prompt for e in examples], texts, prompt_ids=prompts, completion_ids=ids)
-        metrics["proxy_mean"] = float(np.mean(by_proxy))
-    if job.config.evaluate.greedy:
-        greedy = sample(job, policy, tokenizer, examples, OmegaConf.merge(job.config.sampling, GREEDY))
-        gold = judged_by(judge, examples, [chat.reply_text(tokenizer, reply.ids) for reply in greedy])
-        metrics |= with_interval("greedy_gold", gold, job.config.evaluate)
-    return metrics, texts, by_proxy
+def by_model(config: Any) -> dict[str, dict[str, Player]]:
+    """The players of each model by their names: those of the run, and one for each policy of another run."""
+    found: dict[str, dict[str, Player]] = {}
+    for name in config.models:
+        entered = player(name, "evaluate.models")
+        found.setdefault(entered.model, {})[name] = entered
+    earlier = [policy_name(folder) for folder in config.earlier]
+    return found | {name: {name: Player(name)} for name in earlier}
 
 
-def best_of(
-    job: Job, policy: Any, proxy: RewardFunction, tokenizer: Any, examples: list[Example], bar: Any
-) -> tuple[dict[str, Any], list[str], list[float]]:
-    """Best-of-n: of `evaluate.best_of` samples of the SFT model the one that the reward model scores highest.
+def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
+    """How many replies all models together give; the players of one model choose among the same samples of a prompt.
 
-    Returns what is measured of it, the replies, and their scores. Its KL to the SFT model is at most
-    log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879), which is what is reported.
+    Problems of tasks are answered by every model that takes part by itself, once for each way of sampling.
     """
-    count, config = job.config.evaluate.best_of, job.config.evaluate
-    asked = [example for example in examples for _ in range(count)]
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    numbers = sampling.random_numbers(config.seed + 1, len(prompts), job.config.sampling)
-    sampled = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)
-    texts = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
-    ids = {"prompt_ids": prompts, "completion_ids": [reply.ids for reply in sampled]}
-    scores = proxy([e.prompt for e in asked], texts, **ids)
-    best = [start + int(np.argmax(scores[start : start + count])) for start in range(0, len(asked), count)]
-    chosen = [scores[i] for i in best]
-    metrics = {
-        "ended_share": float(np.mean([sampled[i].ended for i in best])),
-        "kl": float(np.log(count) - (count - 1) / count),
-        "proxy_mean": float(np.mean(chosen)),
-    }
-    return metrics, [texts[i] for i in best], chosen
+    by_themselves = [name for players in taking_part.values() for name, one in players.items() if one.count == 1]
+    samples = sum(measuring.most_samples(players) for players in taking_part.values())
+    return samples * prompts + len(by_themselves) * problems
+
+
+def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
+    """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
+    others = [models.load_policy(folder, "meta") for folder in earlier.values()]
+    return min([reference, *others], key=lambda model: model.config.max_position_embeddings)
 
 
 def sample_rows(
@@ -209,16 +188,47 @@ def with_interval(name: str, scores: list[float | None], config: Any) -> dict[st
     return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
 
 
-def announce(job: Job, prompts: int, model: Any) -> None:
+def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
-    compared = len(set(job.config.evaluate.models))
-    replies = (compared + (job.config.evaluate.best_of or 0)) * prompts
+    replies = replies_in_all(taking_part, prompts, problems)
     flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
-    job.announce(f"{replies:,} replies of {compared} models to {prompts} held-out prompts", None, flops)
+    asked = f"{prompts} held-out prompts" + (f" and {problems:,} problems" if problems else "")
+    job.announce(f"{replies:,} replies of {len(taking_part)} models to {asked}", None, flops)
 
 
-def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example], dict[str, Any]]:
-    """Counts of prompts (with their replies) that occur in what each stage was trained on; without them where asked."""
+def checked_for_copies(
+    job: Job, examples: list[Example], tasks: dict[str, suites.Suite]
+) -> tuple[list[Example], dict[str, Any], dict[str, dict[str, Any]]]:
+    """Counts of prompts (with their replies) and of each task's problems that occur in what each stage was trained on.
+
+    Returns the prompts, their counts, and those of each task; where asked for, what occurs is left out of both.
+    """
+    texts = {"prompts": [spoken(e.prompt, e.reply) for e in examples]}
+    texts |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    found = contamination.against(texts, trained_on(job))
+    examples, counts = without_copies(job, "prompts", examples, *found["prompts"])
+    by_task = {}
+    for name, suite in tasks.items():
+        suite.problems, by_task[name] = without_copies(
+            job, f"problems of evaluate.tasks.{name}", suite.problems, *found[f"tasks.{name}"]
+        )
+    return examples, counts, by_task
+
+
+def without_copies(
+    job: Job, what: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray
+) -> tuple[list[Any], dict[str, Any]]:
+    """The items and their counts; with `evaluate.remove_contaminated` without those flagged."""
+    if not job.config.evaluate.remove_contaminated:
+        return items, counts
+    kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
+    if len(kept) < 2:
+        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} {what}")
+    return kept, counts | {"removed": len(items) - len(kept)}
+
+
+def trained_on(job: Job) -> dict[str, list[str]]:
+    """The texts that each training stage saw, by its name."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained = {
         "pretrain": data.texts(data.load(job.config.data.text, "train").rows),
@@ -228,25 +238,12 @@ def checked_for_copies(job: Job, examples: list[Example]) -> tuple[list[Example]
         pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
         sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
         trained["comparisons"] = [spoken(pair["prompt"], pair[side]) for pair, side in sides]
-    found, flags = contamination.against([spoken(e.prompt, e.reply) for e in examples], trained)
-    if not job.config.evaluate.remove_contaminated:
-        return examples, found
-    kept = [example for example, flag in zip(examples, flags, strict=True) if not flag]
-    if len(kept) < 2:
-        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(examples)} prompts")
-    return kept, found | {"removed": len(examples) - len(kept)}
+    return trained
 
 
 def spoken(prompt: list[dict[str, str]], reply: str) -> str:
     """A prompt without system messages, and its reply, as one text."""
     return "\n".join([*(m["content"] for m in prompt if m["role"] != "system"), reply])
-
-
-def sample(job: Job, policy: Any, tokenizer: Any, examples: list[Example], how: Any) -> list[sampling.Reply]:
-    """One reply to each prompt, sampled as `how` says."""
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), how)
-    return sampling.sample(policy, prompts, how, tokenizer, numbers)
 
 
 def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]) -> list[float | None]:

@@ -50,6 +50,7 @@ from pipeline.actors import Actors
 from pipeline.advantages import estimate
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.rollout_views import views
 from pipeline.rollouts import Prompt, Rollout
 from rewards.learned import learned
 
@@ -71,6 +72,7 @@ class Ppo:
     micro: int  # replies per forward pass
     kl_coef: float = 0.0  # of the current rollout
     engine: engines.Engine | None = None  # that samples instead of our own sampler
+    ratios: list[Tensor] | None = None  # of this rollout's update, per token, where they are tracked
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             if checkpoint_due(ppo, number, first, total):  # the policy of `number` rollouts has just passed the guards
                 save_checkpoint(ppo, number)
             set_learning_rates(ppo, 1 - number / total)
+            ppo.ratios = [] if job.tracked else None
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
             ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
@@ -109,7 +112,9 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
             break
         result |= metrics
-        job.log(number + 1, metrics)
+        job.log(number + 1, metrics, {"rollout": number + 1})
+        if job.tracked:
+            job.show(views(job, ppo.tokenizer, number + 1, batch, rollout, advantages, ppo.ratios), number + 1)
         bar.update(config.batch_size)
         if number + 1 in snapshots(config.snapshots, total) and ppo.accelerator.is_main_process:
             episodes = (number + 1) * config.batch_size
@@ -132,6 +137,7 @@ def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict
     are not finite any more, and going back was not asked for.
     """
     broken = guards.broken(metrics)
+    ppo.job.alert("PPO stopped", f"{ppo.job.config.run}: {reason} at rollout {rollout}")
     if ppo.config.on_trip == "stop" and broken:
         raise UserError(
             f"ppo: {reason} at rollout {rollout}; lower ppo.learning_rate or ppo.critic_learning_rate, "
@@ -303,6 +309,8 @@ def policy_loss(ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor) -
     old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
     policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
     log_ratio = (logprobs - old).detach()
+    if ppo.ratios is not None:
+        ppo.ratios.append(log_ratio.exp())
     sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
     loss = policy.sum()
     if config.kl_in == "loss":

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
-from pipeline import baselines, chat, data, held_out, models, training
+from pipeline import baselines, chat, data, held_out, models, ranks, training
 from pipeline.job import Job
 from pipeline.muon import MuonAdamW
-from pipeline.packing import PackedRows, packed
+from pipeline.packing import EvenedRows, PackedRows, packed
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -20,11 +20,14 @@ def run(job: Job) -> dict[str, Any]:
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
         shuffled = data.draw(train_texts, len(train_texts), config.seed)
-        rows = PackedRows(packed(shuffled, tokenizer, job.checkpoints / "tokens.bin"), config.context)
+        with ranks.main_first(job):
+            stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
         job.announce(
             f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
         )
-        fit(job, model, rows, steps)
+        model = fit(job, model, PackedRows(stream, config.context), steps)
+    if not job.main:
+        return {}
     models.save(model, tokenizer, job.out)
     texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
     return {
@@ -44,22 +47,44 @@ def start(job: Job, tokenizer: Any) -> torch.nn.Module:
     return models.from_scratch(job.config.model, tokenizer, job.config.pretrain.seed)
 
 
-def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> None:
-    """Optimise with Muon and AdamW under a warm-up, stable, decay schedule."""
-    config = job.config.pretrain
-    optimizer = MuonAdamW(model, config.matrix_learning_rate, config.learning_rate, job.device.bf16)
-    schedule = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=round(config.warmup * steps),
-        num_decay_steps=round(config.decay * steps),
-        num_training_steps=steps,
-        decay_type="linear",
-    )
-    shared = training.arguments(job, config.batch_size, steps, config.seed)
-    trainer = Trainer(
+class MuonTrainer(Trainer):
+    """A Trainer with Muon and AdamW under a warm-up, stable, decay schedule.
+
+    It makes them when it trains: processes that share out the weights do so first.
+    """
+
+    def __init__(self, job: Job, **options: Any):
+        self.job = job
+        super().__init__(**options)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser."""
+        config = self.job.config.pretrain
+        self.optimizer = MuonAdamW(self.model, config.matrix_learning_rate, config.learning_rate, self.job.device.bf16)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of both learning rates."""
+        config = self.job.config.pretrain
+        self.lr_scheduler = get_wsd_schedule(
+            self.optimizer,
+            num_warmup_steps=round(config.warmup * num_training_steps),
+            num_decay_steps=round(config.decay * num_training_steps),
+            num_training_steps=num_training_steps,
+            decay_type="linear",
+        )
+        return self.lr_scheduler
+
+
+def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> torch.nn.Module:
+    """The trained model."""
+    config, processes = job.config.pretrain, job.device.processes
+    trainer = MuonTrainer(
+        job,
         model=model,
-        args=TrainingArguments(**shared, max_grad_norm=config.max_grad_norm),
-        train_dataset=rows,
-        optimizers=(optimizer, schedule),
+        args=TrainingArguments(
+            **training.arguments(job, config.batch_size, steps, config.seed), max_grad_norm=config.max_grad_norm
+        ),
+        train_dataset=rows if processes == 1 else EvenedRows(rows, config.batch_size, processes),
     )
-    training.train(trainer, job, config.batch_size * config.context, "tokens")
+    return training.train(trainer, job, config.batch_size * config.context, "tokens")

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import chat, checkup, ensemble, likelihood, lora, models, preferences, sampling, training
+from pipeline import chat, checkup, checkup_views, ensemble, likelihood, lora, models, preferences, sampling, training
 from pipeline.data import draw
 from pipeline.ensemble import Ensemble
 from pipeline.errors import UserError
@@ -25,11 +25,15 @@ def run(job: Job) -> dict[str, Any]:
     train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
     if config.pairs is not None:
         train = train.take(draw(list(range(len(train.rows))), config.pairs, config.seed))
-    samples = sft_samples(job, tokenizer, test.pairs)
+    samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
     members = [member(job, number, tokenizer, train, samples) for number in range(config.ensemble)]
+    if not job.main:
+        return {}
     model = combined(job, members, tokenizer, samples)
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.bf16):  # as PPO will score
         checked = check_up(model, tokenizer, train.pairs, test)
+    if job.tracked:
+        job.show(checkup_views.views(checked))
     return checked | {
         "score_mean": members[0].config.score_mean,
         "score_std": members[0].config.score_std,
@@ -46,14 +50,16 @@ def member(job: Job, number: int, tokenizer: Any, train: TokenisedPairs, samples
     if done.exists():
         return models.load_reward_model(out, job.device.type)
     ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, seed))
+    training.require_whole_batch(job, len(ordered.rows), config.batch_size)
     steps = max(1, len(ordered.rows) // config.batch_size)
     model = with_score_head(job, tokenizer, seed)
     tokens = sum(len(s) for row in ordered.rows for s in preferences.sequences(row))
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
     model = fit(job, model, tokenizer, ordered, number).eval()
-    normalise(model, tokenizer, samples)
-    models.save(model, tokenizer, out)
-    done.touch()
+    if job.main:
+        normalise(model, tokenizer, samples)
+        models.save(model, tokenizer, out)
+        done.touch()
     return model
 
 
@@ -122,11 +128,12 @@ def fit(job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs,
             model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config
         )
         trainer.smoothing = config.label_smoothing
-    training.train(trainer, job, config.batch_size, "pairs", number * steps)
+    trained = training.train(trainer, job, config.batch_size, "pairs", number * steps)
     if peft_config is None:
-        return model
-    trainer.model.save_pretrained(member_folder(job, number) / "adapter")
-    return trainer.model.merge_and_unload()
+        return trained
+    if job.main:
+        trained.save_pretrained(member_folder(job, number) / "adapter")
+    return trained.merge_and_unload()
 
 
 def classifier_trainer(

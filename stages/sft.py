@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import chat, data, held_out, models, sampling, training
+from pipeline import chat, data, held_out, models, ranks, sampling, training
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -18,7 +18,7 @@ def run(job: Job) -> dict[str, Any]:
     model = models.load_policy(job.inputs["pretrain"], job.device.type)
     train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
     examples = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
-    before = held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length)
+    before = held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length) if job.main else None
     rows = [
         row
         for row in (tokenised(tokenizer, example) for example in train)
@@ -32,7 +32,9 @@ def run(job: Job) -> dict[str, Any]:
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
-    fit(job, model, tokenizer, [rows[i] for i in order], steps)
+    model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
+    if not job.main:
+        return {}
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
@@ -52,9 +54,12 @@ def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> None:
-    """Train with TRL on rows that are already tokenised, so that TRL neither truncates nor renders them."""
-    config = job.config.sft
+def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> Any:
+    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
+    config, processes = job.config.sft, job.device.processes
+    if processes > 1:
+        unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
+        rows = ranks.evened(rows, config.batch_size, processes, unseen)
     arguments = SFTConfig(
         **training.arguments(job, config.batch_size, steps, config.seed),
         **training.linear_schedule(config.learning_rate, config.warmup, steps),
@@ -63,7 +68,7 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
         max_length=None,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    training.train(trainer, job, config.batch_size, "examples")
+    return training.train(trainer, job, config.batch_size, "examples")
 
 
 def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:

@@ -218,7 +218,9 @@ def gold(policy: Any, job: Job) -> float:
     tokenizer = chat.require_same_template(job.inputs)
     job = Job("evaluate", job.config, {**job.inputs, "comparisons": comparisons_of(job)}, job.out, job.checkpoints)
     examples = held_out.prompts(job, tokenizer, policy, job.config.evaluate.prompts, job.config.evaluate.seed)
-    replies = evaluate.sample(job, policy, tokenizer, examples, job.config.sampling)
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), job.config.sampling)
+    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
     texts = [chat.reply_text(tokenizer, reply.ids) for reply in replies]
     judge = rewards.load(job.config.evaluate.judge)
     return float(np.mean(evaluate.applicable(evaluate.judged_by(judge, examples, texts), "judge")))

@@ -76,8 +76,8 @@ def test_the_report_shows_what_there_is(runs, capsys):
     cli.main(["report", *SMALL, f"runs={runs}"])
     shown, page = capsys.readouterr().out, (runs / "arithmetic/report.html").read_text()
     for stage in ("comparisons", "reward", "dpo"):
-        assert f"<td>{stage}</td>" not in page
-    assert "comparisons that the reward model" not in page and "<td>human</td>" not in page
+        assert f'<th scope="row">{stage}</th>' not in page
+    assert "comparisons that the reward model" not in page and 'data-model="human"' not in page
     for heading in ("gold judge: exact_match", "exact_match, greedy", "second judge: length"):
-        assert heading in shown and f"<th>{heading}</th>" in page
+        assert heading in shown and f'<th scope="col" class="number">{heading}</th>' in page
     assert "reward model" not in shown.split("gold judge")[1]

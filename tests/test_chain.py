@@ -65,10 +65,16 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
     for split in ("train", "test"):
         (tmp_path / f"hh-rlhf/{split}.jsonl.gz").touch()
     config = compose(["experiment=hh", "reward@evaluate.judge=length", "reward@ppo.reward=learned_brief"])
-    covered = {part for planned in chain.plan(config).values() for part in planned.parts}
-    neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.")
+    plans = chain.plan(config), chain.plan(config, needed_by("frontier", config))
+    covered = {part for plan in plans for planned in plan.values() for part in planned.parts}
+    neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.", "chat.")
+    neutral += ("launcher.", "cluster.", "resources.", "dashboard.")
+    # which runs the frontier consists of, and how laws are fitted to them
+    neutral += tuple(
+        f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap")
+    )
     # of a local source its content counts, not its place; entries of a dictionary count one by one
-    local = (".path", ".config_name", ".splits", ".columns", ".args", ".parts", ".probes")
+    local = (".path", ".config_name", ".splits", ".columns", ".args", ".parts", ".probes", ".tasks")
     local = [k for k in keys() if k.endswith(local) or (k.startswith("data.") and k.endswith(".revision"))]
     assert [k for k in keys() if not k.startswith(neutral) and k not in local and k not in covered] == []
     assert {"data.text.content", "data.text.splits.train"} <= covered
@@ -157,6 +163,20 @@ def test_an_artifact_of_another_run_counts_by_its_fingerprint(tmp_path, key, val
     (tmp_path / "one" / "manifest.json").write_text('{"fingerprint": "aaa", "stage": "tokenizer"}')
     with pytest.raises(UserError, match=rf"{key}: .* was made by stage tokenizer; must be of .*{stage}"):
         fingerprints(f"{key}={value.format(tmp_path / 'one')}")
+
+
+def test_an_earlier_policy_counts_by_its_fingerprint_and_by_the_name_that_results_give_it(tmp_path):
+    def evaluated(run, fingerprint="aaa", stage="ppo"):
+        folder = tmp_path / run / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint, "stage": stage}))
+        return fingerprints(f"evaluate.earlier=[{folder}]")["evaluate"]
+
+    first = evaluated("one")
+    assert len({first, evaluated("two"), evaluated("one", "bbb"), fingerprints()["evaluate"]}) == 4
+    assert first == evaluated("one")
+    with pytest.raises(UserError, match=r"evaluate\.earlier: .* was made by stage reward; must be of sft, dpo, ppo"):
+        evaluated("one", stage="reward")
 
 
 def test_the_limits_of_the_gate_are_hidden_from_the_stage_that_they_do_not_concern():
@@ -258,6 +278,7 @@ def test_needed_by_and_depending_on(stage, needed, depending):
 
 
 RULE = "reward@ppo.reward=length"
+PLAIN = "evaluate.models=[base,sft,dpo,ppo]"
 NO_DPO = "evaluate.models=[base,sft,ppo]"
 
 
@@ -265,12 +286,14 @@ NO_DPO = "evaluate.models=[base,sft,ppo]"
     ("overrides", "chain_without", "inputs"),
     [
         ([], set(), {"pretrain", "sft", "comparisons", "reward", "dpo", "ppo"}),
-        ([RULE], {"reward"}, {"pretrain", "sft", "comparisons", "dpo", "ppo"}),
+        ([RULE, PLAIN], {"reward"}, {"pretrain", "sft", "comparisons", "dpo", "ppo"}),
         ([NO_DPO], {"dpo"}, {"pretrain", "sft", "comparisons", "reward", "ppo"}),
         ([RULE, NO_DPO], {"comparisons", "reward", "dpo"}, {"pretrain", "sft", "ppo"}),
         (["evaluate.models=[dpo]"], {"reward", "ppo"}, {"sft", "comparisons", "dpo"}),
         (["evaluate.models=[base]"], {"comparisons", "reward", "dpo", "ppo"}, {"pretrain", "sft"}),
-        (["evaluate.models=[sft]", "evaluate.best_of=4"], {"dpo", "ppo"}, {"sft", "comparisons", "reward"}),
+        (["evaluate.models=[sft,best_of_4]"], {"dpo", "ppo"}, {"sft", "comparisons", "reward"}),
+        (["evaluate.models=[dpo_best_of_4]"], {"ppo"}, {"sft", "comparisons", "reward", "dpo"}),
+        ([RULE, "evaluate.models=[ppo_majority_4]"], {"comparisons", "reward", "dpo"}, {"sft", "ppo"}),
     ],
 )
 def test_the_chain_holds_what_the_evaluation_needs(overrides, chain_without, inputs):

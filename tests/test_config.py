@@ -38,7 +38,7 @@ def test_every_choice_composes_to_what_its_file_says(file):
     written = yaml.safe_load((CONF / file).read_text())
     written.pop("defaults", None)
     for place in places:
-        below = "" if group == "experiment" else f"{place}."
+        below = {"experiment": "", "tasks": "evaluate.tasks."}.get(group, f"{place}.")
         for key, value in leaves(written).items():
             if value != "???" and "${" not in str(value):
                 assert composed[below + key] == value, key
@@ -102,7 +102,11 @@ SOURCES = [
 
 
 # modules that take a stage's section of the configuration
-PARTS = {"ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"], "frontier": ["frontier.py"]}
+PARTS = {
+    "ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"],
+    "frontier": ["frontier.py"],
+    "evaluate": ["measuring.py"],
+}
 
 
 @pytest.mark.parametrize("key", keys())
@@ -138,7 +142,20 @@ MISTAKES = [
     ("ppo.gamma=1.01", "ppo.gamma=1.01", "at most 1"),
     ("comparisons.label_noise=0.6", "comparisons.label_noise=0.6", "at most 0.5"),
     ("ppo.kl_estimator=k4", "ppo.kl_estimator=k4", "one of k1, k2, k3"),
-    ("evaluate.models=[base,pppo]", "evaluate.models", "pppo must be one of base, sft, dpo, ppo (nearest: ppo)"),
+    ("evaluate.models=[base,pppo]", "evaluate.models", "pppo must be one of base, sft, dpo, ppo, or one of these with"),
+    ("evaluate.models=[pppo]", "evaluate.models", "(nearest: ppo)"),
+    ("evaluate.models=[sft,ppo_majorty_8]", "evaluate.models", "(nearest: ppo_majority_8)"),
+    (
+        "evaluate.models=[best_of_1]",
+        "evaluate.models",
+        "best_of_1 has nothing to choose from; give it 2",
+    ),
+    ("evaluate.models=[ppo_majority_08]", "evaluate.models", "ppo_majority_08 must be one of"),
+    ("evaluate.models=[best_of_8,sft_best_of_8]", "evaluate.models", "sft_best_of_8 is named twice"),
+    ("evaluate.earlier=[a/one/ppo,b/one/ppo]", "evaluate.earlier", "two are called one/ppo"),
+    ("evaluate.earlier=[ppo]", "evaluate.earlier", "two are called ppo"),
+    ("evaluate.best_of=16", "evaluate.best_of", "not a configuration key"),
+    ("chat.model=pp0", "chat.model", "pp0 must be one of base, sft, dpo, ppo"),
     ("evaluate.models=[]", "evaluate.models", "is empty"),
     ("evaluate.models=sft", "evaluate.models", ""),
     ("evaluate.models=null", "evaluate.models", ""),
@@ -187,7 +204,7 @@ MISTAKES = [
             ("ppo.advantage=rloo", "ppo.samples_per_prompt"),
             ("ppo.kl_in=loss", "ppo.kl_estimator"),
             ("run=artifacts", "run"),
-            ("run=a/b", "run"),
+            ("run=../b", "run"),
             ("ppo.minibatches=3", "ppo.minibatches"),
             ("pretrain.context=1024", "pretrain.context"),
             ("model.num_key_value_heads=3", "model.num_key_value_heads"),
@@ -239,7 +256,7 @@ def test_the_seed_reaches_every_stage_and_a_stage_can_have_its_own():
     config = compose(["seed=7", "ppo.seed=9"])
     seeds = {name: config[name].seed for name in STAGES if "seed" in config[name]}
     assert seeds.pop("ppo") == 9
-    assert set(seeds) == {"pretrain", "sft", "comparisons", "reward", "dpo", "evaluate"}
+    assert set(seeds) == {"pretrain", "sft", "comparisons", "reward", "dpo", "frontier", "evaluate"}
     assert set(seeds.values()) == {7}
 
 

@@ -53,8 +53,19 @@ def test_the_share_is_that_of_its_eight_grams():
 
 
 def test_every_training_stage_is_counted_by_itself():
-    found, flags = contamination.against(
-        CLEAN, {"pretrain": planted(CLEAN[0]), "sft": planted(CLEAN[1]), "dpo": TRAINED}
-    )
-    assert [found[stage]["copies"] for stage in ("pretrain", "sft", "dpo")] == [1, 1, 0]
-    assert flags.nonzero()[0].tolist() == [0, 1]
+    trained = {"pretrain": planted(CLEAN[0]), "sft": planted(CLEAN[1]), "dpo": TRAINED}
+    sets = {"first": CLEAN[:1], "rest": CLEAN[1:], "none": []}
+    by_set = contamination.against(sets, trained)
+    copies = {name: [found[stage]["copies"] for stage in trained] for name, (found, _) in by_set.items()}
+    assert copies == {"first": [1, 0, 0], "rest": [0, 1, 0], "none": [0, 0, 0]}
+    assert {name: flags.nonzero()[0].tolist() for name, (_, flags) in by_set.items()} == {
+        "first": [0], "rest": [0], "none": []
+    }  # fmt: skip
+
+
+def test_a_text_too_short_for_eight_grams_is_a_copy_of_its_like_alone():
+    short, trained = ["7+5\n12", "Spell  DOG\nd o g", "7-5\n2", "spell do"], ["7+5\n12", "spell dog d o g", *TRAINED]
+    found = contamination.shares(short, trained)
+    assert contamination.flagged(found).tolist() == [True, True, False, False]
+    assert contamination.counts(found) == {"copies": 2, "near_copies": 0, "clean": 0, "too_short": 2}
+    assert [contamination.long_enough(text) for text in (CLEAN[0], "a b c d e f g", "a b, c d. e f g h")] == [1, 0, 1]

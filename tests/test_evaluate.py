@@ -1,27 +1,31 @@
-"""Stage evaluate on the smoke run's models: best-of-n, the arena of every judge, and what alignment cost."""
+"""Stage evaluate on the smoke run's models: ways to decode, other runs' models, the arena, what alignment cost."""
 
 import json
 import math
 
 import numpy as np
 import pytest
-from helpers import make_job
+from helpers import make_job, tiny_policy, write_model
 
 from pipeline.artifact import read_json, read_lines
 from pipeline.data import Example
 from pipeline.ensemble import load
+from pipeline.errors import UserError
 from pipeline.report import in_order
+from pipeline.suites import Suite
+from pipeline.verifiable import Problem
 from stages import evaluate
 
-STAGES = {"pretrain": "pretrain", "sft": "sft", "comparisons": "comparisons", "reward": "reward"}
+STAGES = ("pretrain", "sft", "comparisons", "reward")
+PLAYERS = ["base", "sft", "best_of_2", "best_of_4", "base_best_of_4", "sft_majority_4", "smoke/ppo"]
 
 
 @pytest.fixture(scope="module")
 def evaluated(smoke, tmp_path_factory):
-    """Metrics and samples of base, SFT and best-of-n."""
+    """Metrics and samples of base, SFT, best-of-n, majority vote, and another run's PPO."""
     folder = tmp_path_factory.mktemp("evaluated")
-    settings = ["evaluate.models=[base,sft]", "evaluate.best_of=4", "evaluate.prompts=12", "evaluate.greedy=false"]
-    job = make_job("evaluate", folder, *settings)
+    models = f"evaluate.models=[{','.join(PLAYERS[:-1])}]", f"evaluate.earlier=[{smoke}/smoke/ppo]"
+    job = make_job("evaluate", folder, *models, "evaluate.prompts=12", "evaluate.greedy=false")
     job.inputs |= {name: smoke / "smoke" / name for name in STAGES}
     return evaluate.run(job), read_lines(job.out / "samples.jsonl")
 
@@ -35,11 +39,53 @@ def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest(evaluated,
     assert best["proxy_mean"] == pytest.approx(np.mean(scores)) and len(load(smoke / "smoke" / "reward").members) == 1
 
 
+def test_the_players_of_one_model_choose_among_the_same_samples(evaluated):
+    _, rows = evaluated
+    for row in rows:
+        one, two, four = (row[name]["reward_model"] for name in ("sft", "best_of_2", "best_of_4"))
+        assert one <= two <= four
+        for name in ("best_of_2", "best_of_4", "sft_majority_4"):
+            same = row[name]["reply"] == row["sft"]["reply"]
+            assert same or row[name]["reward_model"] != row["sft"]["reward_model"]
+    assert any(row["best_of_4"]["reply"] != row["sft"]["reply"] for row in rows)
+
+
+def test_what_is_known_of_a_model_alone_is_not_claimed_of_its_ways_to_decode(evaluated):
+    metrics, _ = evaluated
+    by_itself = {"kl", "reply_bits_per_byte", "text_bits_per_byte"}
+    for name in ("base", "sft", "smoke/ppo"):
+        assert by_itself <= set(metrics["models"][name]), name
+    for name, known in (("best_of_4", {"kl"}), ("base_best_of_4", set()), ("sft_majority_4", set())):
+        assert by_itself & set(metrics["models"][name]) == known, name
+        assert {"gold_ci95", "proxy_mean", "length", "ended_share"} <= set(metrics["models"][name])
+
+
+def test_a_policy_of_another_run_is_measured_as_one_of_this_run(evaluated, smoke):
+    metrics, rows = evaluated
+    here = read_json(smoke / "smoke" / "evaluate" / "metrics.json")["models"]["ppo"]
+    there = metrics["models"]["smoke/ppo"]
+    assert there["text_bits_per_byte"] == pytest.approx(here["text_bits_per_byte"]) and there["kl"] > 0
+    own = {row["prompt"][-1]["content"]: row["ppo"]["reply"] for row in samples_of(smoke)}
+    assert [row["smoke/ppo"]["reply"] for row in rows] == [own[row["prompt"][-1]["content"]] for row in rows]
+
+
+def samples_of(smoke):
+    return read_lines(smoke / "smoke" / "evaluate" / "samples.jsonl")
+
+
+def test_a_policy_with_another_tokenizer_is_refused_in_one_line(smoke, tmp_path):
+    other = write_model(tiny_policy(), tmp_path / "first" / "ppo")
+    job = make_job("evaluate", tmp_path, "evaluate.models=[sft]", f"evaluate.earlier=[{other}]")
+    job.inputs |= {name: smoke / "smoke" / name for name in STAGES}
+    with pytest.raises(UserError, match=r"^first/ppo and pretrain differ in tokenizer or chat template"):
+        evaluate.run(job)
+
+
 def test_every_judge_has_an_arena_of_the_models_that_it_scores(evaluated):
     metrics, rows = evaluated
     assert set(metrics["arena"]) == {"gold", "second", "reward_model"}
     for judge, found in metrics["arena"].items():
-        players = {"base", "sft", "best_of_4"} | (set() if judge == "reward_model" else {"human"})
+        players = {*PLAYERS} | (set() if judge == "reward_model" else {"human"})
         assert {row["model"] for row in found["standings"]} == players
         anchor = next(row for row in found["standings"] if row["model"] == "sft")
         assert anchor["elo"] == 1000 and list(anchor["ci95"]) == [1000, 1000]
@@ -47,13 +93,14 @@ def test_every_judge_has_an_arena_of_the_models_that_it_scores(evaluated):
         won = [row["best_of_4"][judge] > row["sft"][judge] for row in rows]
         tied = [row["best_of_4"][judge] == row["sft"][judge] for row in rows]
         assert found["win_rates"]["best_of_4"]["sft"] == pytest.approx(np.mean(won) + 0.5 * np.mean(tied))
-    assert metrics["arena"]["reward_model"]["standings"][0]["model"] == "best_of_4"
+    assert found["win_rates"]["best_of_4"]["sft"] >= 0.5  # it has the SFT model's own reply to choose
 
 
 def test_paired_differences_are_those_of_the_samples(evaluated):
     metrics, rows = evaluated
-    compared = [(judge, model, "sft") for judge in ("gold", "second") for model in ("base", "best_of_4")]
-    assert [(row["judge"], row["model"], row["against"]) for row in metrics["paired"]] == compared
+    others = [name for name in PLAYERS if name != "sft"]
+    compared = {(judge, model, "sft") for judge in ("gold", "second") for model in others}
+    assert {(row["judge"], row["model"], row["against"]) for row in metrics["paired"]} == compared
     for found in metrics["paired"]:
         differences = [row[found["model"]][found["judge"]] - row["sft"][found["judge"]] for row in rows]
         assert found["difference"] == pytest.approx(np.mean(differences)) and found["prompts"] == 12
@@ -94,10 +141,16 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     examples = [Example([{"role": "user", "content": said}], f"{said} ever and ever") for said in words]
     copied = {"prompt": examples[2].prompt, "chosen": examples[2].reply.upper(), "rejected": "no"}
     (folder / "train.jsonl").write_text(json.dumps(copied) + "\n")
-    kept, found = evaluate.checked_for_copies(job, examples)
+    problems = [Problem([{"role": "user", "content": f"{said} {said} ever?"}], "another reply") for said in words]
+    suite = Suite("exact", problems, {}, 1, {})
+    kept, found, in_tasks = evaluate.checked_for_copies(job, examples, {"words": suite})
     assert kept == [*examples[:2], examples[3]] and found["removed"] == 1
     assert found["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
+    assert suite.problems == [*problems[:2], problems[3]] and in_tasks["words"]["removed"] == 1
+    assert in_tasks["words"]["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
 
 
-def test_best_of_n_stands_behind_the_model_that_it_samples_from():
-    assert in_order(["ppo", "best_of_16", "human", "sft", "base"]) == ["human", "base", "sft", "best_of_16", "ppo"]
+def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_runs_last():
+    names = ["first/ppo", "ppo_majority_4", "ppo", "best_of_16", "human", "dpo_best_of_4", "dpo", "sft", "base"]
+    of_ppo = ["ppo", "ppo_majority_4", "first/ppo"]
+    assert in_order(names) == ["human", "base", "sft", "best_of_16", "dpo", "dpo_best_of_4", *of_ppo]

@@ -189,7 +189,7 @@ def test_a_folder_with_one_broken_file_is_refused_by_that_file(tmp_path, refusal
 def test_defects_within_the_share_do_not_stop_a_run(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_bytes(GOOD_LINES + b'{"prompt": "q", "chosen": "a"}\n')
     made = []
-    monkeypatch.setattr(chain, "make", lambda config, entry, planned: made.append(entry.stage))
+    monkeypatch.setattr(chain, "make", lambda config, entry, *rest: made.append(entry.stage))
     monkeypatch.setattr(Artifact, "link_into", lambda self, run: None)
     monkeypatch.setattr("pipeline.report.write_report", lambda config: None)
     monkeypatch.setattr("pipeline.report.print_table", lambda folder: None)
@@ -206,7 +206,8 @@ def test_only_data_that_no_finished_stage_was_made_from_is_read_before_the_first
     config = compose(["experiment=smoke", f"runs={tmp_path}/runs", f"data.preferences.path={tmp_path}/p.jsonl"])
     planned = chain.plan(config)
     chain.check_sources(config, planned)
-    assert read == [f"{tmp_path}/p.jsonl", config.data.replies.path, config.data.text.path]
+    tasks = [task.path for task in config.evaluate.tasks.values()]
+    assert read == [f"{tmp_path}/p.jsonl", config.data.replies.path, config.data.text.path, *tasks]
     for stages, left in ((("tokenizer", "pretrain", "sft"), read[:1]), (("comparisons",), [])):
         for stage in stages:
             planned[stage].artifact.folder.mkdir(parents=True)

@@ -6,7 +6,10 @@ import torch
 from helpers import random_ids, tiny_policy, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from pipeline import changes, displacement, diversity, report_effects
+from pipeline import changes, displacement, diversity
+from pipeline.artifact import write_lines
+from pipeline.report import effects
+from pipeline.report.run import Run
 from stages import dpo
 
 SAID = ["the weather is nice today", "the weather is bad today", "I like to read", "no", "we go to the park"]
@@ -80,7 +83,7 @@ def sample(sft: tuple[str, float | None], ppo: tuple[str, float | None]) -> dict
     return {"prompt": [{"role": "user", "content": "hi"}], **said}
 
 
-def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score():
+def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp_path):
     rows = [
         sample(("a b c d", 0.0), ("a b c x", 0.5)),
         sample(("a b c d", 0.0), ("w x y z", 0.5)),  # as much gained, more of the text changed
@@ -98,8 +101,12 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score():
     drift = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9, 100, 1)
     tested = {"model": "ppo", "against": "sft", "judge": "gold", "difference": 0.2, "ci95": [0.1, 0.3], "p": 0.01}
     evaluate = {"judge": "vader", "second_judge": "textblob", "dpo_drift": drift}
-    shown = report_effects.section(evaluate | {"paired": [tested | {"p_holm": 0.02, "prompts": 9}]}, rows)
-    assert set(shown["changed"]) == {"ppo"} and len(shown["changed"]["ppo"]) == 4 and shown["drift"]["alarm"]
-    assert shown["paired"][1] == ("vader", "ppo − sft", "+0.200", "+0.100 to +0.300", "0.0100", "0.0200", "9")
-    of_old = report_effects.section({"judge": "vader", "second_judge": "textblob"}, [])
-    assert of_old == {"paired": [], "drift": None, "changed": {}}
+    evaluate |= {"paired": [tested | {"p_holm": 0.02, "prompts": 9}], "models": {"sft": {}, "dpo": {}, "ppo": {}}}
+    (tmp_path / "evaluate").mkdir()
+    write_lines(tmp_path / "evaluate" / "samples.jsonl", rows)
+    shown = effects.section(Run("run", tmp_path, {"evaluate": evaluate}, {}))
+    assert [part.name for part in shown.parts] == ["paired", "changed_ppo"] and len(shown.parts[1].data) == 4
+    assert shown.verdict[0] is False and "ALARM" in shown.verdict[1]
+    assert shown.parts[0].rows[1] == ("vader", "ppo − sft", "+0.200", "+0.100 to +0.300", "0.0100", "0.0200", "9")
+    of_old = effects.section(Run("run", tmp_path, {"evaluate": {"judge": "vader", "second_judge": "textblob"}}, {}))
+    assert of_old.parts == () and of_old.verdict is None

@@ -11,10 +11,12 @@ from filelock import FileLock
 from helpers import make_job
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
-from pipeline import cli, sweep, sweep_metric, sweep_space, sweep_table, variants
+from pipeline import cli, sweep, sweep_metric, sweep_space, sweep_table
 from pipeline.artifact import STOP, read_json
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.report import sweep as sweep_section
+from pipeline.report.run import Run
 from pipeline.sweep_space import Dimension
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -134,6 +136,11 @@ def test_shares_of_variance_are_those_of_an_analysis_of_variance():
     assert sweep_table.variance_shares(runs[:1]) == {}
 
 
+def section_of(runs):
+    """The sweep in the report of the smoke run below `runs`."""
+    return sweep_section.section(Run("smoke", runs / "smoke", {}, {}))
+
+
 GRID = ["dpo.beta=0.1,0.02", "dpo.learning_rate=3e-4,3e-3", "dpo.seed=1,2,3", "sweep.kl=dpo.drift.kl"]
 
 
@@ -153,11 +160,27 @@ def test_a_grid_makes_what_all_share_once_and_finds_the_best(tmp_path, monkeypat
     with (tmp_path / "smoke/sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 12 and {row["dpo.accuracy"] for row in rows if row["dpo.seed"] == "2"} >= {"0.9"}
-    page = (tmp_path / "smoke/sweep.html").read_text()
-    assert "Share of the variance (main effects)" in page and page.count("plotly-graph-div") == 4
-    assert "src=\"http" not in page and "0.9 ± 0.01" in page  # fmt: skip
+    section = section_of(tmp_path)
+    assert [part.name for part in section.parts] == [
+        "sweep", "sweep_by_dpo.beta", "sweep_by_dpo.learning_rate", "sweep_importance", "sweep_by_kl",
+    ]  # fmt: skip
+    assert section.parts[0].rows[1][:3] == ("0.1", "0.0003", "0.9 ± 0.01") and section.parts[0].data[0]["kl"] == 10
+    assert {row["front"] for row in section.parts[4].data} == {True, False}
+    assert any(point.startswith("Share of the variance (main effects): dpo.") for point in section.points)
     sweeps.swept(tmp_path, *GRID)
     assert len(stages.made) == 16
+
+
+def test_a_sweep_made_from_other_stages_than_the_run_has_is_not_shown(tmp_path, monkeypatch):
+    sweeps.stand_in(monkeypatch)
+    assert section_of(tmp_path) is None
+    found = sweeps.swept(tmp_path, "dpo.beta=0.1,0.2", "sft.seed=1")
+    assert set(found["made_from"]) == {"tokenizer", "pretrain", "sft", "comparisons"}
+    assert section_of(tmp_path).parts
+    sweeps.swept(tmp_path, "dpo.beta=0.1,0.2", "sft.seed=2", "run=other")
+    (tmp_path / "smoke/sft").unlink()
+    (tmp_path / "smoke/sft").symlink_to((tmp_path / "other/sft").resolve())
+    assert section_of(tmp_path).lead == (sweep_section.OLD,)
 
 
 def test_failed_runs_are_listed_and_the_same_command_makes_them_alone(tmp_path, monkeypatch, capsys):
@@ -174,7 +197,7 @@ def test_failed_runs_are_listed_and_the_same_command_makes_them_alone(tmp_path, 
     assert ended.value.code == 1
     said = capsys.readouterr().out
     assert "1 of 4 runs failed; the same command makes them alone" in said
-    assert "smoke/variants/dpo.beta=0.02,dpo.seed=3: weights lost\n" in said and "1 of 2" in said
+    assert "  dpo.beta 0.02, dpo.seed 3: weights lost (see " in said and "in the sea" not in said and "1 of 2" in said
     before = len(stages.made)
     broken.clear()
     cli.main(command)
@@ -197,18 +220,6 @@ def test_an_interrupted_sweep_continues(tmp_path, monkeypatch):
     stages.breaks = lambda config: None
     assert len(sweeps.swept(tmp_path, "dpo.beta=0.01,0.02,0.03,0.04")["settings"]) == 4
     assert len(stages.made) == 4 + 4
-
-
-def test_a_killed_process_fails_the_runs_that_were_not_made(tmp_path, monkeypatch):
-    def run(work, jobs):
-        variants._make_one(*next(iter(work.values())))
-        raise sweep.BrokenExecutor("a process was killed")
-
-    sweeps.stand_in(monkeypatch)
-    monkeypatch.setattr(variants, "_run", run)
-    found = sweeps.swept(tmp_path, "dpo.beta=0.1,0.2,0.3")
-    assert [row["state"] for row in found["runs"]] == ["complete", "failed", "failed"]
-    assert "for lack of memory" in found["failed"][0]["reason"]
 
 
 def test_a_metric_that_no_run_has_is_named_with_the_nearest(tmp_path, monkeypatch):
@@ -234,7 +245,7 @@ def test_a_stage_ends_at_the_next_step_that_it_logs_when_asked_to(tmp_path):
 
 def test_the_command_makes_what_is_missing_in_processes_of_their_own(borrowed, capsys):
     command = ["sweep", "experiment=smoke", "tracker=none", f"runs={borrowed}", "target=dpo", "dpo.beta=0.1,0.2"]
-    cli.main([*command, "runtime.jobs=2"])
+    cli.main([*command, "launcher.jobs=2"])
     said = capsys.readouterr().out
     assert "1 variants, 1 at a time" in said and "variants/dpo.beta=0.2: done" in said and "Best: dpo.beta" in said
     found = read_json(borrowed / "smoke/sweep.json")
@@ -242,6 +253,8 @@ def test_the_command_makes_what_is_missing_in_processes_of_their_own(borrowed, c
         metrics = read_json(borrowed / row["run"] / "dpo/metrics.json")
         assert row["value"] == metrics["accuracy"] and row["setting"]["dpo.beta"] in (0.1, 0.2)
     assert len([each for each in (borrowed / "artifacts").glob("dpo-*") if each.is_dir()]) == 2
+    assert 'id="sweep"' in (borrowed / "smoke/report.html").read_text()
+    assert (borrowed / "smoke/report/sweep_by_dpo.beta.csv").is_file()
 
 
 def test_the_sweep_for_wandb_has_the_shape_that_its_agent_needs(smoke, monkeypatch):
@@ -254,7 +267,7 @@ def test_the_sweep_for_wandb_has_the_shape_that_its_agent_needs(smoke, monkeypat
     assert command[:3] == ["${env}", "threefold", "run"] and place == len(command) - 1
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
     config = compose([*command[3:place], *values])
-    assert config.run == "wandb/abc123" and config.tracker.kind == "wandb"
+    assert config.run == "wandb/abc123" and config.tracker.kinds == ["wandb"]
     for key, each in chosen.items():
         stage, name = key.split(".")
         assert config[stage][name] == pytest.approx(each["value"])

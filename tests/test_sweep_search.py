@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from pipeline import sweep_pruning, sweep_search, sweep_space
 from pipeline.artifact import read_json
 from pipeline.errors import UserError
+from pipeline.report import sweep as sweep_section
 from pipeline.sweep_space import Dimension
 
 SPACE = ["dpo.beta=tag(log,interval(0.01,1.0))", "dpo.learning_rate=tag(log,interval(1e-5,1e-2))"]
@@ -43,9 +44,11 @@ def test_a_search_does_better_than_chance_and_says_what_mattered(tmp_path, monke
     assert sum(means[6:]) / 14 > sum(means[:6]) / 6 and found["settings"][0]["mean"] == max(means) > 0.87
     assert sum(found["importance"].values()) == pytest.approx(1) and set(found["importance"]) == set(found["keys"])
     assert [stage for stage, _ in stages.made].count("dpo") == 20
-    page = (tmp_path / "smoke/sweep.html").read_text()
-    assert page.count("plotly-graph-div") == 4 and "course of the search" in page
     assert "trial 20: dpo.beta" in capsys.readouterr().out
+    by_key, *_, course = sweep_section.drawn(found)
+    assert by_key.drawing["layout"]["xaxis"]["type"] == "log"
+    best = next(trace for trace in course.drawing["data"] if trace["name"] == "best so far")
+    assert best["x"] == list(range(1, 21)) and best["y"] == [max(means[: i + 1]) for i in range(20)]
 
 
 def test_a_search_killed_in_the_middle_comes_to_the_same_as_one_that_was_not(tmp_path, monkeypatch):
@@ -99,7 +102,8 @@ def test_failed_trials_are_made_again_alone_with_the_values_that_they_had(tmp_pa
     stages = sweeps.stand_in(monkeypatch, breaks=breaks)
     first = sweeps.swept(tmp_path, *SPACE, "sweep.trials=4")
     assert [row["state"] for row in first["runs"]] == ["complete", "failed", "complete", "complete"]
-    assert first["failed"][0]["reason"] == "weights lost" and first["failed"][0]["setting"]["dpo.beta"] == broken[1]
+    failed = first["failed"][0]
+    assert failed["reason"].startswith("weights lost (see ") and failed["setting"]["dpo.beta"] == broken[1]
     made = len(stages.made)
     again = sweeps.swept(tmp_path, *SPACE, "sweep.trials=4")
     assert len(stages.made) == made + 1 and again["failed"] == [] and len(again["runs"]) == 4
@@ -202,7 +206,7 @@ def wait_for(condition, process, seconds=300):
 def test_a_search_of_twelve_trials_is_killed_in_the_middle_and_continued(borrowed):
     command = [sys.executable, "-m", "pipeline", "sweep", "experiment=smoke", "tracker=none", f"runs={borrowed}"]
     command += ["target=dpo", "dpo.beta=tag(log,interval(0.02,0.5))", "dpo.learning_rate=tag(log,interval(1e-4,1e-2))"]
-    command += ["sweep.trials=12", "sweep.batch=4", "runtime.jobs=2"]
+    command += ["sweep.trials=12", "sweep.batch=4", "launcher.jobs=2"]
     file = borrowed / "smoke/sweep.json"
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     wait_for(lambda: file.is_file() and len(read_json(file)["settings"]) == 4, driver)

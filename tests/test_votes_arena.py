@@ -9,9 +9,11 @@ import pytest
 from helpers import composed
 from pools import opened, row, vote_on, write_pool
 
-from pipeline import arena, evaluated_pairs, label_page, report, report_arena, votes_arena
+from pipeline import arena, evaluated_pairs, label_page, votes_arena
 from pipeline.errors import UserError
 from pipeline.labelling import Labelling
+from pipeline.report import arena as arena_section
+from pipeline.report.run import Run, add_votes
 from pipeline.votes import Vote, read_votes
 
 MODELS = ["human", "sft", "dpo", "ppo"]
@@ -154,11 +156,11 @@ def test_votes_on_replies_of_an_earlier_evaluation_are_left_out_and_counted(run,
     found = votes_arena.of_run(config)
     assert found["votes"] == 18 and found["left_out"] == 18 and found["arena"]["not_linked"] == ["ppo"]
     stages = {"evaluate": {"arena": {}, "judge": "vader", "second_judge": "textblob"}}
-    report.add_votes(stages, config)
+    add_votes(stages, config)
     assert "18 on pairs that this evaluation does not have are left out" in capsys.readouterr().out
-    (section,) = report_arena.sections(stages["evaluate"])
-    assert section["title"] == "people's votes" and section["note"].startswith("18 votes of 1 person")
-    assert {cells[1] for cells in section["standings"][1:]} == {"human", "sft", "dpo"}
+    standings = arena_section.section(Run("smoke", file.parent, stages, {})).parts[0]
+    assert standings.title == "Standings, people's votes" and standings.note.startswith("18 votes of 1 person")
+    assert {cells[0] for cells in standings.rows[1:]} == {"human", "sft", "dpo"}
     file.write_text("".join(json.dumps(asdict(v) | {"pair": "x"}) + "\n" for v in votes_on(rows, 1)))
     assert votes_arena.of_run(config) == {"votes": 0, "left_out": 36}
     file.write_text("nonsense\n")

@@ -1,0 +1,63 @@
+"""Differences between two models on the same prompts: paired, with bootstrap intervals over prompts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import statistics
+from rewards.repetition import repeated_share
+
+Row = dict[str, Any]  # of samples.jsonl
+RESAMPLES = 2000  # of the bootstrap
+LENGTH, REPETITION = "length", "repetition"  # taken as judges: a reply's characters, its share of repeated triples
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its 95 % interval, and what both sides are on average."""
+
+    mean: float
+    low: float
+    high: float
+    one: float
+    other: float
+    prompts: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval is above or below zero, 0 where it is not."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def shown(self, form: str = "+.3f") -> str:
+        """The difference with its interval, as +0.123 [+0.1, +0.2]."""
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def value(row: Row, model: str, judge: str) -> float | None:
+    """The judge's score of the model's reply; None where there is none."""
+    measured = {LENGTH: len, REPETITION: lambda reply: repeated_share(reply, 3)}
+    return measured[judge](row[model]["reply"]) if judge in measured else row[model].get(judge)
+
+
+def between(rows: list[Row], one: str, other: str, judge: str = "gold") -> Difference | None:
+    """How much higher the judge scores model `one` than `other`; None with fewer than two prompts that have both."""
+    return of_pairs((value(row, one, judge), value(row, other, judge)) for row in rows if one in row and other in row)
+
+
+def between_runs(ones: list[Row], others: list[Row], model: str, judge: str = "gold") -> Difference | None:
+    """The same of one model of two runs, on the prompts that both were given."""
+    known = {str(row["prompt"]): row for row in others}
+    met = [(row, known[str(row["prompt"])]) for row in ones if str(row["prompt"]) in known]
+    return of_pairs((value(a, model, judge), value(b, model, judge)) for a, b in met if model in a and model in b)
+
+
+def of_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> Difference | None:
+    """The mean difference of pairs of scores, leaving out pairs in which one is None."""
+    both = np.array([pair for pair in pairs if None not in pair], dtype=float)
+    if len(both) < 2:
+        return None
+    each = both[:, 0] - both[:, 1]
+    low, high = statistics.mean_interval(each.tolist(), RESAMPLES, seed=0)
+    return Difference(float(each.mean()), low, high, *both.mean(0).tolist(), len(both))

@@ -1,0 +1,61 @@
+"""Models on held-out prompts in the report: what judges say, what it cost in KL, and what became of the text."""
+
+from typing import Any
+
+from pipeline.report import figures, tables
+from pipeline.report.parts import Figure, Section
+from pipeline.report.run import Run
+
+
+def section(run: Run) -> Section | None:
+    """Tables and figures of the evaluation; None where the configuration asks for none."""
+    if not run.asks_for("evaluate"):
+        return None
+    title = "Models on held-out prompts"
+    if not run.models:
+        return Section("models", title, (run.lacks("evaluate"),))
+    judged = tables.models(run, tables.JUDGED, "models", "What the judges say, and KL")
+    text = tables.models(run, tables.TEXT, "models_text", "What became of the text")
+    return Section("models", title, lead(run), parts=(judged, *plots(run, judged.data), text))
+
+
+def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:
+    """The gold judge's mean of each model, and that mean against KL."""
+    judge = run.evaluation["judge"]
+    found = [
+        figures.intervals(
+            "gold_by_model", f"Gold judge: {judge}", "Which model pleases the gold judge, and how sure is that?",
+            judged, "gold_mean", "mean score with 95 % interval",
+        )
+    ]  # fmt: skip
+    if moved := [row for row in judged if row.get("kl") is not None]:
+        note = "What did the gain cost? Higher is better, further left is closer to SFT."
+        found.append(figures.gains_by_kl("gold_by_kl", "Gold judge against KL", note, moved, f"{judge}, mean score"))
+    return found
+
+
+def lead(run: Run) -> tuple[str, ...]:
+    """What part the judges had in training, and how the tables are to be read."""
+    gold, second = (" and ".join(roles(run, judge)) for judge in ("judge", "second_judge"))
+    said = [f"The gold judge also {gold}."] if gold else []
+    said.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
+    said.append(
+        "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
+    )
+    return (" ".join(said),)
+
+
+def roles(run: Run, judge: str) -> list[str]:
+    """What `evaluate.<judge>` did in training, as verbs: labelled comparisons, or paid PPO."""
+    found, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
+    asked = _below(f"evaluate.{judge}.", of["evaluate"])
+    given = "data.preferences.format" in of.get("comparisons", {})  # then no judge labelled them
+    if not given and asked == _below("comparisons.judge.", of.get("comparisons", {})):
+        found.append("labelled the comparisons that the reward model and DPO learnt from")
+    if asked == _below("ppo.reward.", of.get("ppo", {})):
+        found.append("was PPO's reward")
+    return found
+
+
+def _below(prefix: str, parts: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}

@@ -1,0 +1,168 @@
+"""What a run has left behind, and what the configuration asks for beyond it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline import chain, evaluated_pairs, votes_arena
+from pipeline.artifact import read_json, read_lines
+from pipeline.errors import UserError, nearest
+from stages import STAGES, needed_by, parents
+
+FRESH = "fresh"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage is: fresh, stale, missing, unlinked, failed, interrupted or running; `reason` says more."""
+
+    word: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's finished stages with metrics and manifests, and the state of each that the configuration asks for."""
+
+    name: str
+    folder: Path
+    stages: dict[str, dict[str, Any]]  # finished stage → its metrics
+    manifests: dict[str, dict[str, Any]]
+    config: DictConfig | None = None  # None of a run that is only compared with
+    states: dict[str, State] = field(default_factory=dict)
+    unknown: str = ""  # why the states could not be found out
+    other: "Run | None" = None  # the run that this one is compared with
+
+    @property
+    def outdated(self) -> dict[str, list[str]]:
+        """Stages that were made from an older artifact than the run now links to, with those parents."""
+        found = {
+            name: [p for p, made_from in manifest["parents"].items() if self._fingerprint(p, made_from) != made_from]
+            for name, manifest in self.manifests.items()
+        }
+        return {name: older for name, older in found.items() if older}
+
+    def _fingerprint(self, stage: str, default: str) -> str:
+        return self.manifests[stage]["fingerprint"] if stage in self.manifests else default
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Metrics of the evaluation; empty where there is none."""
+        return self.stages.get("evaluate", {})
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Metrics of each model that was evaluated."""
+        return self.evaluation.get("models", {})
+
+    def asks_for(self, stage: str) -> bool:
+        """Whether the run has the stage or the configuration asks for it."""
+        return stage in self.stages or stage in self.states
+
+    def lacks(self, stage: str) -> str:
+        """A sentence saying why there is nothing of a stage to show; empty where there is."""
+        return "" if stage in self.stages else f"{sentence(self.name, [stage], self.states[stage])}."
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Every held-out prompt with each model's reply and its scores."""
+        return read_lines(self.folder / "evaluate" / "samples.jsonl")
+
+    def parents(self, stage: str) -> list[str]:
+        """The stages that a stage was made from, or would be."""
+        return list(self.manifests[stage]["parents"]) if stage in self.manifests else parents(stage, self.config)
+
+
+def finished(folder: Path) -> list[str]:
+    """The finished stages of the run in `folder`, in the order they run."""
+    return [name for name in STAGES if (folder / name / "manifest.json").is_file()]
+
+
+def read(folder: Path) -> Run:
+    """What the finished stages of the run in `folder` left behind."""
+    made = finished(folder)
+    metrics = {name: read_json(folder / name / "metrics.json") for name in made}
+    return Run(folder.name, folder, metrics, {name: read_json(folder / name / "manifest.json") for name in made})
+
+
+def configured(config: DictConfig, compare: str | None = None) -> Run:
+    """The run of a configuration, beside the run `compare`; raises `UserError` where either has no finished stage."""
+    folder = Path(config.runs) / config.run
+    run = read(folder)
+    if not run.stages:
+        raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={config.run}")
+    other = None if compare is None else _other(folder, compare)
+    try:
+        planned, unknown = chain.plan(config), ""
+        states = {name: _state(entry, run.manifests.get(name)) for name, entry in planned.items()}
+    except UserError as error:  # data that is not on this machine keeps nobody from reading what was made of it
+        states = {name: State(FRESH if name in run.stages else "missing") for name in needed_by(None, config)}
+        unknown = str(error)
+    add_votes(run.stages, config)
+    return Run(run.name, folder, run.stages, run.manifests, config, states, unknown, other)
+
+
+def add_votes(stages: dict[str, Any], config: DictConfig) -> None:
+    """Add the arena by people's votes, where there are any on the evaluation's replies; says so in one line."""
+    if "evaluate" not in stages or (found := votes_arena.of_run(config)) is None:
+        return
+    print(f"{evaluated_pairs.votes_file(config)}: {votes_arena.in_words(found)}")
+    if "arena" in found:
+        stages["evaluate"].setdefault("arena", {})["people"] = found.pop("arena")
+    stages["evaluate"]["people"] = found
+
+
+def _other(folder: Path, name: str) -> Run:
+    known = [found.name for found in sorted(folder.parent.iterdir()) if found != folder and finished(found)]
+    if name not in known:
+        listed = f"{nearest(name, known)}; there are {', '.join(known)}" if known else "; there is no other"
+        raise UserError(f"--compare {name}: no other run of {folder.parent} with a finished stage{listed}")
+    return read(folder.parent / name)
+
+
+def _state(entry: chain.Planned, made: dict[str, Any] | None) -> State:
+    artifact = entry.artifact
+    if made and made["fingerprint"] == entry.fingerprint:
+        return State(FRESH)
+    if artifact.running:
+        return State("running")
+    if artifact.failure:
+        return State("failed", artifact.failure)
+    if artifact.work.is_dir():
+        return State("interrupted")
+    if made:
+        return State("stale", chain.stale_reason(made, entry))
+    return State("unlinked" if artifact.finished else "missing")
+
+
+def sentence(run: str, stages: list[str], state: State) -> str:
+    """What became of stages that are not fresh, all in the same state, and what to do."""
+    one = len(stages) == 1
+    target = f"target={stages[0]} " if one else ""
+    command = f"threefold run {target}run={run} (with the overrides of this run)"
+    words = {
+        "missing": f"{'has' if one else 'have'} not run; to make {'it' if one else 'them'}: {command}",
+        "unlinked": f"{'is' if one else 'are'} not part of this run, although made elsewhere; to take over: {command}",
+        "failed": f"failed: {state.reason.removeprefix(f'{stages[0]}: ')}; to try again: {command}",
+        "interrupted": f"was interrupted; to go on from its last checkpoint: {command}",
+        "running": "is running now; write the report again when it is done",
+        "stale": f"is not what the configuration given asks for: {state.reason}",
+    }
+    return f"{', '.join(stages)} {words[state.word]}"
+
+
+def notices(run: Run) -> list[str]:
+    """What is missing, failed or out of date, one sentence each; empty for a run that is whole."""
+    found = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
+    for word in ("failed", "interrupted", "running"):
+        found += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
+    for word in ("missing", "unlinked"):
+        if stages := [stage for stage, state in run.states.items() if state.word == word]:
+            found.append(sentence(run.name, stages, State(word)))
+    if stale := [f"{stage} ({state.reason})" for stage, state in run.states.items() if state.word == "stale"]:
+        found.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
+    older = run.outdated.items()
+    return found + [
+        f"{stage} was made from an earlier {', '.join(parents)} than the one listed here" for stage, parents in older
+    ]

@@ -1,0 +1,249 @@
+"""The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
+
+A difference is called one only where its 95 % interval leaves out zero.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import checkup, frontier, seeds
+from pipeline.players import player
+from pipeline.report import costs, differences, reward
+from pipeline.report.differences import Difference, Row
+from pipeline.report.models import roles
+from pipeline.report.names import REFERENCE, in_order, interval, opening, said
+from pipeline.report.run import Run
+
+UNALIGNED = ("human", "base", REFERENCE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sentences under one heading."""
+
+    title: str
+    sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A number that the page begins with: what it is, how large, and what it is measured against."""
+
+    label: str
+    value: str
+    note: str
+    model: str = ""  # whose colour it has
+
+
+def groups(run: Run) -> list[Group]:
+    """The whole summary; groups that would be empty are left out."""
+    rows = run.samples()
+    found = [
+        Group("What training did", [*gains(run, rows), *contest(run, rows), *untrained(run, rows), *learnt(run)]),
+        Group("What it cost", costs.sentences(run, rows, aligned(run))),
+        Group("How far it can be pushed", pushed(run)),
+        Group("Over several seeds", over_seeds(run)),
+        Group("How far to trust it", [*reward_model(run), *proxy(run, rows), *caveats(run)]),
+    ]
+    return [group for group in found if group.sentences]
+
+
+def aligned(run: Run) -> list[str]:
+    """The models of this run that were trained, or whose replies are chosen, by preferences or rewards."""
+    return [name for name in in_order(run.models) if chosen(name)]
+
+
+def chosen(name: str) -> bool:
+    """Whether preferences or rewards are behind a model of this run; behind a vote over samples there are none."""
+    if "/" in name or name in UNALIGNED:
+        return False
+    found = player(name, "evaluate.models")
+    return found.model in ("dpo", "ppo") or found.decoding == "best_of"
+
+
+def learnt(run: Run) -> list[str]:
+    """Pretraining and SFT against what costs nothing."""
+    found, stages = [], run.stages
+    if "pretrain" in stages:
+        best, bits = min(stages["pretrain"]["baselines"].items(), key=lambda item: item[1])
+        found.append(
+            f"Pretraining reached {stages['pretrain']['bits_per_byte']:.3f} bits per byte on held-out text; the best "
+            f"of the baselines, {best}, {bits:.3f}."
+        )
+    if "sft" in stages:
+        after, before = (stages["sft"][f"reply_bits_per_byte{end}"] for end in ("", "_base"))
+        word = "lowered" if after < before else "raised"
+        found.append(
+            f"SFT {word} the bits per byte of people's replies from {before:.3f} to {after:.3f}; "
+            f"{stages['sft']['ended_share']:.1%} of its samples end."
+        )
+    return found
+
+
+def gains(run: Run, rows: list[Row]) -> list[str]:
+    """What each aligned model gained over SFT by both judges, and at what KL."""
+    found = []
+    for name in aligned(run):
+        gain = differences.between(rows, name, REFERENCE)
+        if gain is None:
+            found.append(_alone(run, name))
+            continue
+        second = differences.between(rows, name, REFERENCE, "second")
+        score = "the score of the gold judge"
+        word = {1: f"raised {score}", -1: f"lowered {score}"}.get(
+            gain.sign, "is not distinguishable from SFT by the gold judge"
+        )
+        found.append(
+            f"{opening(said(name))} {word}, {run.evaluation['judge']}: {gain.shown()} over SFT, "
+            f"from {gain.other:.3f} to {gain.one:.3f}{_at_kl(run, name)}. {_second(run, gain, second)}"
+        )
+    return found
+
+
+def _at_kl(run: Run, name: str) -> str:
+    kl = run.models[name].get("kl")
+    return "" if kl is None else f", at KL {kl:.2f} nats per reply"
+
+
+def _alone(run: Run, name: str) -> str:
+    metrics = run.models[name]
+    return (
+        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {interval(metrics['gold_ci95'], '.3f')} by the gold "
+        f"judge, {run.evaluation['judge']}; SFT was not evaluated beside it."
+    )
+
+
+def _second(run: Run, gain: Difference, second: Difference | None) -> str:
+    judge = f"The second judge, {run.evaluation['second_judge']}"
+    apart = "" if roles(run, "second_judge") else ", which took no part in training,"
+    if second is None:
+        return f"{judge}, scored too few replies to say."
+    if second.sign == 0:
+        return f"{judge}{apart} sees no clear difference ({second.shown()})."
+    way = "agrees" if second.sign == gain.sign else "sees a rise" if second.sign > 0 else "sees a fall"
+    return f"{judge}{apart} {way} ({second.shown()})."
+
+
+def contest(run: Run, rows: list[Row]) -> list[str]:
+    """The best aligned model by the gold judge against each other one."""
+    best, found = leader(run), []
+    for name in aligned(run):
+        if name != best and (gain := differences.between(rows, best, name)):
+            found.append(f"{opening(_beside(best, name, gain))}.")
+    return found
+
+
+def leader(run: Run) -> str | None:
+    """The aligned model that the gold judge scores highest on average."""
+    return max(aligned(run), key=lambda name: run.models[name]["gold_mean"], default=None)
+
+
+def _beside(one: str, other: str, gain: Difference) -> str:
+    word = {1: "is ahead of", -1: "is behind", 0: "is not distinguishable from"}[gain.sign]
+    return f"{said(one)} {word} {said(other)} by the gold judge ({gain.shown()})"
+
+
+def untrained(run: Run, rows: list[Row]) -> list[str]:
+    """Where the base model is not below the best aligned one: a judge that it pleases may not ask for much."""
+    best = leader(run)
+    gain = differences.between(rows, best, "base") if best else None
+    if gain is None or gain.sign > 0:
+        return []
+    base = run.models["base"]
+    return [
+        f"{opening(_beside(best, 'base', gain))}, whose replies are {base['length']:.0f} characters long on average "
+        f"and of which {base['ended_share']:.1%} end: the judge alone does not say that a reply is good."
+    ]
+
+
+def reward_model(run: Run) -> list[str]:
+    """Whether the reward model passed its gate, and whether PPO used it all the same."""
+    if not reward.checked(run):
+        return []
+    metrics = run.stages["reward"]
+    failed = checkup.failures(metrics, run.config.reward.gate)
+    passed = f"fails its gate: {'; '.join(failed)}" if failed else "passes every limit of its gate"
+    right, *compared = checkup.verdict(metrics, run.config.reward.gate)[max(1, len(failed)) :][:3]
+    found = [f"The reward model {passed}. It is {right[0].lower()}{right[1:]} {' '.join(compared)}"]
+    if failed and run.manifests.get("ppo", {}).get("parts", {}).get("ppo.ignore_gate"):
+        found.append("PPO used that reward model all the same, as ppo.ignore_gate=true asks.")
+    return found
+
+
+def proxy(run: Run, rows: list[Row]) -> list[str]:
+    """Whether PPO pleased its reward model without pleasing the gold judge."""
+    if "ppo" not in run.models or REFERENCE not in run.models:
+        return []
+    paid, gold = (differences.between(rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold"))
+    if paid is None or gold is None or paid.sign <= 0:
+        return []
+    ends = {
+        1: "and the gold judge's rose with it",
+        0: "while of the gold judge's no clear change is seen",
+        -1: "while the gold judge's fell: over-optimised",
+    }
+    rose = f"rose by {paid.shown('+.2f')} of its standard deviations"
+    return [f"The reward model's score of PPO's replies {rose}, {ends[gold.sign]}."]
+
+
+def pushed(run: Run) -> list[str]:
+    """What the frontier advises, where it was run."""
+    found = frontier.current(run.folder)
+    return found["advice"] if found else []
+
+
+def over_seeds(run: Run) -> list[str]:
+    """Which differences between models hold over seeds, where there are several."""
+    found = seeds.current(run.folder)
+    return [opening(f"{claim}.") for claim in seeds.claims(found)] if found else []
+
+
+def caveats(run: Run) -> list[str]:
+    """Guards that ended training, contamination, and what the intervals leave out."""
+    found = []
+    if stopped := run.stages.get("ppo", {}).get("stopped"):
+        found.append(f"PPO was ended by a guard: {stopped}.")
+    if contamination := run.evaluation.get("contamination"):
+        found.append(contaminated(contamination))
+    if run.models and not over_seeds(run):
+        found.append(
+            f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
+            "may give another result (seeds=5 shows how much)."
+        )
+    elif run.models:
+        found.append("Differences over seeds are between training runs; they say little about other prompts.")
+    return found
+
+
+def contaminated(found: dict[str, Any]) -> str:
+    """How many held-out prompts with their replies occur in training text, by stage."""
+    stages = {stage: counts for stage, counts in found.items() if isinstance(counts, dict)}
+    copied = {stage: counts for stage, counts in stages.items() if counts["copies"] or counts["near_copies"]}
+    left_out = f"; {found['removed']} left out" if "removed" in found else ""
+    if not copied:
+        return f"No held-out prompt with its reply occurs in the training text of {', '.join(stages)}{left_out}."
+    said = [
+        f"{stage} {counts['copies']} whole and {counts['near_copies']} nearly, {counts['clean']} not"
+        for stage, counts in copied.items()
+    ]
+    return f"Held-out prompts with their replies that occur in training text: {'; '.join(said)}{left_out}."
+
+
+def cards(run: Run) -> list[Card]:
+    """The numbers that the page begins with."""
+    rows, found, stages = run.samples(), [], run.stages
+    for name in aligned(run):
+        if gain := differences.between(rows, name, REFERENCE):
+            note = f"{run.evaluation['judge']} over SFT, {interval((gain.low, gain.high), '+.3f')}"
+            found.append(Card(f"{opening(said(name))}, gain", f"{gain.mean:+.3f}", note, name))
+    if "kl" in run.models.get("ppo", {}):
+        found.append(Card("PPO, KL", f"{run.models['ppo']['kl']:.2f}", "nats per reply from SFT", "ppo"))
+    if "reward" in stages:
+        right, ends = stages["reward"]["accuracy"], interval(stages["reward"]["accuracy_ci95"], ".1%")
+        found.append(Card("Reward model", f"{right:.1%}", f"right on held-out pairs, {ends}", "reward"))
+    if "pretrain" in stages:
+        bits = stages["pretrain"]["bits_per_byte"]
+        found.append(Card("Base model", f"{bits:.3f}", "bits per byte, held out", "base"))
+    seconds = sum(metrics["seconds"] for metrics in stages.values())
+    found.append(Card("Time", f"{seconds / 60:,.0f} min", f"{len(stages)} stages together"))
+    return found

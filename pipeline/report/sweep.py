@@ -1,0 +1,128 @@
+"""The sweep in the report: its table, what it comes to, and plots by key, of importance, against KL and by trial."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from plotly import graph_objects
+
+from pipeline import sweep_table
+from pipeline.report import figures
+from pipeline.report.figures import colour
+from pipeline.report.parts import Figure, Section, Table
+from pipeline.report.run import Run
+
+OLD = "sweep.json was made from other stages than this run has; to make it anew, give the sweep's command again."
+SHADES = {"settings": "reward", "best": "other"}  # what is drawn → its colour
+
+Found = dict[str, Any]  # the content of sweep.json
+
+
+def section(run: Run) -> Section | None:
+    """What `threefold sweep` left in the run's folder; None where there was none."""
+    if not (run.folder / "sweep.json").is_file():
+        return None
+    found = sweep_table.current(run.folder)
+    if found is None:
+        return Section("sweep", "Sweep", (OLD,))
+    points = (*sweep_table.sentences(found), *sweep_table.failures(found))
+    return Section("sweep", "Sweep", points=points, parts=(settings(found), *drawn(found)))
+
+
+def settings(found: Found) -> Table:
+    """A row for each setting, the best first."""
+    rows, places = sweep_table.table(found), ("trial", "state", "made", "mean", "std", "kl")
+    data = [row["setting"] | {place: row[place] for place in places if place in row} for row in found["settings"]]
+    return Table("sweep", f"Settings by {found['metric']}", rows, data, texts=0)
+
+
+def drawn(found: Found) -> list[Figure]:
+    """The figures that the sweep has numbers for."""
+    if not any(made(found)):
+        return []
+    known = [by_key(found, key) for key in found["keys"]]
+    if found["importance"]:
+        known.append(importance(found))
+    if any(row["kl"] is not None for row in made(found)):
+        known.append(by_kl(found))
+    return [*known, *([course(found)] if found["search"] else [])]
+
+
+def by_key(found: Found, key: str) -> Figure:
+    """The metric of every setting against its value of one key, with its spread over seeds."""
+    figure = marks(made(found), lambda row: row["setting"][key])
+    numbers = all(type(row["setting"][key]) in (int, float) for row in made(found))
+    figure.update_xaxes(type="log" if key in found["log_keys"] else "linear" if numbers else "category")
+    layout = figures.drawing(figure, key, found["metric"], showlegend=True)
+    data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in made(found)]
+    note = "Which values do well, whatever the other keys are? Whiskers are standard deviations over seeds."
+    return Figure(f"sweep_by_{key.replace('/', '_')}", f"By {key}", note, layout, data)
+
+
+def importance(found: Found) -> Figure:
+    """The share of the metric's variance that each key has."""
+    shares = found["importance"]
+    bars = graph_objects.Bar(
+        x=list(shares.values()), y=list(shares), orientation="h", marker={"color": colour("reward")},
+        hovertemplate="%{x:.1%}<extra></extra>",
+    )  # fmt: skip
+    layout = figures.drawing(graph_objects.Figure(bars), "share of the variance", "", height=70 + 30 * len(shares))
+    layout["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    layout["layout"]["xaxis"] |= {"tickformat": ".0%", "rangemode": "tozero", "showgrid": True}
+    data = [{"key": key, "share": share} for key, share in shares.items()]
+    note = f"Which keys matter ({found['importance_by']})?"
+    return Figure("sweep_importance", "Importance", note, layout, data)
+
+
+def by_kl(found: Found) -> Figure:
+    """The metric of every setting against its KL, and the front of those that no other beats in both."""
+    known = [row for row in made(found) if row["kl"] is not None]
+    figure = marks(known, lambda row: row["kl"])
+    front = sorted((row["kl"], row["mean"]) for row in known if row["front"])
+    figure.add_scatter(
+        x=[kl for kl, _ in front], y=[mean for _, mean in front], mode="lines", name="front", hoverinfo="skip",
+        line={"color": colour("quiet"), "dash": "dot", "shape": "hv"},
+    )  # fmt: skip
+    layout = figures.drawing(figure, f"{found['kl_metric']}, nats per reply", found["metric"], showlegend=True)
+    data = [row["setting"] | {name: row[name] for name in ("kl", "mean", "front")} for row in known]
+    note = "What does a nat of KL buy? No setting beats those on the front in both."
+    return Figure("sweep_by_kl", "Metric against KL", note, layout, data)
+
+
+def course(found: Found) -> Figure:
+    """The metric of every trial, and the best so far."""
+    figure = marks(made(found), lambda row: row["trial"])
+    means = sorted((row["trial"], row["mean"]) for row in made(found))
+    better = max if found["direction"] == "maximize" else min
+    figure.add_scatter(
+        x=[trial for trial, _ in means], y=list(itertools.accumulate((mean for _, mean in means), better)),
+        mode="lines", name="best so far", line={"color": colour("quiet"), "shape": "hv"}, hoverinfo="skip",
+    )  # fmt: skip
+    layout = figures.drawing(figure, "trial", found["metric"], showlegend=True)
+    data = [{"trial": trial, "mean": mean} for trial, mean in means]
+    return Figure("sweep_course", "Course of the search", "Would more trials help?", layout, data)
+
+
+def marks(rows: list[dict[str, Any]], place: Any) -> graph_objects.Figure:
+    """A mark for each of `rows` at `place(row)` and its mean, the best in a colour of its own."""
+    figure = graph_objects.Figure()
+    for name, some in kinds(rows):
+        whiskers = {"array": [row["std"] or 0 for row in some], "thickness": 1, "width": 0}
+        figure.add_scatter(
+            x=[place(row) for row in some], y=[row["mean"] for row in some], mode="markers", name=name,
+            error_y=whiskers, marker={"color": colour(SHADES[name]), "size": 9},
+            text=[sweep_table.setting(row["setting"]) for row in some], hovertemplate="%{text}<br>%{y:.4g}",
+        )  # fmt: skip
+    return figure
+
+
+def kinds(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The best of `rows`, and the others."""
+    for name, best in (("settings", False), ("best", True)):
+        if some := [row for row in rows if row["best"] == best]:
+            yield name, some
+
+
+def made(found: Found) -> list[dict[str, Any]]:
+    """Settings that have a value."""
+    return [row for row in found["settings"] if row["mean"] is not None]

@@ -1,0 +1,110 @@
+"""The tasks of the evaluation put to each model: which problems, what it answers, and the share that is right."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline import chat, contamination, data, sampling, statistics, verifiable
+from pipeline.errors import UserError
+from pipeline.job import Job
+from pipeline.verifiable import Problem
+
+
+@dataclass
+class Suite:
+    """The problems of one task that every model of the run answers."""
+
+    check: str
+    problems: list[Problem]
+    ways: dict[str, DictConfig]  # how replies are sampled, by the prefix of the metrics
+    seed: int
+    left_out: dict[str, Any]  # rows of the source that cannot be used, and problems too long for the model
+
+
+def prepared(job: Job, tokenizer: Any, model: Any, ways: dict[str, DictConfig]) -> dict[str, Suite]:
+    """The tasks of `evaluate.tasks` by name, each with at most as many problems as it asks for, drawn by the seed.
+
+    Problems that leave no room for a reply in `model`'s context are left out.
+    """
+    tasks, seed = job.config.evaluate.tasks, job.config.evaluate.seed
+    return {name: _prepared(name, task, seed, tokenizer, model, ways) for name, task in tasks.items()}
+
+
+def _prepared(name: str, task: DictConfig, seed: int, tokenizer: Any, model: Any, ways: dict[str, DictConfig]) -> Suite:
+    problems, unusable = verifiable.load(f"evaluate.tasks.{name}", task)
+    if task.max_new_tokens:
+        ways = {way: OmegaConf.merge(how, {"max_new_tokens": task.max_new_tokens}) for way, how in ways.items()}
+    room = model.config.max_position_embeddings - ways[""].max_new_tokens
+    fitting = [problem for problem in problems if len(chat.prompt_ids(tokenizer, problem.prompt)) <= room]
+    if not fitting:
+        raise UserError(f"evaluate.tasks.{name}.max_new_tokens: leaves no room for any problem; set it lower")
+    drawn = data.draw(fitting, task.problems or len(fitting), seed)
+    left_out = {"dropped_too_long": len(problems) - len(fitting), "unusable": unusable}
+    return Suite(task.check, drawn, ways, seed, left_out)
+
+
+def sought(problem: Problem) -> str:
+    """What is looked for in training text: the question, so that a copy with another solution is found as well.
+
+    A question too short for that stands with its answer.
+    """
+    turns = [m["content"] for m in problem.prompt if m["role"] != "system"]
+    question = "\n".join(turns)
+    if problem.answer is None or contamination.long_enough(question):
+        return question
+    return "\n".join([*turns, problem.answer])
+
+
+def answered(suite: Suite, policy: Any, tokenizer: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is measured of a model in one task, and its reply to each problem with the verdict."""
+    prompts = [chat.prompt_ids(tokenizer, problem.prompt) for problem in suite.problems]
+    metrics, answers = {}, [{} for _ in prompts]
+    for way, how in suite.ways.items():
+        numbers = sampling.random_numbers(suite.seed, len(prompts), how)
+        sampled = sampling.sample(policy, prompts, how, tokenizer, numbers)
+        texts = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
+        found = verifiable.verdicts(suite.check, suite.problems, texts)
+        metrics |= {f"{way}{key}": value for key, value in shares(found).items()}
+        for answer, text, verdict in zip(answers, texts, found, strict=True):
+            answer |= {f"{way}{key}": value for key, value in ({"reply": text} | verdict).items()}
+    return metrics, answers
+
+
+def described(suite: Suite) -> dict[str, Any]:
+    """What the metrics say of a task itself."""
+    return {"check": suite.check, "problems": len(suite.problems)} | suite.left_out
+
+
+def rows(suites: dict[str, Suite], answers: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """A row for each problem: its task, prompt and answer or instructions, and each model's replies with verdicts."""
+    found = []
+    for name, suite in suites.items():
+        for i, problem in enumerate(suite.problems):
+            known = {"instructions": problem.instructions} if problem.answer is None else {"answer": problem.answer}
+            said = {model: by_task[name][i] for model, by_task in answers.items()}
+            found.append({"task": name, "prompt": problem.prompt, **known, **said})
+    return found
+
+
+def shares(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of verdicts that are right, with Wilson 95 % intervals.
+
+    `accuracy` is that of problems; with instructions a problem is right where all of its are followed, and
+    `instructions_*` are shares of single instructions, whose intervals go by the spread between problems.
+    """
+    metrics = _share("accuracy", [verdict["right"] for verdict in found])
+    if "strict" not in found[0]:
+        return metrics
+    metrics |= _share("accuracy_loose", [all(verdict["loose"]) for verdict in found])
+    groups = [str(i) for i, verdict in enumerate(found) for _ in verdict["strict"]]
+    for reading in ("strict", "loose"):
+        followed = [outcome for verdict in found for outcome in verdict[reading]]
+        metrics |= _share(f"instructions_{reading}", followed, groups)
+    return metrics
+
+
+def _share(name: str, outcomes: list[bool], groups: list[str] | None = None) -> dict[str, Any]:
+    interval = statistics.share_interval([float(outcome) for outcome in outcomes], groups)
+    return {name: float(np.mean(outcomes)), f"{name}_ci95": interval}

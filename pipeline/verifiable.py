@@ -1,0 +1,76 @@
+"""Problems with answers that a rule can check: read for the evaluation, and the verdict on each reply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline import data, instructions
+from pipeline.columns import Message
+from pipeline.errors import UserError
+from pipeline.sources import function_digest
+from rewards.exact import exact_match
+from rewards.numeric import numeric_match
+
+CHECKS: dict[str, Callable[..., Any]] = {
+    "exact": exact_match,
+    "numeric": numeric_match,
+    "instructions": instructions.followed,
+}
+
+
+def digest(check: str) -> str:
+    """Digest of the source code of a check."""
+    return function_digest(f"{CHECKS[check].__module__}:{CHECKS[check].__name__}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, and what a reply is checked with: the known answer, or instructions that it must follow."""
+
+    prompt: list[Message]
+    answer: str | None
+    instructions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def load(key: str, task: DictConfig) -> tuple[list[Problem], dict[str, Any]]:
+    """The problems of a task, and the rows of its source that were left out, by reason.
+
+    Raises `UserError` naming `key` for a source without problems, or with an answer that its own check finds wrong.
+    """
+    read = data.load(task, task.split)
+    problems = [_problem(row) for row in read.rows]
+    if not problems:
+        raise UserError(f"{key}.split={task.split}: {task.path} has no problem there; give more rows, or set split=all")
+    if task.check != "instructions":
+        known = [problem.answer for problem in problems]
+        bad = [known[i] for i, verdict in enumerate(verdicts(task.check, problems, known)) if not verdict["right"]]
+        if bad:
+            raise UserError(
+                f"{key}.check={task.check}: cannot check {len(bad):,} of the {len(known):,} answers, the first "
+                f"{bad[0][:40]!r}; choose another check, or mend them"
+            )
+    return problems, read.unusable
+
+
+def check(key: str, task: DictConfig) -> None:
+    """Read all of a task's source before any work; raises `UserError` as `load` does."""
+    data.check(task)
+    load(key, task)
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    if "instructions" in row:
+        return Problem(row["messages"], None, row["instructions"])
+    return Problem(row["messages"][:-1], row["messages"][-1]["content"])
+
+
+def verdicts(check: str, problems: list[Problem], replies: list[str]) -> list[dict[str, Any]]:
+    """Of each reply whether it is right; by `instructions` also whether it follows each, `strict` and `loose`."""
+    if check == "instructions":
+        asked = [(problem.prompt[-1]["content"], problem.instructions) for problem in problems]
+        each = [CHECKS[check](*given, reply) for given, reply in zip(asked, replies, strict=True)]
+        return [{"right": all(found["strict"]), **found} for found in each]
+    prompts, answers = ([getattr(problem, name) for problem in problems] for name in ("prompt", "answer"))
+    return [{"right": score == 1.0} for score in CHECKS[check](prompts, replies, answer=answers)]
