@@ -103,13 +103,17 @@ def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]
     }
 
 
-def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarray) -> float:
-    """How often a model would win against another at equal lengths.
+def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarray) -> float | None:
+    """How often a model would win against another at equal lengths; None where its replies are always the longer ones.
+
+    The same where they are always the shorter ones: then nothing was seen of equal lengths.
 
     `won` [P] are its wins at each prompt and `lost` [P] the other's, a tie being half a win for both; `lengths` [P] the
     length of its reply less that of the other one. A logistic regression on the length difference, squashed at its
     standard deviation, is read at a difference of 0 (the length term of Dubois et al. 2024, arXiv 2404.04475).
     """
+    if len(lengths) > 1 and (lengths.min() > 0 or lengths.max() < 0):
+        return None
     squashed = np.tanh(lengths / max(lengths.std(), 1e-9))[:, None]
     features, labels = np.concatenate([squashed, squashed]), np.repeat([1, 0], len(won))
     weights = np.concatenate([won, lost])

@@ -16,7 +16,8 @@ def expected(ranking: list[float], values: list[float], n: int) -> float:
     _, ties = np.unique(np.asarray(ranking)[order], return_inverse=True)
     sorted_values = np.asarray(values, dtype=float)[order]
     shared = (np.bincount(ties, sorted_values) / np.bincount(ties))[ties]
-    weights = np.array([comb(i, n - 1) for i in range(len(order))], dtype=float) / comb(len(order), n)
+    subsets = comb(len(order), n)
+    weights = np.array([comb(i, n - 1) / subsets for i in range(len(order))])
     return float(weights @ shared)
 
 
@@ -28,16 +29,14 @@ def kl_bound(n: int) -> float:
     return log(n) - (n - 1) / n
 
 
-def kl(ranking: list[float], replies: list[list[int]], n: int) -> float:
+def kl(ranking: list[float], n: int) -> float:
     """KL(best-of-n, policy) in nats of the distribution that N samples of one prompt come to.
 
-    Equal replies are one outcome, so it is below `kl_bound` where the policy repeats itself; it is somewhat below it
-    too where n is not much smaller than N. `ranking` is that of `expected`.
+    Replies that rank alike share their chance evenly, so it is below `kl_bound` where the policy repeats itself; it is
+    somewhat below it too where n is not much smaller than N. `ranking` is that of `expected`: equal replies have equal
+    scores.
     """
-    outcomes: dict[tuple[int, ...], tuple[float, int]] = {}
-    for score, reply in zip(ranking, replies, strict=True):
-        outcomes[tuple(reply)] = (score, outcomes.get(tuple(reply), (score, 0))[1] + 1)
-    counts = np.array([count for _, count in sorted(outcomes.values())], dtype=float)
+    counts = np.unique(ranking, return_counts=True)[1].astype(float)
     upper = counts.cumsum() / counts.sum()
     policy, chosen = counts / counts.sum(), np.diff(upper**n, prepend=0.0)
     seen = chosen > 0  # far down the ranking the chance is below the smallest number

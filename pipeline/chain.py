@@ -151,17 +151,22 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     """
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
-    check_processes(config, planned)
-    if not all(entry.artifact.finished for entry in planned.values()):
-        tracker_kinds.require(config.tracker)
-    check_sources(config, planned)
-    check_rewards(config, planned)
+    check(config, planned)
     with nodes.gathered(config.launch) as others:
         for entry in planned.values():
             if not entry.artifact.finished and make(config, entry, planned, others):
                 ran.append(entry.stage)
             entry.artifact.link_into(run)
     return ran
+
+
+def check(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """All that can be known to be wrong before the first of the planned stages starts; raises `UserError`."""
+    check_processes(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        tracker_kinds.require(config.tracker)
+    check_sources(config, planned)
+    check_rewards(config, planned)
 
 
 def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:

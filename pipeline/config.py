@@ -310,6 +310,8 @@ def _check_frontier(frontier: DictConfig) -> None:
     for n in frontier.best_of:
         if not 1 <= n <= frontier.samples:
             raise UserError(f"frontier.best_of: {n} must be from 1 to frontier.samples={frontier.samples}")
+    if not any(n > 1 for n in frontier.best_of):
+        raise UserError(f"frontier.best_of={list(frontier.best_of)}: needs at least one n above 1")
     for key in ("best_of", "seeds", "betas", "kl_coefs"):
         if len(set(frontier[key])) < len(frontier[key]):
             raise UserError(f"frontier.{key}={list(frontier[key])}: names one twice")

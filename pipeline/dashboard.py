@@ -25,9 +25,14 @@ def sync(config: DictConfig) -> None:
         return
     require_online("sync")
     print(f"sends {len(folders)} runs", flush=True)
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, folders)])
+    done = subprocess.run(sync_command(folders))
     if done.returncode:
         raise UserError(f"sync: wandb ended with status {done.returncode}; what it said is above")
+
+
+def sync_command(folders: list[Path]) -> list[str]:
+    """The command that sends W&B runs, those that began online as well, without asking."""
+    return [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *map(str, folders)]
 
 
 def unsent(runs: Path) -> list[Path]:

@@ -13,26 +13,63 @@ from omegaconf import DictConfig
 import rewards
 from pipeline import overoptimisation, variants
 from pipeline.artifact import read_json, read_lines, write_json
+from pipeline.errors import UserError
 from pipeline.variants import Variant
 
 FORMS = {"best_of_n": "best_of_n", "dpo": "rl", "ppo": "rl"}  # DPO as RL: Rafailov et al. 2024, arXiv 2406.02900
 SCORES = ("gold", "second", "proxy")
+FORM = 1  # of frontier.json
+SETTINGS = 3  # with fewer, a law of two parameters says nothing
 SURE = 0.95  # share of resamples with a peak from which the advice says that there is one
 NAMES = {"best_of_n": "best-of-n", "dpo": "DPO", "ppo": "PPO"}
 
 
 def write(config: DictConfig, overrides: list[str]) -> Path:
-    """Make every point that is missing, fit the laws, and write frontier.json; returns the run's folder."""
-    wanted = members(config.frontier)
-    made = variants.make(config, [*config.frontier.overrides, *overrides], list(wanted))
-    points = [
-        {"method": variant.overrides[0].partition("=")[2], **setting, **point}
-        for (variant, setting), each in zip(wanted.items(), made, strict=True)
-        for point in read_points(Path(each.runs) / each.run / "frontier")
-    ]
+    """Make every point that is missing, fit the laws, and write frontier.json; returns the run's folder.
+
+    Where runs fail, those that are done are written with the names of the others; then `UserError` is raised.
+    """
+    if config.seeds is not None or config.target is not None:
+        raise UserError("threefold frontier: takes neither seeds nor target; frontier.seeds has the seeds of its runs")
+    wanted, failure = members(config.frontier), None
+    try:
+        variants.make(config, [*config.frontier.overrides, *overrides], list(wanted))
+    except UserError as error:
+        failure = error
     folder = Path(config.runs) / config.run
-    write_json(folder / "frontier.json", fitted(points, config.frontier) | {"judges": judges(config.evaluate)})
+    points, missing = collected(folder, wanted)
+    if points:
+        found = fitted(points, config.frontier) | {"judges": judges(config.evaluate), "missing": missing}
+        write_json(folder / "frontier.json", found | {"form": FORM, "made_from": made_from(folder)})
+    if failure is not None:
+        raise failure
     return folder
+
+
+def collected(folder: Path, wanted: dict[Variant, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The points of all runs that are done, with their settings, and the names of those that are not."""
+    points, missing = [], []
+    for variant, setting in wanted.items():
+        artifact = folder / variant.name / "frontier"
+        if (artifact / "points.jsonl").is_file():
+            method = variant.overrides[0].partition("=")[2]
+            points += [{"method": method, **setting, **point} for point in read_points(artifact)]
+        else:
+            missing.append(variant.name.rpartition("/")[2])
+    return points, missing
+
+
+def made_from(folder: Path) -> dict[str, str]:
+    """The fingerprints of what all points share: the models that they are measured against."""
+    files = {stage: folder / stage / "manifest.json" for stage in ("sft", "reward")}
+    return {stage: read_json(file)["fingerprint"] for stage, file in files.items() if file.is_file()}
+
+
+def current(folder: Path) -> dict[str, Any] | None:
+    """frontier.json of a run; None without one, and where the run has another SFT or reward model by now."""
+    file = folder / "frontier.json"
+    found = read_json(file) if file.is_file() else {}
+    return found if found.get("form") == FORM and found["made_from"] == made_from(folder) else None
 
 
 def members(frontier: DictConfig) -> dict[Variant, dict[str, Any]]:
@@ -65,10 +102,11 @@ def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]
     laws = {}
     for method in dict.fromkeys(point["method"] for point in points):
         own = [point for point in points if point["method"] == method and point["kl"] > 0]
-        laws[method] = {
-            score: overoptimisation.summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
-            for score in SCORES
-        }
+        if len({_setting(point | {"seed": 0}) for point in own}) >= SETTINGS:
+            laws[method] = {
+                score: overoptimisation.summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
+                for score in SCORES
+            }
     means = [
         {key: float(np.mean(value)) if key in SCORES else value for key, value in point.items() if key != "gains"}
         for point in points
@@ -90,38 +128,46 @@ def print_advice(folder: Path) -> None:
 
 
 def advice(points: list[dict[str, Any]], laws: dict[str, Any]) -> list[str]:
-    """In words: for each method how far gold follows the reward model, and what each gains at a KL that all reach."""
-    found = [_peak(method, points, laws[method]["gold"]) for method in laws]
-    common = min(law["gold"]["farthest_kl"] for law in laws.values())
+    """In words: for each method what gold does as it goes further, and what each gains at a KL that all reach."""
+    methods = dict.fromkeys(point["method"] for point in points)
+    found = [_of_method(method, points, laws.get(method, {}).get("gold")) for method in methods]
     if len(laws) > 1:
+        common = min(law["gold"]["farthest_kl"] for law in laws.values())
         gains = {method: _law(law["gold"]).gain(np.array([common]))[0] for method, law in laws.items()}
         listed = ", ".join(f"{NAMES[method]} {gain:+.3f}" for method, gain in gains.items())
-        found.append(f"At KL {common:.1f}, the farthest that all reached, gold gains: {listed}.")
+        found.append(f"At KL {common:.1f}, the farthest that all reached, the laws give gold gains of: {listed}.")
     return found
 
 
-def _peak(method: str, points: list[dict[str, Any]], law: dict[str, Any]) -> str:
-    own = [point for point in points if point["method"] == method]
-    best = max(own, key=lambda point: point["gold"])
+def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | None) -> str:
+    best = max((point for point in points if point["method"] == method), key=lambda point: point["gold"])
     seen = f"The highest that was measured is {best['gold']:.3f} at KL {best['kl']:.1f} ({_setting(best)})."
-    if law["peak_kl"] is None:
-        return (
-            f"{NAMES[method]}: by the fitted law gold still rises at the farthest point, KL {law['farthest_kl']:.1f}; "
-            f"it can be pushed further before it is over-optimised. {seen}"
-        )
-    low, high = law["peak_kl_ci95"] or [law["peak_kl"]] * 2
-    sure = "peaks" if law["peak_share"] >= SURE else "may peak"
-    return (
-        f"{NAMES[method]}: by the fitted law gold {sure} at KL {law['peak_kl']:.1f} ({low:.1f} to {high:.1f}, in "
-        f"{law['peak_share']:.0%} of resamples); past it the reward model is over-optimised: stop there. {seen}"
-    )
+    if law is None:
+        return f"{NAMES[method]}: fewer than {SETTINGS} settings, so no law is fitted. {seen}"
+    sure, share = law["trend_share"] >= SURE, f"in {law['trend_share']:.0%} of resamples"
+    farthest = f"the farthest point, KL {law['farthest_kl']:.1f}"
+    said = {
+        "rises": f"gold still rises at {farthest}",
+        "falls": f"gold falls from the start to {farthest}",
+        "peaks": f"gold peaks at KL {law['peak_kl'] or 0:.1f}{_interval(law)}",
+    }[law["trend"]]
+    counsel = {
+        "rises": "; it can be pushed further before it is over-optimised",
+        "falls": ": the reward model does not lead to what the judge likes",
+        "peaks": "; past it the reward model is over-optimised: stop there",
+    }[law["trend"]]
+    return f"{NAMES[method]}: by the fitted law {said} ({share}){counsel if sure else '; which is not certain'}. {seen}"
+
+
+def _interval(law: dict[str, Any]) -> str:
+    return " [{:.1f}, {:.1f}] where it peaks at all".format(*law["peak_kl_ci95"]) if law["peak_kl_ci95"] else ""
 
 
 def _setting(point: dict[str, Any]) -> str:
     words = {"n": "n", "beta": "beta", "kl_coef": "KL coefficient", "seed": "seed"}
     said = [f"{word} {point[key]:g}" for key, word in words.items() if key in point]
     if "kl_coef" in point:
-        said.append(f"after {point['trained']:.0%} of training")
+        said.append(f"after {point['episodes']:,} episodes")
     return ", ".join(said)
 
 

@@ -5,7 +5,9 @@ Every pair is asked twice, with the replies in both orders, since models prefer 
 sampled. P: prompts, M: models.
 """
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +56,7 @@ class JudgeModel:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.question = question(config.template, tuple(config.verdicts))
         self.verdicts = verdict_tokens(tokenizer, list(config.verdicts))
-        if config.chat and not tokenizer.chat_template:
-            raise UserError(f"evaluate.judge_model.chat=true: {config.path} has no chat template; set it to false")
+        _require_template(tokenizer, config)
 
     def ids(self, prompt: list[Message], reply_a: str, reply_b: str) -> list[int]:
         """Token ids of the question, up to where the verdict stands; special tokens are taken out of the texts."""
@@ -88,15 +89,33 @@ class JudgeModel:
 
 def load(config: Any, device: Any) -> JudgeModel:
     """The judge model of `evaluate.judge_model`, in bf16 where `device` computes in it; no code of the model's runs."""
-    options = {"revision": config.revision or "main", "trust_remote_code": False}
     dtype = torch.bfloat16 if device.bf16 else torch.float32
-    try:
+    with _loading(config) as options:
         tokenizer = chat.load_tokenizer(config.path, **options)
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **options)
+    return JudgeModel(model.to(device.type).eval(), tokenizer, config)
+
+
+def check(config: Any) -> None:
+    """Hold the judge's tokenizer to verdicts and template before anything is sampled; raises `UserError`."""
+    with _loading(config) as options:
+        tokenizer = chat.load_tokenizer(config.path, **options)
+    _require_template(tokenizer, config)
+    verdict_tokens(tokenizer, list(config.verdicts))
+
+
+@contextlib.contextmanager
+def _loading(config: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield {"revision": config.revision or "main", "trust_remote_code": False}
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"evaluate.judge_model.path={config.path}: cannot be loaded ({said})") from error
-    return JudgeModel(model.to(device.type).eval(), tokenizer, config)
+
+
+def _require_template(tokenizer: Any, config: Any) -> None:
+    if config.chat and not tokenizer.chat_template:
+        raise UserError(f"evaluate.judge_model.chat=true: {config.path} has no chat template; set it to false")
 
 
 def verdict_tokens(tokenizer: Any, words: list[str]) -> list[int]:

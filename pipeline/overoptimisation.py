@@ -33,7 +33,7 @@ class Law:
         return self.alpha * distance - self.beta * FORMS[self.form](distance)
 
     def peak(self) -> float | None:
-        """The KL, in nats, at which the gain is highest; None where it only grows."""
+        """The KL, in nats, at which the gain is highest; None for a law without such a place."""
         if self.beta <= 0 or (self.alpha <= 0 and self.form == "best_of_n"):
             return None
         exponent = min(self.alpha / self.beta - 1, FARTHEST)  # almost straight laws peak beyond all numbers
@@ -72,25 +72,33 @@ def band(laws: list[Law], kl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def summary(points: list[dict[str, Any]], score: str, form: str, resamples: int, seed: int) -> dict[str, Any]:
-    """The law of a score with its band on a grid up to the farthest point, and where the gain peaks.
+def trend(law: Law, farthest: float) -> str:
+    """What a law's gain does up to the KL `farthest`: rises, peaks before it, or falls from the start."""
+    gain = law.gain(np.linspace(0, np.sqrt(farthest), 201) ** 2)
+    highest = int(gain.argmax())
+    return "falls" if highest == 0 else "rises" if highest == len(gain) - 1 else "peaks"
 
-    `peak_kl` is None where the fitted gain still rises at the farthest point that was measured, `farthest_kl`;
-    `peak_share` is the share of resamples whose peak lies before it.
+
+def summary(points: list[dict[str, Any]], score: str, form: str, resamples: int, seed: int) -> dict[str, Any]:
+    """The law of a score with its band on a grid up to the farthest point, and what it does up to there.
+
+    `trend` is that of the law, and `trend_share` the share of resamples with the same. `peak_kl` is where the gain is
+    highest, None unless it peaks; `peak_kl_ci95` holds the middle 95 % of the resamples that peak at all.
     """
     kl = np.array([point["kl"] for point in points])
     law = fit(form, kl, np.array([np.mean(point["gains"][score]) for point in points]))
     laws, grid = resampled(points, score, form, resamples, seed), np.linspace(0, np.sqrt(kl.max()), 60) ** 2
     low, high = band(laws, grid)
-    inside = [peak for peak in (each.peak() for each in laws) if peak is not None and peak < kl.max()]
-    peak = law.peak()
+    found, trends = trend(law, kl.max()), [trend(each, kl.max()) for each in laws]
+    peaks = [each.peak() for each, word in zip(laws, trends, strict=True) if word == "peaks"]
     return {
         "form": form,
         "alpha": law.alpha,
         "beta": law.beta,
         "farthest_kl": float(kl.max()),
-        "peak_kl": peak if peak is not None and peak < kl.max() else None,
-        "peak_kl_ci95": [float(each) for each in np.quantile(inside, [0.025, 0.975])] if inside else None,
-        "peak_share": len(inside) / len(laws),
+        "trend": found,
+        "trend_share": trends.count(found) / len(trends),
+        "peak_kl": law.peak() if found == "peaks" else None,
+        "peak_kl_ci95": [float(each) for each in np.quantile(peaks, [0.025, 0.975])] if peaks else None,
         "curve": {"kl": grid.tolist(), "gain": law.gain(grid).tolist(), "low": low.tolist(), "high": high.tolist()},
     }

@@ -54,12 +54,16 @@ def holm(p: list[float]) -> list[float]:
 
 
 def planned(models: list[str]) -> list[tuple[str, str]]:
-    """Which of `models` is compared with which: each with SFT, PPO with DPO, and both with best-of-n."""
+    """Which of `models` is compared with which.
+
+    Each with SFT, PPO with DPO, both with best-of-n, and each with what it was in an earlier run.
+    """
     aligned = [name for name in ("dpo", "ppo") if name in models]
     best_of = [name for name in models if name.startswith(("best_of_", "sft_best_of_"))]
     with_sft = [(name, "sft") for name in models if name not in ("sft", "human") and "sft" in models]
     with_each_other = [("ppo", "dpo")] if len(aligned) == 2 else []
-    return with_sft + with_each_other + [(name, best) for name in aligned for best in best_of]
+    earlier = [(name.rpartition("/")[2], name) for name in models if name.rpartition("/")[2] in models and "/" in name]
+    return with_sft + with_each_other + [(name, best) for name in aligned for best in best_of] + earlier
 
 
 def tests(by_judge: dict[str, dict[str, list[float | None]]], resamples: int, seed: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from pipeline import chain, variants
+from pipeline import chain, paired, variants
 from pipeline.artifact import read_json, write_json
 from pipeline.errors import UserError
 from pipeline.variants import Variant
@@ -65,8 +65,7 @@ def summary(folders: list[Path]) -> dict[str, Any]:
 
     Stages that all runs share have no spread, and are left out; so are metrics that not every run has.
     """
-    metrics = {}
-    fingerprints = {}
+    metrics, fingerprints, between = {}, {}, []
     for stage in STAGES:
         files = [folder / stage / "metrics.json" for folder in folders]
         if not all(file.is_file() for file in files):
@@ -76,7 +75,9 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         if len(set(prints)) > 1:
             fingerprints[stage] = prints
             metrics[stage] = spread([numbers(each) for each in found])
-    return {"fingerprints": fingerprints, "metrics": metrics, "differences": differences(metrics.get("evaluate", {}))}
+            if stage == "evaluate":
+                between = differences([numbers(each) for each in found])
+    return {"fingerprints": fingerprints, "metrics": metrics, "differences": between}
 
 
 def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -91,33 +92,38 @@ def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation (of a sample) and values of every number that all runs have."""
+    """Mean, standard deviation (of a sample) and values of every number that all runs have.
+
+    What is equal in all of them the seed does not reach: it is left out.
+    """
     names = [name for name in runs[0] if all(name in each for each in runs)]
-    columns = {name: [each[name] for each in runs] for name in names}
+    columns = {name: [each[name] for each in runs] for name in names if len({each[name] for each in runs}) > 1}
     return {
         name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
         for name, values in columns.items()
     }
 
 
-def differences(evaluate: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Gold of each trained model less the SFT model's, and PPO's less DPO's, paired by seed (Student's t test)."""
+def differences(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Gold of each trained model less the SFT model's, and PPO's less DPO's, paired by seed (Student's t test).
+
+    `runs` are the evaluation's numbers, one for each seed; differences that the seed does not reach are left out.
+    `p_holm` is corrected for all that are there.
+    """
     pairs = [("dpo", "sft"), ("ppo", "sft"), ("ppo", "dpo")]
-    columns = {name: f"models.{name}.gold_mean" for pair in pairs for name in pair}
-    return [
-        {"model": model, "against": other}
-        | paired(evaluate[columns[model]]["values"], evaluate[columns[other]]["values"])
+    gold = {name: [each.get(f"models.{name}.gold_mean") for each in runs] for pair in pairs for name in pair}
+    found = [
+        {"model": model, "against": other} | t_test(gold[model], gold[other])
         for model, other in pairs
-        if columns[model] in evaluate and columns[other] in evaluate
+        if None not in gold[model] + gold[other] and np.ptp(np.subtract(gold[model], gold[other])) > 0
     ]
+    corrected = paired.holm([row["p"] for row in found])
+    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
 
 
-def paired(values: list[float], others: list[float]) -> dict[str, Any]:
+def t_test(values: list[float], others: list[float]) -> dict[str, Any]:
     """The mean difference of two figures of the same seeds, its 95 % interval, and p of no difference."""
-    difference = np.subtract(values, others)
-    if np.ptp(difference) == 0:
-        return {"difference": float(difference[0]), "ci95": [float(difference[0])] * 2, "p": float(difference[0] == 0)}
-    test = stats.ttest_rel(values, others)
+    difference, test = np.subtract(values, others), stats.ttest_rel(values, others)
     interval = test.confidence_interval()
     return {
         "difference": float(difference.mean()),
@@ -133,7 +139,8 @@ def current(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_json(file)
     for stage, prints in found["fingerprints"].items():
-        if read_json(folder / stage / "metrics.json")["fingerprint"] not in prints:
+        made = folder / stage / "metrics.json"
+        if not made.is_file() or read_json(made)["fingerprint"] not in prints:
             return None
     return found
 
@@ -143,9 +150,9 @@ def claims(seeds: dict[str, Any]) -> list[str]:
     found = []
     for each in seeds["differences"]:
         low, high = each["ci95"]
-        verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+        verdict = "not distinguishable" if each["p_holm"] >= 0.05 else "higher" if each["difference"] > 0 else "lower"
         found.append(
             f"gold of {each['model']} less {each['against']}: {each['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over "
-            f"{len(seeds['seeds'])} seeds, p {each['p']:.2g}: {verdict}"
+            f"{len(seeds['seeds'])} seeds, p {each['p_holm']:.2g} (Holm): {verdict}"
         )
     return found

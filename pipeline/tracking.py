@@ -102,17 +102,17 @@ class Background:
             self.over = True
 
     def _work(self, start: Callable[[], Tracker]) -> None:
-        tracker = None
+        tracker, method = None, ""
         try:
-            tracker, method = start(), ""
-            while method != "close":
+            tracker = start()
+            while method != "close" and not self.over:
                 method, arguments = self.calls.get()
                 getattr(tracker, method)(*arguments)
         except Exception as error:
             self.give_up((str(error).strip() or type(error).__name__).splitlines()[0])
-            if tracker is not None:
-                with contextlib.suppress(Exception):
-                    tracker.close()
+        if tracker is not None and method != "close":
+            with contextlib.suppress(Exception):
+                tracker.close()
 
 
 class Trackers:

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
 
     Raises `UserError` where any failed, after all others are done; the first lines of their errors are printed.
     """
+    if config.launch.nodes > 1:
+        raise UserError(
+            f"launch.nodes={config.launch.nodes}: several runs at once need one machine each; use launch.nodes=1"
+        )
     composed = [compose(variant.arguments(config, overrides)) for variant in variants]
     if config.launcher.kind == "slurm":
         given = [variant.arguments(config, overrides) for variant in variants]
@@ -74,13 +79,14 @@ def _make_here(
 def _make_shared(configs: list[DictConfig], run: Path) -> None:
     """Make the stages that every variant needs in the same form, and link them into `run`."""
     plans = [chain.plan(config, needed_by(config.target, config)) for config in configs]
+    for config, plan in zip(configs, plans, strict=True):
+        chain.check(config, plan)
     planned = plans[0]
     shared = {
         name: entry
         for name, entry in planned.items()
         if all(name in plan and plan[name].fingerprint == entry.fingerprint for plan in plans)
     }
-    chain.check_sources(configs[0], shared)
     for entry in shared.values():
         if not entry.artifact.finished:
             chain.make(configs[0], entry, planned)
@@ -97,31 +103,49 @@ def _linked(config: DictConfig) -> bool:
 
 
 def _run(work: dict[str, tuple[list[str], Path]], jobs: int) -> dict[str, str]:
-    """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed."""
-    if not work:
-        return {}
-    failed, started, done, jobs = {}, time.monotonic(), 0, min(jobs, len(work))
-    print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
-        names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
-        for future in _as_finished(pool, set(names)):
-            name, reason, done = names[future], future.result(), done + 1
-            failed |= {name: reason} if reason else {}
-            state = f"failed: {reason}" if reason else "done"
-            print(f"{done} of {len(work)}  {name}: {state}  ({time.monotonic() - started:.0f} s)", flush=True)
+    """Make variants (name → overrides, log) in `jobs` processes; name → first error line of those that failed.
+
+    Where a process is ended from outside, which ends all others with it, the rest is made one at a time.
+    """
+    failed: dict[str, str] = {}
+    left, started, jobs = dict(work), time.monotonic(), min(jobs, len(work))
+    if left:
+        print(f"{len(work)} variants, {jobs} at a time; each has a log in its folder", flush=True)
+    while left:
+        try:
+            for name, reason in _finished(left, jobs):
+                _note(failed, name, reason, len(work) - len(left) + 1, len(work), time.monotonic() - started)
+                del left[name]
+        except BrokenProcessPool:
+            if jobs == 1:
+                name = next(iter(left))
+                _note(failed, name, OUTSIDE, len(work) - len(left) + 1, len(work), time.monotonic() - started)
+                del left[name]
+            jobs = 1
     return failed
 
 
-def _as_finished(pool: ProcessPoolExecutor, futures: set[Future[str | None]]) -> Iterator[Future[str | None]]:
-    """Futures as they finish; an interrupt ends what is running and starts no more."""
-    try:
-        while futures:
-            finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-            yield from finished
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+OUTSIDE = "its process was ended from outside, perhaps for want of memory; launcher.jobs=1 takes less"
+
+
+def _note(failed: dict[str, str], name: str, reason: str | None, done: int, count: int, seconds: float) -> None:
+    if reason:
+        failed[name] = reason
+    print(f"{done} of {count}  {name}: {f'failed: {reason}' if reason else 'done'}  ({seconds:.0f} s)", flush=True)
+
+
+def _finished(work: dict[str, tuple[list[str], Path]], jobs: int) -> Iterator[tuple[str, str | None]]:
+    """Names as they are done, with the first line of their error; an interrupt ends what is running."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
+        names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
+        try:
+            for future in as_completed(names):
+                yield names[future], future.result()
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _make_one(overrides: list[str], log: Path) -> str | None:

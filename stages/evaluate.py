@@ -43,11 +43,14 @@ def run(job: Job) -> dict[str, Any]:
     made = {stage: folder for stage, folder in job.inputs.items() if stage != "comparisons"}
     tokenizer = chat.require_same_template(made | earlier)
     reference = models.load_policy(job.inputs["sft"], job.device.type)
-    examples = held_out.prompts(job, tokenizer, narrowest(reference, earlier), config.prompts, config.seed)
-    tasks = suites.prepared(job, tokenizer, reference, measuring.ways(job.config))
+    smallest = narrowest(reference, earlier)
+    examples = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
+    tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
     examples, contaminated, counted = checked_for_copies(job, examples, tasks)
     problems = sum(len(suite.problems) for suite in tasks.values())
     announce(job, taking_part, len(examples), problems, reference)
+    if config.judge_model.path is not None:
+        judge_model.check(config.judge_model)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:

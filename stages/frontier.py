@@ -1,12 +1,13 @@
 """Stage `frontier`: gold and proxy reward of one method against its KL to the SFT model, on held-out prompts."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import rewards
 from pipeline import best_of, chat, ensemble, held_out, likelihood, models, sampling
-from pipeline.artifact import write_lines
+from pipeline.artifact import read_json, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -43,12 +44,12 @@ def best_of_points(
     count, choices = job.config.frontier.samples, sorted({1, *job.config.frontier.best_of})
     announce(job, policy, count * len(examples))
     asked = [example for example in examples for _ in range(count)]
-    ids, scores = replies_scored(job, policy, judges, tokenizer, asked)
+    _, scores = replies_scored(job, policy, judges, tokenizer, asked)
     rows = [slice(start, start + count) for start in range(0, len(asked), count)]  # of each prompt
     points = []
     for n in choices:
         found = {name: [best_of.expected(scores["proxy"][at], scores[name][at], n) for at in rows] for name in SCORES}
-        measured = [best_of.kl(scores["proxy"][at], ids[at], n) for at in rows]
+        measured = [best_of.kl(scores["proxy"][at], n) for at in rows]
         points.append({"n": n, "kl": best_of.kl_bound(n), "kl_measured": float(np.mean(measured)), **found})
     return points
 
@@ -58,16 +59,27 @@ def policy_points(
 ) -> list[dict[str, Any]]:
     """A point for the SFT model, for each snapshot that the method left along its training, and for its end."""
     final = job.inputs[job.config.frontier.method]
-    kept = sorted((final / "snapshots").glob("*"), key=lambda folder: int(folder.name))
-    announce(job, reference, (2 + len(kept)) * len(examples))
+    folders = {0: job.inputs["sft"], **snapshots(final)}
+    announce(job, reference, len(folders) * len(examples))
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     points = []
-    for share, folder in enumerate([job.inputs["sft"], *kept, final]):
+    for episodes, folder in folders.items():
         policy = models.load_policy(folder, job.device.type)
         ids, scores = replies_scored(job, policy, judges, tokenizer, examples)
         kl = likelihood.kl(policy, reference, prompts, ids, job.config.sampling.temperature, tokenizer.pad_token_id)
-        points.append({"trained": share / (1 + len(kept)), "kl": kl, **scores})
+        points.append({"episodes": episodes, "kl": kl, **scores})
     return points
+
+
+def snapshots(final: Path) -> dict[int, Path]:
+    """Policies along training by the episodes behind them; the last is the artifact itself.
+
+    Where a guard went back to an earlier policy, those after it do not count. DPO has pairs in the place of episodes.
+    """
+    metrics = read_json(final / "metrics.json")
+    done = metrics["episodes"] if "episodes" in metrics else metrics["pairs"]
+    kept = {int(folder.name): folder for folder in (final / "snapshots").glob("*")}
+    return {episodes: kept[episodes] for episodes in sorted(kept) if episodes < done} | {done: final}
 
 
 def replies_scored(

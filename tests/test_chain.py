@@ -70,7 +70,9 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
     neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.", "chat.")
     neutral += ("launcher.", "cluster.", "resources.", "dashboard.")
     # which runs the frontier consists of, and how laws are fitted to them
-    neutral += tuple(f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap"))
+    neutral += tuple(
+        f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap")
+    )
     # of a local source its content counts, not its place; entries of a dictionary count one by one
     local = (".path", ".config_name", ".splits", ".columns", ".args", ".parts", ".probes", ".tasks")
     local = [k for k in keys() if k.endswith(local) or (k.startswith("data.") and k.endswith(".revision"))]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -73,7 +72,19 @@ def test_sync_hands_the_folders_to_wandb(status, tmp_path, monkeypatch):
             dashboard.sync(config(tmp_path))
     else:
         dashboard.sync(config(tmp_path))
-    assert asked == [[sys.executable, "-m", "wandb", "sync", str(folder)]]
+    assert asked == [dashboard.sync_command([folder])]
+
+
+def test_wandb_takes_the_command_that_sends(tmp_path, capsys):
+    """A dry run of it finds an offline run and one that was cut short online; it needs neither key nor network."""
+    folders = [
+        wandb_run(tmp_path, f"{kind}-20260101_000000-aaaa111{i}") for i, kind in enumerate(("offline-run", "run"))
+    ]
+    for folder in folders:
+        (folder / f"run-{folder.name[-8:]}.wandb").touch()
+    command = [*dashboard.sync_command(folders), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and all(folder.name in done.stdout + done.stderr for folder in folders)
 
 
 def test_the_dashboard_is_trackios_where_there_is_its_data_and_else_the_terminals(tmp_path, monkeypatch):

@@ -8,13 +8,15 @@ from helpers import composed, make_job
 from test_readme import documented
 
 from pipeline import best_of, frontier, overoptimisation, variants
-from pipeline.artifact import read_json, read_lines
+from pipeline.artifact import read_json, read_lines, write_json, write_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.report.frontier import section
+from pipeline.report.run import configured
 from stages import frontier as stage
 from stages import parents, ppo
 
-SETTINGS = ["frontier.prompts=6", "frontier.samples=8", "frontier.best_of=[2,4]"]
+SETTINGS = ["frontier.prompts=6", "frontier.samples=8", "frontier.best_of=[2,4,8]"]
 
 
 def points_of(method, smoke, folder):
@@ -28,8 +30,8 @@ def points_of(method, smoke, folder):
 def test_best_of_n_is_estimated_from_all_samples_of_the_sft_model(smoke, tmp_path):
     metrics, points, names = points_of("best_of_n", smoke, tmp_path)
     assert names == ["sft", "comparisons", "reward"] and metrics["prompts"] == 6
-    assert [point["n"] for point in points] == [1, 2, 4]
-    assert [point["kl"] for point in points] == [best_of.kl_bound(n) for n in (1, 2, 4)]
+    assert [point["n"] for point in points] == [1, 2, 4, 8]
+    assert [point["kl"] for point in points] == [best_of.kl_bound(n) for n in (1, 2, 4, 8)]
     assert points[0]["kl_measured"] == pytest.approx(0, abs=1e-12) and points[2]["kl_measured"] <= points[2]["kl"]
     for lower, higher in itertools.pairwise(points):  # of more samples the best has a higher score
         assert (np.array(higher["proxy"]) >= np.array(lower["proxy"])).all()
@@ -48,7 +50,8 @@ def test_its_results_equal_their_documentation(smoke, tmp_path):
 def test_a_trained_policy_is_measured_against_the_sft_model(smoke, tmp_path):
     _, points, names = points_of("dpo", smoke, tmp_path)
     assert names == ["sft", "comparisons", "reward", "dpo"]
-    assert [point["trained"] for point in points] == [0.0, 1.0]
+    pairs = read_json(smoke / "smoke" / "dpo" / "metrics.json")["pairs"]
+    assert [point["episodes"] for point in points] == [0, pairs]
     assert points[0]["kl"] == pytest.approx(0, abs=1e-5) < points[1]["kl"]
 
 
@@ -83,47 +86,84 @@ def written(smoke, tmp_path, monkeypatch):
         if (artifact / "manifest.json").is_file():
             (runs / "artifacts" / artifact.name).symlink_to(artifact.resolve())
     monkeypatch.setattr(variants, "_run", run_here)
-    few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=1", "frontier.bootstrap=100"]
+    few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=2", "frontier.bootstrap=100"]
     overrides = ["experiment=smoke", "tracker=none", f"runs={runs}", *SETTINGS, *few]
     folder = frontier.write(compose(overrides), overrides)
     return folder, read_json(folder / "frontier.json")
 
 
-def test_the_command_makes_every_point_once_and_fits_every_method(written):
+def test_the_command_makes_every_point_once_and_fits_what_has_enough_settings(written):
     folder, found = written
-    by_method = {method: [p for p in found["points"] if p["method"] == method] for method in found["laws"]}
-    assert {method: len(points) for method, points in by_method.items()} == {"best_of_n": 6, "dpo": 4, "ppo": 6}
+    methods = ("best_of_n", "dpo", "ppo")
+    by_method = {method: [p for p in found["points"] if p["method"] == method] for method in methods}
+    assert {method: len(points) for method, points in by_method.items()} == {"best_of_n": 8, "dpo": 4, "ppo": 8}
     assert {point["seed"] for point in found["points"]} == {1, 2}
-    assert [p["trained"] for p in by_method["ppo"]][:3] == [0.0, 0.5, 1.0]
-    assert set(found["laws"]["ppo"]) == {"gold", "second", "proxy"} and found["prompts"] == 6
-    assert found["judges"]["gold"] == "vader" and len(found["advice"]) == 4
+    assert [p["episodes"] for p in by_method["ppo"]][:4] == [0, 16, 48, 64]
+    assert set(found["laws"]) == {"best_of_n", "ppo"} and set(found["laws"]["ppo"]) == {"gold", "second", "proxy"}
+    assert found["judges"]["gold"] == "vader" and found["prompts"] == 6 and found["missing"] == []
+    assert len(found["advice"]) == 4 and "DPO: fewer than 3 settings, so no law is fitted" in found["advice"][1]
     assert (folder / "sft" / "manifest.json").is_file()  # what all share belongs to the run itself
     artifacts = [each.name.partition("-")[0] for each in (folder.parent / "artifacts").glob("*-*") if each.is_dir()]
     assert artifacts.count("reward") == 1 and artifacts.count("ppo") == 3  # that of the smoke run, and two seeds
 
 
-def law(peak, share=1.0):
+def test_the_report_shows_the_frontier_of_this_reward_model_alone(written, smoke):
+    folder, found = written
+    config = compose(["experiment=smoke", f"runs={folder.parent}"])
+    shown = section(configured(config))
+    assert [part.name for part in shown.parts] == [f"frontier_{s}" for s in ("gold", "proxy", "second")] + [
+        "frontier_laws"
+    ]
+    assert len(shown.parts[0].data) == len(found["points"]) and shown.points == tuple(found["advice"])
+    assert shown.parts[0].data[0]["gain"] == 0 and len(shown.parts[-1].rows) == 1 + len(found["laws"])
+    write_json(folder / "frontier.json", found | {"missing": ["ppo-seed2"]})
+    assert "Runs that are missing: ppo-seed2." in section(configured(config)).lead
+    write_json(folder / "frontier.json", found | {"made_from": {"sft": "other"}})
+    assert section(configured(config)).parts == () and frontier.current(folder) is None
+
+
+def law(trend, share=1.0, peak=None):
     fitted = {"form": "rl", "alpha": 1.0, "beta": 0.5, "farthest_kl": 9.0}
-    return {"gold": fitted | {"peak_kl": peak, "peak_kl_ci95": None, "peak_share": share}}
+    return {"gold": fitted | {"trend": trend, "trend_share": share, "peak_kl": peak, "peak_kl_ci95": None}}
 
 
 def test_the_advice_says_where_to_stop_and_how_sure_that_is():
-    points = [{"method": "ppo", "kl_coef": 0.0, "seed": 1, "trained": 0.5, "kl": 4.0, "gold": 0.5}]
-    peaked, perhaps, rising = (
-        frontier.advice(points, {"ppo": each})[0] for each in (law(5.0), law(5.0, 0.4), law(None, 0.0))
-    )
-    assert "PPO: by the fitted law gold peaks at KL 5.0" in peaked and "stop there" in peaked
-    assert "may peak at KL 5.0" in perhaps and "40% of resamples" in perhaps
-    assert "still rises at the farthest point, KL 9.0" in rising
-    assert "0.500 at KL 4.0 (KL coefficient 0, seed 1, after 50% of training)" in rising
+    points = [{"method": "ppo", "kl_coef": 0.0, "seed": 1, "episodes": 512, "kl": 4.0, "gold": 0.5}]
+    given = (law("peaks", peak=5.0), law("peaks", 0.4, 5.0), law("rises"), law("falls"))
+    peaked, perhaps, rising, falling = (frontier.advice(points, {"ppo": each})[0] for each in given)
+    assert "PPO: by the fitted law gold peaks at KL 5.0 (in 100% of resamples)" in peaked and "stop there" in peaked
+    assert "in 40% of resamples); which is not certain" in perhaps and "stop" not in perhaps
+    assert "still rises at the farthest point, KL 9.0" in rising and "falls from the start" in falling
+    assert "0.500 at KL 4.0 (KL coefficient 0, seed 1, after 512 episodes)" in rising
 
 
 def test_gains_at_a_distance_that_all_reached_are_compared():
     points = [{"method": m, "seed": 1, "kl": 4.0, "gold": 0.5} for m in ("ppo", "dpo")]
-    near = {"gold": law(None)["gold"] | {"farthest_kl": 4.0}}
-    last = frontier.advice(points, {"ppo": law(None), "dpo": near})[-1]
+    near = {"gold": law("rises")["gold"] | {"farthest_kl": 4.0}}
+    last = frontier.advice(points, {"ppo": law("rises"), "dpo": near})[-1]
     gain = overoptimisation.Law("rl", 1.0, 0.5).gain(np.array([4.0]))[0]
-    assert last == f"At KL 4.0, the farthest that all reached, gold gains: PPO {gain:+.3f}, DPO {gain:+.3f}."
+    assert last.endswith(f"the laws give gold gains of: PPO {gain:+.3f}, DPO {gain:+.3f}.")
+
+
+def test_runs_that_fail_leave_the_points_of_the_others_with_their_names(smoke, tmp_path, monkeypatch):
+    config = compose(["experiment=smoke", f"runs={tmp_path}", *SETTINGS, "frontier.seeds=[1]", "frontier.betas=[]"])
+
+    def make(given, overrides, wanted):
+        made = tmp_path / "smoke" / wanted[0].name / "frontier"
+        made.mkdir(parents=True)
+        row = {"n": 1, "kl": 0.0, "gold": [0.1], "second": [0.1], "proxy": [0.1]}
+        write_lines(made / "points.jsonl", [row, row | {"n": 2, "kl": 0.2}])
+        raise UserError("1 of 2 variants failed")
+
+    monkeypatch.setattr(variants, "make", make)
+    with pytest.raises(UserError, match="1 of 2 variants failed"):
+        frontier.write(config, [])
+    assert read_json(tmp_path / "smoke" / "frontier.json")["missing"] == ["frontier-ppo-kl_coef0-seed1"]
+
+
+def test_the_command_refuses_keys_that_it_would_not_heed():
+    with pytest.raises(UserError, match=r"frontier\.seeds has the seeds"):
+        frontier.write(composed("seeds=3"), ["seeds=3"])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +172,7 @@ def test_gains_at_a_distance_that_all_reached_are_compared():
         ("frontier.best_of=[128]", "frontier.samples=64"),
         ("frontier.betas=[0.1,0.1]", "twice"),
         ("frontier.seeds=[]", "at least one"),
+        ("frontier.best_of=[1]", "at least one n above 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(override, said):

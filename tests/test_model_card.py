@@ -1,17 +1,21 @@
 """Every model folder has a card that the hub can read; writing it moves no fingerprint."""
 
+from pathlib import Path
+
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
 from pipeline import model_card
 from pipeline.artifact import read_json, write_json
+from stages import STAGES
 
 
 def test_every_model_folder_of_a_run_has_a_card(smoke):
     kinds = {"pretrain": "text-generation", "sft": "text-generation", "reward": "text-classification"}
     kinds |= {"dpo": "text-generation", "ppo": "text-generation", "ppo/critic": "text-classification"}
-    folders = {str(f.parent.relative_to(smoke / "smoke")) for f in (smoke / "smoke").glob("**/config.json")}
-    assert folders | {"ppo/critic"} >= set(kinds)
+    artifacts = {stage: (smoke / "smoke" / stage).resolve() for stage in STAGES}
+    found = {(stage, file.parent) for stage, folder in artifacts.items() for file in folder.rglob("config.json")}
+    assert {str(Path(stage, folder.relative_to(artifacts[stage]))) for stage, folder in found} == set(kinds)
     for folder, kind in kinds.items():
         card = ModelCard.load(smoke / "smoke" / folder / "README.md")
         stage = folder.partition("/")[0]

@@ -63,4 +63,16 @@ def test_a_peak_beyond_the_farthest_point_is_not_claimed():
     rising = Law("best_of_n", 0.9, 0.01)
     found = overoptimisation.summary(simulated(rising, 0, 0.02), "gold", "best_of_n", 100, 0)
     assert rising.peak() > 9 and found["peak_kl"] is None and found["farthest_kl"] == 9.0
+    assert found["trend"] == "rises" and found["trend_share"] == 1.0
     assert found["curve"]["kl"][-1] == pytest.approx(9.0) and found["curve"]["gain"][0] == 0.0
+
+
+@pytest.mark.parametrize("law", [Law("best_of_n", -0.1, 0.02), Law("rl", -0.12, 0.0), Law("rl", -0.1, -0.05)], ids=str)
+def test_a_law_that_only_falls_is_not_taken_for_one_that_rises(law):
+    found = overoptimisation.summary(simulated(law, 0, 0.02), "gold", law.form, 100, 0)
+    assert found["trend"] == "falls" and found["peak_kl"] is None
+
+
+def test_trends():
+    assert [overoptimisation.trend(law, 9.0) for law in LAWS] == ["peaks", "peaks"]
+    assert overoptimisation.trend(LAWS[1], 2.0) == "rises"

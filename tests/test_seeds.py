@@ -1,6 +1,8 @@
 """Several seeds: what is made once and what again, spread and paired differences, and variants that fail."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -20,19 +22,18 @@ def test_numbers_are_found_by_their_dotted_names():
 
 
 def test_spread_is_the_mean_and_the_standard_deviation_of_a_sample():
-    found = seeds.spread([{"a": 1.0, "b": 1.0}, {"a": 2.0}, {"a": 6.0}])
-    assert set(found) == {"a"}
+    found = seeds.spread([{"a": 1.0, "b": 1.0, "same": 7.0}, {"a": 2.0, "same": 7.0}, {"a": 6.0, "same": 7.0}])
+    assert set(found) == {"a"}  # b is not in all of them, and the seed does not reach what is the same
     assert found["a"]["mean"] == 3.0 and found["a"]["std"] == pytest.approx(np.sqrt((4 + 1 + 9) / 2))
 
 
 def test_differences_of_the_same_seeds_are_paired():
     ours, others = [0.70, 0.72, 0.69, 0.75], [0.60, 0.64, 0.58, 0.66]
-    found, difference = seeds.paired(ours, others), np.subtract(ours, others)
+    found, difference = seeds.t_test(ours, others), np.subtract(ours, others)
     half = stats.t.ppf(0.975, 3) * difference.std(ddof=1) / 2
     assert found["difference"] == pytest.approx(difference.mean())
     assert found["ci95"] == pytest.approx([difference.mean() - half, difference.mean() + half])
     assert found["p"] == pytest.approx(2 * stats.t.sf(difference.mean() / (difference.std(ddof=1) / 2), 3))
-    assert seeds.paired([0.5, 0.5], [0.5, 0.5]) == {"difference": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
 
 def evaluated(folder, fingerprint, gold):
@@ -56,9 +57,18 @@ def test_claims_say_what_the_seeds_can_tell(tmp_path):
     assert said[1].startswith("gold of ppo less sft: +0.405") and said[1].endswith("higher")
     run = Run("run", tmp_path, {"evaluate": {"judge": "vader"}}, {})
     assert seeds_section.models(run, found).rows == [
-        ("model", "gold judge: vader"), ("sft", "0.300 ± 0.000"), ("dpo", "0.300 ± 0.115"), ("ppo", "0.705 ± 0.013"),
+        ("model", "gold judge: vader"), ("dpo", "0.300 ± 0.115"), ("ppo", "0.705 ± 0.013"),
     ]  # fmt: skip
     assert seeds_section.stages(found).rows[1][:3] == ("evaluate", "ppo_gold_mean", "0.705 ± 0.013")
+
+
+def test_nothing_is_claimed_of_models_that_the_seed_does_not_reach(tmp_path):
+    folders = [
+        evaluated(tmp_path / str(i), f"f{i}", {"sft": 0.30, "dpo": 0.41, "ppo": 0.69 + 0.01 * i}) for i in range(3)
+    ]
+    found = seeds.summary(folders)
+    assert [(row["model"], row["against"]) for row in found["differences"]] == [("ppo", "sft"), ("ppo", "dpo")]
+    assert set(found["metrics"]["evaluate"]) == {"models.ppo.gold_mean", "ppo_gold_mean"}
 
 
 def test_seeds_of_an_older_result_are_not_shown(tmp_path):
@@ -67,6 +77,8 @@ def test_seeds_of_an_older_result_are_not_shown(tmp_path):
     write_json(run / "seeds.json", {"fingerprints": {"evaluate": ["f0", "f1"]}})
     assert seeds.current(run) is not None
     write_json(run / "seeds.json", {"fingerprints": {"evaluate": ["f1", "f2"]}})
+    assert seeds.current(run) is None
+    write_json(run / "seeds.json", {"fingerprints": {"ppo": ["f0"]}})  # the run's own was removed since
     assert seeds.current(run) is None
 
 
@@ -127,3 +139,15 @@ def test_a_variant_that_fails_leaves_the_others_and_its_first_line(borrowed, mon
     with pytest.raises(UserError, match=r"1 of 2 variants failed; variants/2: weights lost \(see .*log.txt\)"):
         variants.make(config, ["experiment=smoke", "tracker=none", f"runs={borrowed}"], members)
     assert "in the sea" in (borrowed / "smoke/variants/2/log.txt").read_text()
+
+
+def ended_from_outside(overrides, log):
+    if overrides == ["die"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_takes_only_its_own_variant_along(monkeypatch, capsys):
+    monkeypatch.setattr(variants, "_make_one", ended_from_outside)
+    work = {name: ([name], None) for name in ("one", "die", "two")}
+    assert variants._run(work, 2) == {"die": variants.OUTSIDE}
+    assert "3 of 3" in capsys.readouterr().out

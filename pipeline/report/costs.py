@@ -6,6 +6,8 @@ from pipeline.report.differences import LENGTH, REPETITION, Row
 from pipeline.report.names import REFERENCE, opening, said
 from pipeline.report.run import Run
 
+ALIKE = 0.005  # a smaller relative change of bits per byte is not called one
+
 
 def sentences(run: Run, rows: list[Row], models: list[str]) -> list[str]:
     """What became longer, endless, repetitive or less likely, for each of the aligned `models` against SFT."""
@@ -59,6 +61,6 @@ def tax(run: Run, name: str) -> str:
         return ""
     base = run.models.get("base", {}).get("text_bits_per_byte")
     beside = f", the base model {base:.3f}" if base is not None else ""
-    word = "worse" if after > before else "better"
+    word = "about as well" if abs(after / before - 1) < ALIKE else "worse" if after > before else "better"
     change = f"{before:.3f} to {after:.3f} bits per byte ({after / before - 1:+.1%})"
     return f"base text is predicted {word}, {change}{beside}"

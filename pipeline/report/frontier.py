@@ -5,44 +5,47 @@ from typing import Any
 import numpy as np
 from plotly import graph_objects
 
-from pipeline.artifact import read_json
-from pipeline.frontier import FORMS, NAMES
+from pipeline.frontier import FORMS, NAMES, current
 from pipeline.report import figures
 from pipeline.report.figures import colour
 from pipeline.report.parts import Figure, Section, Table
 from pipeline.report.run import Run
 
 LEAD = (
-    "Best-of-n, DPO and PPO are pushed ever further from the SFT model. While the reward model's score rises, the gold "
-    "judge's follows up to a point; past it the reward model is over-optimised. Lines are the laws of Gao et al. 2022, "
-    "fitted to the points, with 95 % bands over prompts and seeds."
+    "Best-of-n, DPO and PPO are pushed ever further from the SFT model. Where the gold judge's score falls while the "
+    "reward model's still rises, the reward model is over-optimised. Lines are the laws of Gao et al. 2022, fitted to "
+    "the points, with 95 % bands over prompts and seeds."
 )
+OLD = "frontier.json is of another SFT or reward model than this run has; to make it anew: make frontier."
 SHADES = {"best_of_n": "best", "dpo": "dpo", "ppo": "ppo"}  # method → its colour
 SAID = {"best_of_n": "d ({alpha:.3f} − {beta:.3f} d)", "rl": "d ({alpha:.3f} − {beta:.3f} log d)"}
 
 
 def section(run: Run) -> Section | None:
     """What `threefold frontier` left in the run's folder; None where it was not run."""
-    file = run.folder / "frontier.json"
-    if not file.is_file():
+    if not (run.folder / "frontier.json").is_file():
         return None
-    found = read_json(file)
+    found = current(run.folder)
+    if found is None:
+        return Section("frontier", "Frontier", (OLD,))
+    lead = (LEAD, *([f"Runs that are missing: {', '.join(found['missing'])}."] if found["missing"] else []))
     titles = {
         "gold": f"Gold judge: {found['judges']['gold']}",
-        "proxy": "The reward model, which PPO is trained on",
+        "proxy": "The reward model",
         "second": f"Second judge: {found['judges']['second']}",
     }
     drawn = [figure(found, score, title) for score, title in titles.items()]
-    return Section("frontier", "Frontier", (LEAD,), points=tuple(found["advice"]), parts=(*drawn, laws(found)))
+    return Section("frontier", "Frontier", lead, points=tuple(found["advice"]), parts=(*drawn, laws(found)))
 
 
 def figure(frontier: dict[str, Any], score: str, title: str) -> Figure:
     """One score of all methods: points, law and band of each."""
     drawn, data = graph_objects.Figure(), []
-    for method, fitted in frontier["laws"].items():
-        own = gains(frontier["points"], method, score)
+    for method in dict.fromkeys(point["method"] for point in frontier["points"]):
+        own, fitted = gains(frontier["points"], method, score), frontier["laws"].get(method)
         shade = colour(SHADES[method])
-        for trace in (*law(fitted[score]["curve"], method, shade), points(own, method, shade)):
+        curve = law(fitted[score]["curve"], shade) if fitted else []
+        for trace in (*curve, points(own, method, shade)):
             drawn.add_trace(trace)
         data += own
     seen = [row["gain"] for row in data]
@@ -55,7 +58,7 @@ def figure(frontier: dict[str, Any], score: str, title: str) -> Figure:
     return Figure(f"frontier_{score}", title, note, layout, data)
 
 
-def law(curve: dict[str, list[float]], method: str, shade: str) -> list[graph_objects.Scatter]:
+def law(curve: dict[str, list[float]], shade: str) -> list[graph_objects.Scatter]:
     """A law's curve, below it its band as a closed shape."""
     distance = np.sqrt(curve["kl"]).tolist()
     band = graph_objects.Scatter(
@@ -63,8 +66,8 @@ def law(curve: dict[str, list[float]], method: str, shade: str) -> list[graph_ob
         fillcolor=shade, opacity=0.15, line={"width": 0}, hoverinfo="skip", showlegend=False, mode="lines",
     )  # fmt: skip
     line = graph_objects.Scatter(
-        x=distance, y=curve["gain"], mode="lines", line={"color": shade, "width": 2}, name=NAMES[method],
-        hoverinfo="skip",
+        x=distance, y=curve["gain"], mode="lines", line={"color": shade, "width": 2}, hoverinfo="skip",
+        showlegend=False,
     )  # fmt: skip
     return [band, line]
 
@@ -73,7 +76,7 @@ def points(own: list[dict[str, Any]], method: str, shade: str) -> graph_objects.
     """The points of one method."""
     return graph_objects.Scatter(
         x=[np.sqrt(row["kl"]) for row in own], y=[row["gain"] for row in own], mode="markers", name=NAMES[method],
-        marker={"color": shade, "size": 6}, showlegend=False, text=[row["setting"] for row in own],
+        marker={"color": shade, "size": 7}, text=[row["setting"] for row in own],
         hovertemplate="%{text}<br>√KL %{x:.2f}, gain %{y:.3f}<extra></extra>",
     )  # fmt: skip
 
@@ -95,25 +98,25 @@ def run_of(point: dict[str, Any]) -> tuple[Any, ...]:
 
 def setting(point: dict[str, Any]) -> str:
     """What a point was made with."""
-    named = {"n": "n", "beta": "β", "kl_coef": "KL coefficient", "trained": "trained", "seed": "seed"}
+    named = {"n": "n", "beta": "β", "kl_coef": "KL coefficient", "episodes": "episodes", "seed": "seed"}
     return ", ".join(f"{name} {point[key]:.3g}" for key, name in named.items() if key in point)
 
 
 def laws(frontier: dict[str, Any]) -> Table:
     """The fitted law of the gold judge for each method, and where it peaks."""
-    heading = ("method", "law of the gain in gold, d = √KL", "farthest KL", "gold peaks at KL", "resamples with a peak")
+    heading = ("method", "law of the gain in gold, d = √KL", "farthest KL", "up to there gold", "resamples that agree")
     rows, data = [], []
     for method, fitted in frontier["laws"].items():
         found = {key: value for key, value in fitted["gold"].items() if key != "curve"}
         said = SAID[FORMS[method]].format(**found)
-        rows.append((NAMES[method], said, f"{found['farthest_kl']:.1f}", peak(found), f"{found['peak_share']:.0%}"))
+        rows.append((NAMES[method], said, f"{found['farthest_kl']:.1f}", peak(found), f"{found['trend_share']:.0%}"))
         data.append({"method": method, **found})
     return Table("frontier_laws", "Laws of over-optimisation, gold judge", [heading, *rows], data, texts=2)
 
 
 def peak(found: dict[str, Any]) -> str:
-    """Where gold peaks, with its interval."""
+    """What gold does up to the farthest point, and where it peaks, with the interval."""
     if found["peak_kl"] is None:
-        return "beyond"
+        return found["trend"]
     low, high = found["peak_kl_ci95"] or [found["peak_kl"]] * 2
-    return f"{found['peak_kl']:.1f} [{low:.1f}, {high:.1f}]"
+    return f"peaks at {found['peak_kl']:.1f} [{low:.1f}, {high:.1f}]"

@@ -6,6 +6,9 @@ from pipeline.report.parts import Section, Table
 from pipeline.report.run import Run, notices
 from pipeline.report.summary import Group
 
+# names of tables that a pull request is to see begin with these
+SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "tasks", "compare")
+
 
 def text(run: Run, summary: list[Group], sections: list[Section]) -> str:
     """The whole of `report.md`; of the sections it takes the tables that fit a pull request."""
@@ -13,7 +16,7 @@ def text(run: Run, summary: list[Group], sections: list[Section]) -> str:
     for group in summary:
         lines += ["", f"## {group.title}", "", *(f"- {line}" for line in group.sentences)]
     for table in (part for section in sections for part in section.parts if isinstance(part, Table)):
-        if not table.folded and table.name.startswith(("stages", "models", "arena", "compare")):
+        if not table.folded and table.name.startswith(SHOWN):
             lines += ["", f"## {table.title}", "", *table_lines(table)]
     last = "Everything else: `report.html` beside this file, its numbers in `report/*.csv`."
     return "\n".join([*lines, "", last, ""])

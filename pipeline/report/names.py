@@ -9,7 +9,7 @@ WORDS = {"human": "people", "base": "the base model", "sft": "SFT", "dpo": "DPO"
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names as the report lists them: ways to decode behind the model they sample from, other runs' models last."""
-    return sorted(names, key=_place)
+    return sorted(names, key=lambda name: (_place(name), len(name), name))
 
 
 def _place(name: str) -> float:

@@ -44,7 +44,15 @@ def numbers(metric: dict[str, Any], values: list[int]) -> dict[str, float]:
 def models(run: Run, found: dict[str, Any]) -> Table | None:
     """The report's columns of every model, each with its spread; None where the seed does not reach the evaluation."""
     metrics, columns = found["metrics"].get("evaluate", {}), JUDGED | TEXT
-    names = list(dict.fromkeys(name.split(".")[1] for name in metrics if name.startswith("models.")))
+    ends = {key: f".{key}" for key in columns}
+    names = list(
+        dict.fromkeys(
+            name.removeprefix("models.").removesuffix(end)
+            for name in metrics
+            for end in ends.values()
+            if name.startswith("models.") and name.endswith(end)
+        )
+    )
     if not names:
         return None
     shown = {key: said for key, said in columns.items() if any(f"models.{name}.{key}" in metrics for name in names)}

@@ -6,8 +6,7 @@ A difference is called one only where its 95 % interval leaves out zero.
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import checkup, seeds
-from pipeline.artifact import read_json
+from pipeline import checkup, frontier, seeds
 from pipeline.players import player
 from pipeline.report import costs, differences, reward
 from pipeline.report.differences import Difference, Row
@@ -178,15 +177,19 @@ def proxy(run: Run, rows: list[Row]) -> list[str]:
     paid, gold = (differences.between(rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold"))
     if paid is None or gold is None or paid.sign <= 0:
         return []
-    end = "and the gold judge's rose with it" if gold.sign > 0 else "while the gold judge's did not: over-optimised"
+    ends = {
+        1: "and the gold judge's rose with it",
+        0: "while of the gold judge's no clear change is seen",
+        -1: "while the gold judge's fell: over-optimised",
+    }
     rose = f"rose by {paid.shown('+.2f')} of its standard deviations"
-    return [f"The reward model's score of PPO's replies {rose}, {end}."]
+    return [f"The reward model's score of PPO's replies {rose}, {ends[gold.sign]}."]
 
 
 def pushed(run: Run) -> list[str]:
     """What the frontier advises, where it was run."""
-    file = run.folder / "frontier.json"
-    return read_json(file)["advice"] if file.is_file() else []
+    found = frontier.current(run.folder)
+    return found["advice"] if found else []
 
 
 def over_seeds(run: Run) -> list[str]:
@@ -207,6 +210,8 @@ def caveats(run: Run) -> list[str]:
             f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
             "may give another result (seeds=5 shows how much)."
         )
+    elif run.models:
+        found.append("Differences over seeds are between training runs; they say little about other prompts.")
     return found
 
 
