@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from omegaconf import DictConfig
 
@@ -158,21 +159,21 @@ def _finished(work: dict[str, tuple[list[str], Path]], jobs: int) -> Iterator[tu
 
 def _make_one(overrides: list[str], log: Path) -> str | None:
     """Make one variant in this process, which writes into `log`; the first line of its error, if it fails."""
-    with _output_into(log):
+    with _output_into(log) as written:
         try:
             chain.bring_up_to_date(compose(overrides))
         except Exception as error:
             if not isinstance(error, UserError):
                 import traceback
 
-                traceback.print_exc()
+                traceback.print_exc(file=written)
             return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
 
 @contextlib.contextmanager
-def _output_into(log: Path) -> Iterator[None]:
-    """What this process writes goes to the end of `log`."""
+def _output_into(log: Path) -> Iterator[TextIO]:
+    """What this process writes goes to the end of `log`, which is given open."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
@@ -180,7 +181,7 @@ def _output_into(log: Path) -> Iterator[None]:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
         try:
-            yield
+            yield stream
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -46,9 +46,9 @@ def asked(*command):
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def cluster():
-    """Skips where no Slurm with two nodes answers."""
+    """Skips where no Slurm with two nodes answers; of the session, so that it comes before the smoke run."""
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         pytest.skip("Slurm is not installed here: sbatch is missing")
     up = asked("sinfo", "--noheader", "--Node", "--format=%N", "--states=idle,mixed,allocated")
