@@ -8,7 +8,6 @@ runs/<run>/sweep.journal            Optuna's trials, where it is a search
 
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import math
 import re
@@ -26,6 +25,7 @@ from pipeline.report import write_report
 from pipeline.report.parts import csv_text
 from pipeline.sweep_metric import direction, kl_metric, metric, stage_wanted
 from pipeline.sweep_space import Dimension, combinations, spelt
+from pipeline.tracker_kinds import installed
 from pipeline.variants import Variant
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
@@ -127,8 +127,7 @@ def _grid(config: DictConfig, overrides: list[str], space: list[Dimension]) -> d
 
 def _search(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
     """What Optuna chooses."""
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("sweep.trials: a search needs Optuna; install it with: pip install 'threefold[sweep]'")
+    installed("optuna", "sweep.trials")
     from pipeline import sweep_search
 
     return sweep_search.run(config, overrides, space)

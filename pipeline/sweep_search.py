@@ -5,6 +5,7 @@ search, not from when the command was started. A trial that was killed or failed
 """
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ def mend(file: Path) -> None:
     """Drop what a kill may leave: a line cut short, and the lock of a process that is gone (the run's own is held)."""
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
     if file.exists():
-        text = file.read_bytes()
-        file.write_bytes(text[: text.rfind(b"\n") + 1])
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def identity(config: DictConfig, space: list[Dimension]) -> str:
@@ -146,7 +146,8 @@ def make(
 def tell(study: optuna.Study, trial: Trial, runs: list[dict[str, Any]], pruned: str | None) -> None:
     """Tell the study the trial's mean over its runs, or that it was ended early or failed; says so in one line."""
     failed = [run for run in runs if run["state"] == "failed"]
-    state = TrialState.COMPLETE if not failed else TrialState.PRUNED if pruned else TrialState.FAIL
+    ended_early = pruned is not None and any(pruned in run["reason"] for run in failed)
+    state = TrialState.COMPLETE if not failed else TrialState.PRUNED if ended_early else TrialState.FAIL
     if state == TrialState.PRUNED:
         runs = [run | {"state": "pruned", "reason": pruned} if run in failed else run for run in runs]
     trial.set_user_attr("runs", runs)

@@ -128,7 +128,7 @@ def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
     rows, search, kl = found["settings"], found["search"], any(row["kl"] is not None for row in found["settings"])
     keys, repeated = found["keys"], bool(found["repeated"])
     heading = [*(["trial"] if search else []), *keys, found["metric"], *(["KL"] if kl else [])]
-    heading += [*(["runs"] if repeated else []), ""]
+    heading += [*(["runs"] if repeated else []), "note"]
     cells = [
         [
             *([str(row["trial"])] if search else []), *(shown(row["setting"][key]) for key in keys), _value(row),

@@ -49,7 +49,7 @@ class Stages:
             while not (asked := (artifact.work / STOP).exists()) and time.monotonic() < waited:
                 time.sleep(0.01)
             if asked:
-                raise UserError(f"dpo: ended at step {step}")
+                raise UserError(f"dpo: ended at step {step}: {(artifact.work / STOP).read_text()}")
 
 
 def run_here(work, jobs):

@@ -166,6 +166,14 @@ def test_trials_that_do_badly_are_ended_while_they_train(tmp_path, monkeypatch, 
     assert len(kept) == 1 and (kept[0] / "out/log.jsonl").is_file()  # a run with these values goes on from there
 
 
+def test_a_trial_that_was_to_be_ended_but_failed_by_itself_is_a_failed_one():
+    study = optuna.create_study()
+    run = {"run": "r", "state": "failed", "value": None, "kl": None}
+    for reason in ("weights lost", "dpo failed: dpo: ended at step 2: pruned at step 1"):
+        sweep_search.tell(study, study.ask(), [run | {"reason": reason}], "pruned at step 1")
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.PRUNED]
+
+
 def test_of_a_metric_to_minimize_high_values_are_bad(tmp_path, monkeypatch):
     sweeps.stand_in(monkeypatch, steps=2, patience=0.3)
     monkeypatch.setattr(sweep_pruning, "PAUSE", 0.01)
