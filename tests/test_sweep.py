@@ -254,6 +254,7 @@ def test_the_command_makes_what_is_missing_in_processes_of_their_own(borrowed, c
         assert row["value"] == metrics["accuracy"] and row["setting"]["dpo.beta"] in (0.1, 0.2)
     assert len([each for each in (borrowed / "artifacts").glob("dpo-*") if each.is_dir()]) == 2
     assert 'id="sweep"' in (borrowed / "smoke/report.html").read_text()
+    assert "## Settings by dpo.accuracy" in (borrowed / "smoke/report.md").read_text()
     assert (borrowed / "smoke/report/sweep_by_dpo.beta.csv").is_file()
 
 

@@ -7,7 +7,7 @@ from pipeline.report.run import Run, notices
 from pipeline.report.summary import Group
 
 # names of tables that a pull request is to see begin with these
-SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "tasks", "compare")
+SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "sweep", "tasks", "compare")
 
 
 def text(run: Run, summary: list[Group], sections: list[Section]) -> str:
