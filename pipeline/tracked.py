@@ -38,8 +38,8 @@ class Histogram:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Histogram":
-        """The histogram of those of `values` that are finite."""
-        return cls(*np.histogram(values[np.isfinite(values)], bins=BINS))
+        """The histogram of those of `values` that are finite; ratios that are all but 1 need double precision."""
+        return cls(*np.histogram(values[np.isfinite(values)].astype(np.float64), bins=BINS))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def measure_nothing(put=setattr) -> None:
     put(held_out, "reply_bits_per_byte", lambda *_: 0.0)
     put(sft, "ended_share", lambda *_: 0.0)
     put(reward, "check_up", lambda *_: {})
-    put(dpo, "metrics", lambda *_: {})
+    put(dpo, "metrics", lambda *_: {"chosen_falls": False})
 
 
 def pretend_gpus() -> None:

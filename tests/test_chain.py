@@ -258,17 +258,17 @@ def test_the_reason_names_all_keys_and_those_that_are_new_or_gone():
 
 def test_parents_stand_before_their_children():
     names = list(STAGES)
-    assert tuple(names) == ALL
+    assert tuple(names) == (*ALL[:-1], "frontier", "evaluate")  # what the chain itself has, and the frontier
     assert all(names.index(parent) < names.index(name) for name in names for parent in STAGES[name].parents)
 
 
 @pytest.mark.parametrize(
     ("stage", "needed", "depending"),
     [
-        ("tokenizer", ["tokenizer"], list(ALL[1:])),
-        ("reward", ["tokenizer", "pretrain", "sft", "comparisons", "reward"], ["ppo", "evaluate"]),
+        ("tokenizer", ["tokenizer"], [*ALL[1:-1], "frontier", "evaluate"]),
+        ("reward", ["tokenizer", "pretrain", "sft", "comparisons", "reward"], ["ppo", "frontier", "evaluate"]),
         ("dpo", ["tokenizer", "pretrain", "sft", "comparisons", "dpo"], ["evaluate"]),
-        ("ppo", ["tokenizer", "pretrain", "sft", "comparisons", "reward", "ppo"], ["evaluate"]),
+        ("ppo", ["tokenizer", "pretrain", "sft", "comparisons", "reward", "ppo"], ["frontier", "evaluate"]),
         ("evaluate", list(ALL), []),
     ],
 )
@@ -306,8 +306,8 @@ def test_the_chain_holds_what_the_evaluation_needs(overrides, chain_without, inp
 def test_a_stage_that_the_chain_leaves_out_can_still_be_asked_for():
     config = composed(RULE, NO_DPO)
     assert needed_by("dpo", config) == ["tokenizer", "pretrain", "sft", "comparisons", "dpo"]
-    assert depending_on("dpo", config) == depending_on("reward", config) == []
-    assert depending_on("sft", config) == ["comparisons", "reward", "dpo", "ppo", "evaluate"]
+    assert depending_on("dpo", config) == [] and depending_on("reward", config) == ["frontier"]
+    assert depending_on("sft", config) == ["comparisons", "reward", "dpo", "ppo", "frontier", "evaluate"]
 
 
 def test_a_reward_with_a_learned_part_needs_the_reward_model_and_one_of_rules_does_not():

@@ -109,8 +109,8 @@ def test_nothing_to_show_is_one_line(show, tmp_path, monkeypatch):
 
 
 def test_the_flag_is_short_for_its_key():
-    assert cli._parse(["dashboard", "run=x", "--wandb"]) == ("dashboard", ["run=x", "dashboard.show=wandb"])
-    with pytest.raises(UserError, match="--wandb: no such option"):
+    assert cli._parse(["dashboard", "run=x", "--wandb"]) == ("dashboard", ["run=x"], {"wandb": True})
+    with pytest.raises(UserError, match="--wandb: is an option of dashboard, not of run"):
         cli._parse(["run", "--wandb"])
 
 

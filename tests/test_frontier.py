@@ -77,18 +77,19 @@ def run_here(work, jobs):
     return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
 
 
-@pytest.fixture
-def written(smoke, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(smoke, tmp_path_factory):
     """frontier.json of a small frontier on the smoke run's models."""
-    runs = tmp_path / "runs"
+    runs = tmp_path_factory.mktemp("frontier") / "runs"
     (runs / "artifacts").mkdir(parents=True)
     for artifact in (smoke / "artifacts").iterdir():
         if (artifact / "manifest.json").is_file():
             (runs / "artifacts" / artifact.name).symlink_to(artifact.resolve())
-    monkeypatch.setattr(variants, "_run", run_here)
     few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=2", "frontier.bootstrap=100"]
     overrides = ["experiment=smoke", "tracker=none", f"runs={runs}", *SETTINGS, *few]
-    folder = frontier.write(compose(overrides), overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "_run", run_here)
+        folder = frontier.write(compose(overrides), overrides)
     return folder, read_json(folder / "frontier.json")
 
 

@@ -116,6 +116,7 @@ def test_two_processes_train_as_one(stage, one, two):
     agree(one, two, stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_processes_that_share_the_model_train_as_one_and_leave_a_whole_model(stage, one, shared, smoke):
     agree(one, shared, stage)

@@ -184,6 +184,7 @@ def test_a_machine_whose_part_does_not_end_is_trouble(port, tmp_path, monkeypatc
     assert helper.ended() is None
 
 
+@pytest.mark.slow
 def test_two_machines_make_a_stage_as_one_process_does(smoke, tmp_path, port, capfd):
     shutil.copytree(smoke / "artifacts", tmp_path / "artifacts", ignore=shutil.ignore_patterns("wandb", "dpo-*"))
     options = ["experiment=smoke", "tracker=none", "target=dpo", "dependents=false", "runtime.device=cpu"]

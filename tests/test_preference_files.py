@@ -208,7 +208,7 @@ def test_only_data_that_no_finished_stage_was_made_from_is_read_before_the_first
     chain.check_sources(config, planned)
     tasks = [task.path for task in config.evaluate.tasks.values()]
     assert read == [f"{tmp_path}/p.jsonl", config.data.replies.path, config.data.text.path, *tasks]
-    for stages, left in ((("tokenizer", "pretrain", "sft"), read[:1]), (("comparisons",), [])):
+    for stages, left in ((("tokenizer", "pretrain", "sft"), [read[0], *tasks]), (("comparisons",), tasks)):
         for stage in stages:
             planned[stage].artifact.folder.mkdir(parents=True)
             (planned[stage].artifact.folder / "manifest.json").touch()

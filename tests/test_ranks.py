@@ -217,6 +217,7 @@ def agree(one: Path, two: Path, smoke: Path) -> list[dict]:
     return logs[0]
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_continued_give_the_update_of_one(smoke, places):
     one, two = places
     options = [*PPO, "runtime.checkpoints=8", "ppo.batch_size=14", "ppo.episodes=84", "ppo.kl_controller=adaptive"]

@@ -108,7 +108,7 @@ def test_over_optimisation_is_named(runs):
         row["ppo"] |= {"gold": 0.4, "reward_model": 2.0}
 
     change_samples(runs, please_the_reward_model_alone)
-    assert "while the gold judge's did not: over-optimised" in told(runs)
+    assert "while the gold judge's fell: over-optimised" in told(runs)
 
 
 def test_the_reward_models_gate_and_going_on_all_the_same_are_said(copied):

@@ -135,6 +135,7 @@ def ended_from_outside(overrides, log):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_takes_only_its_own_variant_along(monkeypatch, capsys):
     monkeypatch.setattr(variants, "_make_one", ended_from_outside)
     work = {name: ([name], None) for name in ("one", "die", "two")}

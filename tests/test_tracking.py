@@ -184,6 +184,12 @@ def test_a_table_stays_one_in_markdown():
     assert table.markdown() == "| a | b |\n| --- | --- |\n| x\\|y<br>z | 0.1235 |"
 
 
+def test_a_histogram_of_ratios_that_are_all_but_1_is_made():
+    ratios = np.array([1.0, np.nextafter(np.float32(1), np.float32(2)), np.nextafter(np.float32(1), np.float32(0))])
+    found = Histogram.of(ratios.astype(np.float32))
+    assert found.counts.sum() == 3 and (np.diff(found.edges) > 0).all()
+
+
 def test_a_histogram_counts_what_is_finite():
     found = Histogram.of(np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32))
     assert (found.counts.sum(), found.counts[0], found.counts[-1]) == (3, 1, 2)
