@@ -115,7 +115,7 @@ def replies(page) -> list[str]:
 
 def until(page, labelled: int) -> None:
     """Wait until the page says how many pairs are labelled."""
-    page.wait_for_function("n => document.querySelector('.count b').innerText == n", arg=str(labelled))
+    playwright.expect(page.locator(".count b")).to_have_text(str(labelled))
 
 
 def press(page, key: str) -> str | None:
@@ -387,10 +387,7 @@ def test_what_was_recorded_is_announced_and_focus_goes_to_the_heading(shared, vi
     assert said.get_attribute("aria-live") == "polite" and said.get_attribute("role") == "status"
     for number in (2, 3):
         press(page, "ArrowLeft")
-        page.wait_for_function(
-            "t => document.getElementById('said').textContent === t",
-            arg=f"Recorded: reply 1 is better. Pair {number} of 24.",
-        )
+        playwright.expect(said).to_have_text(f"Recorded: reply 1 is better. Pair {number} of 24.")
         assert page.evaluate("document.activeElement.tagName") == "H1" and page.title().startswith(f"Pair {number} of")
 
 

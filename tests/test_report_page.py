@@ -4,7 +4,7 @@ import json
 
 import pytest
 from reports import change_samples, copy_of, write
-from test_label_page import CHROMIUM, CONTRASTS, DESKTOP, PHONE, browser, playwright  # noqa: F401 - a fixture, and a skip
+from test_label_page import CHROMIUM, CONTRASTS, DESKTOP, PHONE, browser, playwright  # noqa: F401 - a fixture
 
 from pipeline.artifact import read_lines
 from pipeline.report.figures import PALETTE
@@ -72,15 +72,14 @@ def page(opened):
     opened.emulate_media(media="screen", color_scheme="light")
     opened.set_viewport_size(DESKTOP)
     opened.click("[type=reset]")
-    opened.wait_for_function("document.querySelector('.controls output').value == '4 of 4 prompts'")
+    playwright.expect(opened.locator(".controls output")).to_have_text("4 of 4 prompts")
     return opened
 
 
 def stroke(page, colour: str) -> None:
     """Wait until PPO's curves have a colour."""
-    line = '[data-figure="ppo_kl"] .scatterlayer path.js-line'
-    page.wait_for_function("([line, rgb]) => getComputedStyle(document.querySelector(line)).stroke == rgb",
-                           arg=[line, rgb_of(colour)])  # fmt: skip
+    line = page.locator('[data-figure="ppo_kl"] .scatterlayer path.js-line').first
+    playwright.expect(line).to_have_css("stroke", rgb_of(colour))
 
 
 def rgb_of(colour: str) -> str:
@@ -156,7 +155,7 @@ def test_search_finds_words_in_prompts_and_replies_of_the_models_chosen(page, ro
     page.fill("[name=text]", "no such words anywhere")
     assert shown(page) == [] and page.inner_text(".controls output") == "0 of 4 prompts"
     page.click("[type=reset]")
-    page.wait_for_function("document.querySelector('.controls output').value == '4 of 4 prompts'")
+    playwright.expect(page.locator(".controls output")).to_have_text("4 of 4 prompts")
     assert shown(page) == [0, 1, 2, 3]
 
 
