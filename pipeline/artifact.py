@@ -3,11 +3,11 @@
 runs/artifacts/<stage>-<fingerprint>/       a finished artifact
 runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
 runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
+runs/artifacts/<stage>-<fingerprint>.stop   why its making is to end early, where a sweep asks for that
 runs/artifacts/<stage>-<fingerprint>.job    the Slurm job that is to make it (pipeline/job_records.py)
 runs/<run>/<stage>                          a link to the artifact that the run uses
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +17,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-STOP = "stop.txt"  # in the work folder: why the process that makes the artifact, wherever it runs, is to end
+
+def stop_file(work: Path) -> Path:
+    """Where it says why the process that makes an artifact in the folder `work`, wherever it runs, is to end.
+
+    Beside that folder, which is removed as soon as the artifact is finished.
+    """
+    return work.with_suffix(".stop")
 
 
 def fingerprint_of(parts: dict[str, Any]) -> str:
@@ -67,12 +73,14 @@ class Artifact:
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self.forget_failure()
-        (self.work / STOP).unlink(missing_ok=True)
+        stop_file(self.work).unlink(missing_ok=True)
 
     def ask_to_stop(self, reason: str) -> None:
         """Have its maker end with an error at the next step that it logs; it continues from there when made again."""
-        with contextlib.suppress(FileNotFoundError):  # it is finished by now, or was never begun
-            write_text(self.work / STOP, reason)
+        if self.work.is_dir():
+            write_text(stop_file(self.work), reason)
+        if self.finished:  # by now
+            stop_file(self.work).unlink(missing_ok=True)
 
     def note_failure(self, line: str) -> None:
         """Keep the error line of an attempt."""
@@ -88,6 +96,7 @@ class Artifact:
         write_json(self.out / "manifest.json", manifest)
         self.out.replace(self.folder)
         shutil.rmtree(self.work)
+        stop_file(self.work).unlink(missing_ok=True)
 
     def link_into(self, run: Path) -> None:
         """Point `run`/<stage> at this artifact, replacing an older link in one step."""

@@ -21,7 +21,7 @@ SCORES = ("gold", "second", "proxy")
 FORM = 1  # of frontier.json
 SETTINGS = 3  # with fewer, a law of two parameters says nothing
 SURE = 0.95  # share of resamples with a peak from which the advice says that there is one
-NAMES = {"best_of_n": "best-of-n", "dpo": "DPO", "ppo": "PPO"}
+NAMES = {"best_of_n": "Best-of-n", "dpo": "DPO", "ppo": "PPO"}
 
 
 def write(config: DictConfig, overrides: list[str]) -> Path:
@@ -156,7 +156,8 @@ def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | 
         "falls": ": the reward model does not lead to what the judge likes",
         "peaks": "; past it the reward model is over-optimised: stop there",
     }[law["trend"]]
-    return f"{NAMES[method]}: by the fitted law {said} ({share}){counsel if sure else '; which is not certain'}. {seen}"
+    judged = counsel if sure else ", which is not certain"
+    return f"{NAMES[method]}: by the fitted law {said} ({share}){judged}. {seen}"
 
 
 def _interval(law: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pipeline import best_of, decoding_policies, held_out, likelihood, models, suites
 from pipeline.data import Example
 from pipeline.job import Job
-from pipeline.players import Player
+from pipeline.players import Player, most_samples
 from pipeline.sampling import Reply
 from pipeline.suites import Suite
 from rewards import RewardFunction
@@ -48,7 +48,7 @@ class Played:
     proxies: list[float] | None
     metrics: dict[str, Any]
     greedy: list[str] = field(default_factory=list)
-    answers: dict[str, list[dict[str, Any]]] | None = None
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def of_model(shared: Shared, folder: Path, players: dict[str, Player], bar: Any) -> dict[str, Played]:
@@ -62,21 +62,17 @@ def of_model(shared: Shared, folder: Path, players: dict[str, Player], bar: Any)
         messages = [example.prompt for example in shared.examples]
         scores = decoding_policies.scores(shared.proxy, messages, shared.prompts, sampled, texts)
     found = {name: played(player, sampled, texts, scores) for name, player in players.items()}
+    for task, suite in shared.tasks.items():
+        answered = suites.answered(suite, policy, players, shared.proxy, shared.tokenizer, bar)
+        for name, (metrics, answers) in answered.items():
+            found[name].metrics.setdefault("tasks", {})[task] = metrics
+            found[name].answers[task] = answers
     for name, player in players.items():
         if player.decoding == "sample":
             found[name].metrics |= measured(shared, policy, [group[0].ids for group in sampled])
-            in_tasks = {task: suites.answered(suite, policy, shared.tokenizer) for task, suite in shared.tasks.items()}
-            found[name].metrics["tasks"] = {task: metrics for task, (metrics, _) in in_tasks.items()}
-            found[name].answers = {task: replied for task, (_, replied) in in_tasks.items()}
-            bar.update(sum(map(len, found[name].answers.values())))
             if job.config.evaluate.greedy:
                 found[name].greedy = greedy(shared, policy)
     return found
-
-
-def most_samples(players: dict[str, Player]) -> int:
-    """How many samples of a prompt the players of one model need; all choose among the same."""
-    return max(player.count for player in players.values())
 
 
 def drawn(shared: Shared, policy: Any, count: int, how: Any, bar: Any = None) -> list[list[Reply]]:

@@ -48,6 +48,11 @@ def _names_like(name: str) -> list[str]:
     return [*MODELS, *(f"{model}_{decoding}_{number}" for model in MODELS for decoding in DECODINGS)]
 
 
+def most_samples(players: dict[str, Player]) -> int:
+    """How many samples of a prompt the players of one model need; all choose among the same."""
+    return max(player.count for player in players.values())
+
+
 def stages_of(players: list[Player]) -> set[str]:
     """The stages whose artifacts the players need themselves."""
     chosen_by_model = {"reward"} if any(player.decoding == "best_of" for player in players) else set()

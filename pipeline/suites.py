@@ -1,4 +1,4 @@
-"""The tasks of the evaluation put to each model: which problems, what it answers, and the share that is right."""
+"""The tasks of the evaluation put to each player: which problems, what it answers, and the share that is right."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,15 +6,19 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import chat, contamination, data, sampling, statistics, verifiable
+from pipeline import chat, contamination, data, decoding_policies, statistics, verifiable
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.players import Player, most_samples
 from pipeline.verifiable import Problem
+from rewards import RewardFunction
+
+Answers = tuple[dict[str, Any], list[dict[str, Any]]]  # what is measured of a player, its replies with verdicts
 
 
 @dataclass
 class Suite:
-    """The problems of one task that every model of the run answers."""
+    """The problems of one task that every player answers."""
 
     check: str
     problems: list[Problem]
@@ -57,19 +61,45 @@ def sought(problem: Problem) -> str:
     return "\n".join([*turns, problem.answer])
 
 
-def answered(suite: Suite, policy: Any, tokenizer: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is measured of a model in one task, and its reply to each problem with the verdict."""
-    prompts = [chat.prompt_ids(tokenizer, problem.prompt) for problem in suite.problems]
-    metrics, answers = {}, [{} for _ in prompts]
+def answered(
+    suite: Suite, policy: Any, players: dict[str, Player], proxy: RewardFunction | None, tokenizer: Any, bar: Any
+) -> dict[str, Answers]:
+    """What is measured of each player of one policy in one task, and its reply to each problem with the verdict.
+
+    All choose among the same samples, best-of-n by the reward model `proxy`. A policy by itself answers in every way
+    of sampling, the others only as replies are sampled everywhere.
+    """
+    found: dict[str, Answers] = {name: ({}, [{} for _ in suite.problems]) for name in players}
     for way, how in suite.ways.items():
-        numbers = sampling.random_numbers(suite.seed, len(prompts), how)
-        sampled = sampling.sample(policy, prompts, how, tokenizer, numbers)
-        texts = [chat.reply_text(tokenizer, reply.ids) for reply in sampled]
-        found = verifiable.verdicts(suite.check, suite.problems, texts)
-        metrics |= {f"{way}{key}": value for key, value in shares(found).items()}
-        for answer, text, verdict in zip(answers, texts, found, strict=True):
-            answer |= {f"{way}{key}": value for key, value in ({"reply": text} | verdict).items()}
-    return metrics, answers
+        answering = {name: player for name, player in players.items() if way == "" or player.decoding == "sample"}
+        counting = bar if way == "" else None
+        for name, texts in _replies(suite, policy, answering, how, proxy, tokenizer, counting).items():
+            verdicts = verifiable.verdicts(suite.check, suite.problems, texts)
+            metrics, answers = found[name]
+            metrics |= {f"{way}{key}": value for key, value in shares(verdicts).items()}
+            for answer, text, verdict in zip(answers, texts, verdicts, strict=True):
+                answer |= {f"{way}{key}": value for key, value in ({"reply": text} | verdict).items()}
+    return found
+
+
+def _replies(
+    suite: Suite, policy: Any, players: dict[str, Player], how: DictConfig, proxy: RewardFunction | None,
+    tokenizer: Any, bar: Any,
+) -> dict[str, list[str]]:  # fmt: skip
+    """Each player's reply to each problem, chosen among samples drawn as `how` says."""
+    if not players:
+        return {}
+    messages = [problem.prompt for problem in suite.problems]
+    prompts = [chat.prompt_ids(tokenizer, message) for message in messages]
+    count = most_samples(players)
+    sampled = decoding_policies.samples(policy, prompts, count, how, tokenizer, suite.seed, bar)
+    texts, scores = decoding_policies.texts_of(tokenizer, sampled), [None] * len(prompts)
+    if any(player.decoding == "best_of" for player in players.values()):
+        scores = decoding_policies.scores(proxy, messages, prompts, sampled, texts)
+    return {
+        name: [own[decoding_policies.chosen(player, own, score)] for own, score in zip(texts, scores, strict=True)]
+        for name, player in players.items()
+    }
 
 
 def described(suite: Suite) -> dict[str, Any]:
@@ -78,7 +108,7 @@ def described(suite: Suite) -> dict[str, Any]:
 
 
 def rows(suites: dict[str, Suite], answers: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """A row for each problem: its task, prompt and answer or instructions, and each model's replies with verdicts."""
+    """A row for each problem: its task, prompt and answer or instructions, and each player's replies with verdicts."""
     found = []
     for name, suite in suites.items():
         for i, problem in enumerate(suite.problems):

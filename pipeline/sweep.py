@@ -136,7 +136,7 @@ def _search(config: DictConfig, overrides: list[str], space: list[Dimension]) ->
 def write(
     config: DictConfig, space: list[Dimension], runs: list[dict[str, Any]], importance: dict[str, float], by: str
 ) -> dict[str, Any]:
-    """Write sweep.json, sweep.csv and sweep.html from `runs`; returns the first one's content."""
+    """Write sweep.json and sweep.csv from `runs`, and link the stages that all share; returns what sweep.json holds."""
     found = {
         "run": config.run,
         "search": config.sweep.trials is not None,

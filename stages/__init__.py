@@ -106,7 +106,7 @@ STAGES = {
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
-        version=6,
+        version=7,
         metric="ppo_gold_mean",
     ),
 }

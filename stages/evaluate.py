@@ -27,7 +27,7 @@ from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.measuring import Played, Shared
-from pipeline.players import MODELS, Player, player, policy_name
+from pipeline.players import MODELS, Player, most_samples, player, policy_name
 from pipeline.sources import is_task
 from rewards import RewardFunction
 from rewards.learned import learned
@@ -46,7 +46,9 @@ def run(job: Job) -> dict[str, Any]:
     smallest = narrowest(reference, earlier)
     examples = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
     tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
-    examples, contaminated, counted = checked_for_copies(job, examples, tasks)
+    texts = data.texts(data.load(job.config.data.text, "test").rows)
+    texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
+    examples, texts, contaminated = checked_for_copies(job, examples, texts, tasks)
     problems = sum(len(suite.problems) for suite in tasks.values())
     announce(job, taking_part, len(examples), problems, reference)
     if config.judge_model.path is not None:
@@ -55,9 +57,6 @@ def run(job: Job) -> dict[str, Any]:
     proxy = None
     if "reward" in job.inputs:
         proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
-    texts = held_out.first_texts(
-        data.texts(data.load(job.config.data.text, "test").rows), tokenizer, config.text_tokens
-    )
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
     bar = job.progress(replies_in_all(taking_part, len(examples), problems), "replies")
@@ -76,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
             found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy), config)
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
-    answers = {name: one.answers for name, one in played.items() if one.answers is not None}
+    answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
@@ -87,7 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
-        "tasks": {name: suites.described(suite) | {"contamination": counted[name]} for name, suite in tasks.items()},
+        "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
         "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
         "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
@@ -111,11 +110,9 @@ def by_model(config: Any) -> dict[str, dict[str, Player]]:
 def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
     """How many replies all models together give; the players of one model choose among the same samples of a prompt.
 
-    Problems of tasks are answered by every model that takes part by itself, once for each way of sampling.
+    Greedy replies are not counted.
     """
-    by_themselves = [name for players in taking_part.values() for name, one in players.items() if one.count == 1]
-    samples = sum(measuring.most_samples(players) for players in taking_part.values())
-    return samples * prompts + len(by_themselves) * problems
+    return sum(most_samples(players) for players in taking_part.values()) * (prompts + problems)
 
 
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
@@ -197,34 +194,37 @@ def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, 
 
 
 def checked_for_copies(
-    job: Job, examples: list[Example], tasks: dict[str, suites.Suite]
-) -> tuple[list[Example], dict[str, Any], dict[str, dict[str, Any]]]:
-    """Counts of prompts (with their replies) and of each task's problems that occur in what each stage was trained on.
+    job: Job, examples: list[Example], texts: list[str], tasks: dict[str, suites.Suite]
+) -> tuple[list[Example], list[str], dict[str, dict[str, Any]]]:
+    """How many items of each evaluation set occur in what each stage was trained on.
 
-    Returns the prompts, their counts, and those of each task; where asked for, what occurs is left out of both.
+    The sets are prompts (with their replies), base text, the problems of each task, and the pairs that the reward model
+    was tested on. Returns prompts, base text and the counts of all sets; where asked for, what occurs is left out of
+    all but the pairs.
     """
-    texts = {"prompts": [spoken(e.prompt, e.reply) for e in examples]}
-    texts |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
-    found = contamination.against(texts, trained_on(job))
-    examples, counts = without_copies(job, "prompts", examples, *found["prompts"])
-    by_task = {}
+    sought = {"prompts": [spoken(e.prompt, e.reply) for e in examples], "base_text": texts}
+    sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    if "comparisons" in job.inputs:
+        pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
+        sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
+    found = contamination.against(sought, trained_on(job))
+    counts = {name: counts for name, (counts, _) in found.items()}
+    examples = without_copies(job, "prompts", examples, *found["prompts"])
+    texts = without_copies(job, "base_text", texts, *found["base_text"])
     for name, suite in tasks.items():
-        suite.problems, by_task[name] = without_copies(
-            job, f"problems of evaluate.tasks.{name}", suite.problems, *found[f"tasks.{name}"]
-        )
-    return examples, counts, by_task
+        suite.problems = without_copies(job, f"tasks.{name}", suite.problems, *found[f"tasks.{name}"])
+    return examples, texts, counts
 
 
-def without_copies(
-    job: Job, what: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray
-) -> tuple[list[Any], dict[str, Any]]:
-    """The items and their counts; with `evaluate.remove_contaminated` without those flagged."""
+def without_copies(job: Job, name: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray) -> list[Any]:
+    """The items of a set; with `evaluate.remove_contaminated` without those flagged, whose number joins the counts."""
     if not job.config.evaluate.remove_contaminated:
-        return items, counts
+        return items
     kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
     if len(kept) < 2:
-        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} {what}")
-    return kept, counts | {"removed": len(items) - len(kept)}
+        raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} items of {name}")
+    counts["removed"] = len(items) - len(kept)
+    return kept
 
 
 def trained_on(job: Job) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from pipeline.artifact import read_json, read_lines
 from pipeline.data import Example
 from pipeline.ensemble import load
 from pipeline.errors import UserError
-from pipeline.report import in_order
+from pipeline.report import contamination, in_order
 from pipeline.suites import Suite
 from pipeline.verifiable import Problem
 from stages import evaluate
@@ -131,8 +131,12 @@ def test_base_text_is_measured_as_pretraining_measures_it(evaluated, smoke):
 
 def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, smoke, tmp_path):
     metrics, _ = evaluated
-    assert set(metrics["contamination"]) == {"pretrain", "sft", "comparisons"}
-    assert all(sum(found.values()) == 12 for found in metrics["contamination"].values())
+    counted = metrics["contamination"]
+    assert set(counted) == {"prompts", "base_text", "tasks.letters", "held_out_pairs"}
+    assert all(set(found) == {"pretrain", "sft", "comparisons"} for found in counted.values())
+    assert all(sum(found.values()) == 12 for found in counted["prompts"].values())
+    pairs = len(read_lines(smoke / "smoke/comparisons/test.jsonl"))
+    assert all(sum(found.values()) == pairs for found in counted["held_out_pairs"].values())
     job = make_job("evaluate", tmp_path, "evaluate.prompts=12", "evaluate.remove_contaminated=true")
     folder = tmp_path / "comparisons"
     folder.mkdir()
@@ -141,13 +145,20 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     examples = [Example([{"role": "user", "content": said}], f"{said} ever and ever") for said in words]
     copied = {"prompt": examples[2].prompt, "chosen": examples[2].reply.upper(), "rejected": "no"}
     (folder / "train.jsonl").write_text(json.dumps(copied) + "\n")
+    (folder / "test.jsonl").write_text(json.dumps(copied) + "\n")
     problems = [Problem([{"role": "user", "content": f"{said} {said} ever?"}], "another reply") for said in words]
     suite = Suite("exact", problems, {}, 1, {})
-    kept, found, in_tasks = evaluate.checked_for_copies(job, examples, {"words": suite})
-    assert kept == [*examples[:2], examples[3]] and found["removed"] == 1
-    assert found["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
-    assert suite.problems == [*problems[:2], problems[3]] and in_tasks["words"]["removed"] == 1
-    assert in_tasks["words"]["comparisons"] == {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
+    texts = [f"{said} {said} and on" for said in words]
+    kept, kept_texts, found = evaluate.checked_for_copies(job, examples, texts, {"words": suite})
+    assert kept == [*examples[:2], examples[3]] and suite.problems == [*problems[:2], problems[3]]
+    assert kept_texts == texts  # a third of the words of one is trained on
+    one = {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
+    assert found["prompts"]["comparisons"] == found["tasks.words"]["comparisons"] == one
+    assert [found[name].get("removed") for name in ("prompts", "tasks.words", "base_text")] == [1, 1, 0]
+    assert found["held_out_pairs"]["comparisons"]["near_copies"] == 1 and "removed" not in found["held_out_pairs"]
+    said = contamination.sentence(found)
+    assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
+    assert said.endswith("left out: 1 of held-out prompts, 0 of held-out base text, 1 of problems of words.")
 
 
 def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_runs_last():

@@ -133,7 +133,7 @@ def test_the_advice_says_where_to_stop_and_how_sure_that_is():
     given = (law("peaks", peak=5.0), law("peaks", 0.4, 5.0), law("rises"), law("falls"))
     peaked, perhaps, rising, falling = (frontier.advice(points, {"ppo": each})[0] for each in given)
     assert "PPO: by the fitted law gold peaks at KL 5.0 (in 100% of resamples)" in peaked and "stop there" in peaked
-    assert "in 40% of resamples); which is not certain" in perhaps and "stop" not in perhaps
+    assert "in 40% of resamples), which is not certain" in perhaps and "stop" not in perhaps
     assert "still rises at the farthest point, KL 9.0" in rising and "falls from the start" in falling
     assert "0.500 at KL 4.0 (KL coefficient 0, seed 1, after 512 episodes)" in rising
 

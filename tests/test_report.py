@@ -57,9 +57,15 @@ def table(file):
 
 
 @pytest.mark.parametrize(
-    ("gain", "word", "sign"), [(0.3, "raised", 1), (-0.3, "lowered", -1), (0.0, "is not distinguishable from SFT", 0)]
+    ("gain", "p", "word"),
+    [
+        (0.3, 0.001, "raised"),
+        (-0.3, 0.001, "lowered"),
+        (0.0, 0.001, "is not distinguishable from SFT"),
+        (0.3, 0.2, "is not distinguishable from SFT"),
+    ],
 )
-def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero(gain, word, sign, runs):
+def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero_and_the_test_agrees(gain, p, word, runs):
     noise = iter(np.random.default_rng(0).normal(0, 0.1, 1000))
 
     def judge(row):
@@ -69,8 +75,11 @@ def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero(gain, wo
         )
 
     change_samples(runs, judge)
+    tested = read_json(runs / "smoke/evaluate/metrics.json")["paired"]
+    change_metrics(runs, "evaluate", paired=[row | {"p_holm": p} for row in tested])
     found = differences.between(read_lines(runs / "smoke/evaluate/samples.jsonl"), "ppo", "sft")
-    assert found.sign == sign and f"PPO {word}" in told(runs) and found.shown() in told(runs)
+    assert f"PPO {word} " in told(runs) and found.shown() in told(runs)
+    assert found.sign == round(gain / 0.3)  # it knows of no test
 
 
 def test_a_paired_interval_is_that_of_the_differences():

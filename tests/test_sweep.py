@@ -12,7 +12,7 @@ from helpers import make_job
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from pipeline import cli, sweep, sweep_metric, sweep_space, sweep_table
-from pipeline.artifact import STOP, read_json
+from pipeline.artifact import read_json, stop_file
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.report import sweep as sweep_section
@@ -238,7 +238,7 @@ def test_one_sweep_of_a_run_goes_on_at_a_time(tmp_path, monkeypatch):
 def test_a_stage_ends_at_the_next_step_that_it_logs_when_asked_to(tmp_path):
     job = make_job("dpo", tmp_path)
     job.log(1, {"loss": 1.0})
-    (tmp_path / STOP).write_text("pruned")
+    stop_file(tmp_path).write_text("pruned")
     with pytest.raises(UserError, match="dpo: ended at step 2: pruned"):
         job.log(2, {"loss": 0.5})
 

@@ -5,12 +5,14 @@ import json
 import pytest
 from data_helpers import DATA, lines
 from helpers import composed, make_job, tiny_policy, tiny_tokenizer
+from omegaconf import OmegaConf
 
-from pipeline import chain, data, suites, tasks, verifiable
+from pipeline import chain, chat, data, decoding_policies, suites, tasks, verifiable
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.report.tasks import overlap, table
+from pipeline.players import Player
+from pipeline.report.tasks import table
 from pipeline.statistics import share_interval
 
 ROWS = [{"question": "2+2?", "answer": "Add.\n#### 4"}, {"question": "2+3?", "answer": "#### 5"}]
@@ -109,11 +111,37 @@ def test_too_long_problems_are_left_out_and_counted(tmp_path):
     (suite,) = suites.prepared(job, tiny_tokenizer(), tiny_policy(), how).values()
     assert suite.left_out["dropped_too_long"] == 1 and len(suite.problems) == 2
     assert suite.ways[""].max_new_tokens == 40 and how[""].max_new_tokens == 32
-    metrics, answers = suites.answered(suite, tiny_policy(), tiny_tokenizer())
+    [(metrics, answers)] = suites.answered(
+        suite, tiny_policy(), {"sft": Player("sft")}, None, tiny_tokenizer(), None
+    ).values()  # fmt: skip
     assert metrics["accuracy"] == sum(answer["right"] for answer in answers) / 2
     job.config = composed("evaluate.tasks.letters.max_new_tokens=127")
     with pytest.raises(UserError, match=r"tasks\.letters\.max_new_tokens: leaves no room for any problem"):
         suites.prepared(job, tiny_tokenizer(), tiny_policy(), how)
+
+
+def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
+    policy, tokenizer, count = tiny_policy(), tiny_tokenizer(), 6
+    job = make_job("evaluate", tmp_path / "job")
+    job.config = config = task(lines(tmp_path / "rows.jsonl", ROWS), max_new_tokens=2)
+    greedily = OmegaConf.merge(config.sampling, {"temperature": 1e-4})
+    ways = {"": config.sampling, "greedy_": greedily}
+    (suite,) = suites.prepared(job, tokenizer, policy, ways).values()
+    players = {"sft": Player("sft"), "long": Player("sft", "best_of", 4), "vote": Player("sft", "majority", count)}
+
+    def lengths(_, replies, **__):
+        return [float(len(reply)) for reply in replies]
+
+    found = suites.answered(suite, policy, players, lengths, tokenizer, None)
+    prompts = [chat.prompt_ids(tokenizer, problem.prompt) for problem in suite.problems]
+    sampled = decoding_policies.samples(policy, prompts, count, suite.ways[""], tokenizer, suite.seed)
+    for i, texts in enumerate(decoding_policies.texts_of(tokenizer, sampled)):
+        replies = {name: answers[i]["reply"] for name, (_, answers) in found.items()}
+        assert replies["sft"] == texts[0] and len(replies["long"]) == max(map(len, texts[:4]))
+        assert texts.count(replies["vote"]) == max(map(texts.count, texts))
+    assert {name: "greedy_accuracy" in metrics for name, (metrics, _) in found.items()} == {
+        "sft": True, "long": False, "vote": False
+    }  # fmt: skip
 
 
 def test_a_question_is_looked_for_alone_and_a_short_one_with_its_answer():
@@ -133,7 +161,8 @@ def test_the_smoke_run_has_every_reply_with_its_verdict(smoke):
             right = [row[name][f"{way}reply"].split() == row["answer"].split() for row in rows]
             assert right == [row[name][f"{way}right"] for row in rows]
             assert metrics["models"][name]["tasks"]["letters"][f"{way}accuracy"] == sum(right) / 8
-    assert all(sum(counts.values()) == 8 for counts in metrics["tasks"]["letters"]["contamination"].values())
+    assert all("accuracy" in metrics["models"][name]["tasks"]["letters"] for name in ("best_of_4", "ppo_majority_4"))
+    assert all(sum(counts.values()) == 8 for counts in metrics["contamination"]["tasks.letters"].values())
 
 
 def test_the_report_has_a_row_for_each_model_and_a_column_for_each_way(smoke):
@@ -141,8 +170,8 @@ def test_the_report_has_a_row_for_each_model_and_a_column_for_each_way(smoke):
     heading, *rows = table(evaluate, ["human", "base", "sft", "dpo", "ppo"])
     assert heading == ("model", "letters (n = 8)", "letters, greedy (n = 8)")
     assert [row[0] for row in rows] == ["base", "sft", "dpo", "ppo"] and all(row[1].endswith("%]") for row in rows)
-    assert table({"models": {"sft": {"tasks": {}}}, "tasks": {}}, ["sft"]) == overlap({}) == []
-    assert overlap(evaluate)[1][0] == "letters" and len(overlap(evaluate)[1]) == len(overlap(evaluate)[0]) == 5
+    assert table(evaluate, ["ppo", "ppo_majority_4"])[2][2] == "–"
+    assert table({"models": {"sft": {"tasks": {}}}, "tasks": {}}, ["sft"]) == []
     assert "letters, greedy (n = 8)" in (smoke / "smoke/report.html").read_text()
 
 

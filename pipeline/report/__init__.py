@@ -8,6 +8,7 @@ from pipeline.artifact import write_json, write_text
 from pipeline.report import (
     arena,
     compare,
+    contamination,
     curves,
     effects,
     environment,
@@ -41,6 +42,7 @@ SECTIONS = (
     frontier.section,
     sweep.section,
     tasks.section,
+    contamination.section,
     reward.section,
     curves.section,
     samples.section,

@@ -1,7 +1,7 @@
 """Differences between two models on the same prompts: paired, with bootstrap intervals over prompts."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,16 @@ from rewards.repetition import repeated_share
 
 Row = dict[str, Any]  # of samples.jsonl
 RESAMPLES = 2000  # of the bootstrap
+SURE = 0.05  # p from which a planned comparison says nothing
 LENGTH, REPETITION = "length", "repetition"  # taken as judges: a reply's characters, its share of repeated triples
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95 % interval, and what both sides are on average."""
+    """A mean difference with its 95 % interval, and what both sides are on average.
+
+    `p` is that of the evaluation's paired test, corrected for all of them; None for a difference that it did not test.
+    """
 
     mean: float
     low: float
@@ -24,10 +28,13 @@ class Difference:
     one: float
     other: float
     prompts: int
+    p: float | None = None
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is above or below zero, 0 where it is not."""
+        """1 or -1 where the interval is above or below zero and the test, if there is one, agrees; otherwise 0."""
+        if self.p is not None and self.p >= SURE:
+            return 0
         return int(self.low > 0) - int(self.high < 0)
 
     def shown(self, form: str = "+.3f") -> str:
@@ -44,6 +51,13 @@ def value(row: Row, model: str, judge: str) -> float | None:
 def between(rows: list[Row], one: str, other: str, judge: str = "gold") -> Difference | None:
     """How much higher the judge scores model `one` than `other`; None with fewer than two prompts that have both."""
     return of_pairs((value(row, one, judge), value(row, other, judge)) for row in rows if one in row and other in row)
+
+
+def tested(evaluate: dict[str, Any], rows: list[Row], one: str, other: str, judge: str = "gold") -> Difference | None:
+    """`between` with the p of the evaluation's own comparison of the two, where it made one."""
+    found, names = between(rows, one, other, judge), (one, other, judge)
+    known = {(test["model"], test["against"], test["judge"]): test["p_holm"] for test in evaluate.get("paired", ())}
+    return replace(found, p=known[names]) if found and names in known else found
 
 
 def between_runs(ones: list[Row], others: list[Row], model: str, judge: str = "gold") -> Difference | None:

@@ -1,5 +1,6 @@
 """Models on held-out prompts in the report: what judges say, what it cost in KL, and what became of the text."""
 
+import re
 from typing import Any
 
 from pipeline.report import figures, tables
@@ -46,16 +47,25 @@ def lead(run: Run) -> tuple[str, ...]:
 
 
 def roles(run: Run, judge: str) -> list[str]:
-    """What `evaluate.<judge>` did in training, as verbs: labelled comparisons, or paid PPO."""
+    """What `evaluate.<judge>` did in training, as verbs: labelled comparisons, or paid PPO, by itself or as a part.
+
+    A judge of several parts took part where any function of its parts did.
+    """
     found, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
-    asked = _below(f"evaluate.{judge}.", of["evaluate"])
-    given = "data.preferences.format" in of.get("comparisons", {})  # then no judge labelled them
-    if not given and asked == _below("comparisons.judge.", of.get("comparisons", {})):
-        found.append("labelled the comparisons that the reward model and DPO learnt from")
-    if asked == _below("ppo.reward.", of.get("ppo", {})):
-        found.append("was PPO's reward")
+    asked = _functions(f"evaluate.{judge}.", of["evaluate"])
+    labelled = _functions("comparisons.judge.", of.get("comparisons", {}))
+    if "data.preferences.format" in of.get("comparisons", {}):  # then no judge labelled them
+        labelled = set()
+    paid = _functions("ppo.reward.", of.get("ppo", {}))
+    if asked & labelled:
+        word = "labelled" if asked == labelled else "had a part in labelling"
+        found.append(f"{word} the comparisons that the reward model and DPO learnt from")
+    if asked & paid:
+        found.append("was PPO's reward" if asked == paid else "was a part of PPO's reward")
     return found
 
 
-def _below(prefix: str, parts: dict[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}
+def _functions(prefix: str, parts: dict[str, Any]) -> set[str]:
+    """The functions of the `reward` config below `prefix`; None, the learned reward model, is left out."""
+    of_parts = re.compile(rf"{re.escape(prefix)}(parts\.[^.]+\.)?function")
+    return {value for key, value in parts.items() if value is not None and of_parts.fullmatch(key)}

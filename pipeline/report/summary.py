@@ -1,14 +1,14 @@
 """The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
 
-A difference is called one only where its 95 % interval leaves out zero.
+A difference is called one only where its 95 % interval leaves out zero and the evaluation's test of it, corrected for
+all its tests, agrees.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline import checkup, frontier, seeds
 from pipeline.players import player
-from pipeline.report import costs, differences, reward
+from pipeline.report import contamination, costs, differences, reward
 from pipeline.report.differences import Difference, Row
 from pipeline.report.models import roles
 from pipeline.report.names import REFERENCE, in_order, interval, opening, said
@@ -84,11 +84,11 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
     """What each aligned model gained over SFT by both judges, and at what KL."""
     found = []
     for name in aligned(run):
-        gain = differences.between(rows, name, REFERENCE)
+        gain = differences.tested(run.evaluation, rows, name, REFERENCE)
         if gain is None:
             found.append(_alone(run, name))
             continue
-        second = differences.between(rows, name, REFERENCE, "second")
+        second = differences.tested(run.evaluation, rows, name, REFERENCE, "second")
         score = "the score of the gold judge"
         word = {1: f"raised {score}", -1: f"lowered {score}"}.get(
             gain.sign, "is not distinguishable from SFT by the gold judge"
@@ -128,7 +128,7 @@ def contest(run: Run, rows: list[Row]) -> list[str]:
     """The best aligned model by the gold judge against each other one."""
     best, found = leader(run), []
     for name in aligned(run):
-        if name != best and (gain := differences.between(rows, best, name)):
+        if name != best and (gain := differences.tested(run.evaluation, rows, best, name)):
             found.append(f"{opening(_beside(best, name, gain))}.")
     return found
 
@@ -203,8 +203,8 @@ def caveats(run: Run) -> list[str]:
     found = []
     if stopped := run.stages.get("ppo", {}).get("stopped"):
         found.append(f"PPO was ended by a guard: {stopped}.")
-    if contamination := run.evaluation.get("contamination"):
-        found.append(contaminated(contamination))
+    if counts := run.evaluation.get("contamination"):
+        found.append(contamination.sentence(counts))
     if run.models and not over_seeds(run):
         found.append(
             f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
@@ -213,20 +213,6 @@ def caveats(run: Run) -> list[str]:
     elif run.models:
         found.append("Differences over seeds are between training runs; they say little about other prompts.")
     return found
-
-
-def contaminated(found: dict[str, Any]) -> str:
-    """How many held-out prompts with their replies occur in training text, by stage."""
-    stages = {stage: counts for stage, counts in found.items() if isinstance(counts, dict)}
-    copied = {stage: counts for stage, counts in stages.items() if counts["copies"] or counts["near_copies"]}
-    left_out = f"; {found['removed']} left out" if "removed" in found else ""
-    if not copied:
-        return f"No held-out prompt with its reply occurs in the training text of {', '.join(stages)}{left_out}."
-    said = [
-        f"{stage} {counts['copies']} whole and {counts['near_copies']} nearly, {counts['clean']} not"
-        for stage, counts in copied.items()
-    ]
-    return f"Held-out prompts with their replies that occur in training text: {'; '.join(said)}{left_out}."
 
 
 def cards(run: Run) -> list[Card]:

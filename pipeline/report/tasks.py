@@ -21,15 +21,9 @@ SHOWN = {
 
 
 def section(run: Run) -> Section | None:
-    """Answers and overlap with training text; None where the evaluation has no tasks."""
+    """What each model answers; None where the evaluation has no tasks."""
     shown = answers(run)
-    if shown is None:
-        return None
-    rows = overlap(run.evaluation)
-    heading, *counts = rows
-    copies = [dict(zip(heading, row, strict=True)) for row in counts]
-    found = Table("task_overlap", "Problems that occur in training text", rows, copies, folded=True)
-    return Section("tasks", "Tasks with answers", (LEAD,), parts=(shown, found))
+    return Section("tasks", "Tasks with answers", (LEAD,), parts=(shown,)) if shown else None
 
 
 def answers(run: Run) -> Table | None:
@@ -58,25 +52,8 @@ def table(evaluate: dict[str, Any], models: list[str]) -> list[tuple[str, ...]]:
     return [heading, *((name, *(_cell(found[t], m) for t, m in columns)) for name, found in answered.items())]
 
 
-def overlap(evaluate: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Heading and a row for each task: how many of its problems occur in the text of each training stage."""
-    found = {name: task["contamination"] for name, task in evaluate.get("tasks", {}).items()}
-    if not found:
-        return []
-    stages = [stage for stage in next(iter(found.values())) if stage != "removed"]
-    heading = ("task", *(f"in {stage}: whole, nearly, not, too short to tell" for stage in stages), "left out")
-    kinds = ("copies", "near_copies", "clean", "too_short")
-    rows = [
-        (name, *(", ".join(f"{counts[stage][kind]:,}" for kind in kinds) for stage in stages), _removed(counts))
-        for name, counts in found.items()
-    ]
-    return [heading, *rows]
-
-
-def _removed(counts: dict[str, Any]) -> str:
-    return f"{counts['removed']:,}" if "removed" in counts else "–"
-
-
 def _cell(metrics: dict[str, Any], key: str) -> str:
+    if key not in metrics:  # a way to decode several samples has no greedy replies
+        return "–"
     low, high = metrics[f"{key}_ci95"]
     return f"{metrics[key]:.1%} [{low:.1%}, {high:.1%}]"

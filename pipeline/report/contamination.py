@@ -1,0 +1,76 @@
+"""Contamination in the report: how much of each evaluation set occurs in the text of each training stage."""
+
+from typing import Any
+
+from pipeline.report.parts import Section, Table
+from pipeline.report.run import Run
+
+LEAD = (
+    "An item is a copy where all of its word 8-grams occur in a stage's training text, nearly one from half of them. "
+    "Prompts are looked for with people's replies, held-out pairs with both replies."
+)
+KINDS = {"copies": "whole", "near_copies": "nearly", "clean": "not", "too_short": "too short to tell"}
+NAMES = {"prompts": "held-out prompts", "base_text": "held-out base text", "held_out_pairs": "held-out pairs"}
+
+Counts = dict[str, Any]  # of one evaluation set: by training stage, and how many were left out
+
+
+def section(run: Run) -> Section | None:
+    """The counts of every set; None where there is no evaluation."""
+    found = run.evaluation.get("contamination")
+    if not found:
+        return None
+    data = [
+        {"set": name, "stage": stage} | counts
+        for name, sets in found.items()
+        for stage, counts in by_stage(sets).items()
+    ]
+    shown = Table("contamination", "Test items that occur in training text", table(found), data)
+    return Section("contamination", "Contamination", (LEAD,), parts=(shown,))
+
+
+def table(found: dict[str, Counts]) -> list[tuple[str, ...]]:
+    """Heading and a row for each set."""
+    stages = by_stage(next(iter(found.values())))
+    heading = ("set", *(f"in {stage}: {', '.join(KINDS.values())}" for stage in stages), "left out")
+    return [
+        heading,
+        *((named(name), *map(_cell, by_stage(sets).values()), left_out(sets)) for name, sets in found.items()),
+    ]
+
+
+def by_stage(counts: Counts) -> dict[str, dict[str, int]]:
+    """The counts of one set by training stage."""
+    return {stage: found for stage, found in counts.items() if stage != "removed"}
+
+
+def left_out(counts: Counts) -> str:
+    """How many items of a set were left out; a dash where none were to be."""
+    return f"{counts['removed']:,}" if "removed" in counts else "–"
+
+
+def named(name: str) -> str:
+    """A set as the report calls it."""
+    return NAMES.get(name, f"problems of {name.removeprefix('tasks.')}")
+
+
+def sentence(found: dict[str, Counts]) -> str:
+    """Which sets occur in training text, with counts, or that none does."""
+    copied = [(name, stage, counts) for name, sets in found.items() for stage, counts in by_stage(sets).items()]
+    copied = [(name, stage, counts) for name, stage, counts in copied if counts["copies"] or counts["near_copies"]]
+    if not copied:
+        return f"In training text occurs nothing of these: {', '.join(map(named, found))}{_removed(found)}."
+    said = [
+        f"{named(name)} in {stage} {counts['copies']} whole and {counts['near_copies']} nearly, {counts['clean']} not"
+        for name, stage, counts in copied
+    ]
+    return f"Of the evaluation this occurs in training text: {'; '.join(said)}{_removed(found)}."
+
+
+def _removed(found: dict[str, Counts]) -> str:
+    removed = [f"{sets['removed']} of {named(name)}" for name, sets in found.items() if "removed" in sets]
+    return f"; left out: {', '.join(removed)}" if removed else ""
+
+
+def _cell(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts[kind]:,}" for kind in KINDS)
