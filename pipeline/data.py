@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def _bucket(key: str) -> int:
 @functools.lru_cache(maxsize=32)
 def _parse(source_json: str, given_split: str) -> Rows:
     """All rows of what the source itself calls `given_split` (all of it where it has no splits)."""
-    source, rows = OmegaConf.create(json.loads(source_json)), []
+    source, rows = SimpleNamespace(**json.loads(source_json)), []  # a DictConfig costs seconds in a loop over rows
     unusable: dict[str, dict[str, Any]] = {}
     dropped: Counter = Counter()
     raws = _read(source, given_split)
@@ -112,7 +113,7 @@ def _parse(source_json: str, given_split: str) -> Rows:
     return Rows(rows, left_out)
 
 
-def _rows_of(raw: Row, source: DictConfig, dropped: Counter) -> list[Row]:
+def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
     """What a raw row gives; where the source has no splits of its own, a column `split` decides its split."""
     renamed = raw | {ours: raw[theirs] for ours, theirs in source.columns.items() if theirs in raw}
     split = None if source.splits else renamed.get("split")
@@ -123,7 +124,7 @@ def _rows_of(raw: Row, source: DictConfig, dropped: Counter) -> list[Row]:
 
 
 def _refuse_bad_source(
-    source: DictConfig, raws: list[tuple[str, int, Row]], unusable: dict[str, dict[str, Any]]
+    source: SimpleNamespace, raws: list[tuple[str, int, Row]], unusable: dict[str, dict[str, Any]]
 ) -> None:
     if not raws:
         raise UserError(f"{source.path}: no rows")
@@ -142,7 +143,7 @@ def _refuse_bad_source(
     )
 
 
-def _read(source: DictConfig, split: str) -> list[tuple[str, int, Row]]:
+def _read(source: SimpleNamespace, split: str) -> list[tuple[str, int, Row]]:
     """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
     if source.format == "chitchat":
         return _read_chitchat(package_file(source.path) if is_package(source.path) else local_files(source.path)[0])
@@ -169,7 +170,7 @@ def _read_chitchat(file: Path) -> list[tuple[str, int, Row]]:
     return [(file.name, number, conversation) for number, conversation in enumerate(named, start=1)]
 
 
-def _read_hub(source: DictConfig, split: str) -> list[Row]:
+def _read_hub(source: SimpleNamespace, split: str) -> list[Row]:
     from datasets import load_dataset
 
     name = source.splits.get(split, split)
