@@ -249,6 +249,7 @@ def kill_after_first_checkpoint(options: list[str], runs: Path) -> None:
     assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
+@pytest.mark.slow
 def test_ranks_without_rows_and_a_guard_that_rolls_back_stay_in_step(smoke, places, capfd):
     one, two = places
     options = [*PPO, "runtime.checkpoints=3", "ppo.batch_size=3", "ppo.minibatches=3", "ppo.episodes=24"]
@@ -260,6 +261,7 @@ def test_ranks_without_rows_and_a_guard_that_rolls_back_stay_in_step(smoke, plac
     assert len(agree(one, two, smoke)) == 2
 
 
+@pytest.mark.slow
 def test_adapters_shared_trunk_and_pretraining_text_agree_up_to_a_guard_that_stops(smoke, places, capfd):
     one, two = places
     options = [*PPO, "ppo.critic=shared", "ppo.lora_rank=4", "ppo.ptx_coef=0.5", "ppo.ptx_batch_size=3"]

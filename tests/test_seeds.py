@@ -95,6 +95,7 @@ def test_a_target_takes_along_what_depends_on_it_in_the_run(tmp_path):
     assert seeds.last_made(config, tmp_path) == "evaluate"
 
 
+@pytest.mark.slow
 def test_the_command_makes_each_seed_once_in_processes_of_their_own(borrowed, capsys):
     command = ["run", "experiment=smoke", "tracker=none", f"runs={borrowed}"]
     command += ["target=dpo", "seeds=2", "launcher.jobs=2"]

@@ -112,9 +112,12 @@ def test_a_chain_by_stages_and_a_sweep_that_shares_its_jobs(place, smoke, capsys
     assert rows["evaluate"].split()[1] == "queued" and "waits for pretrain, sft" in rows["evaluate"]
 
     coefs = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]  # the first is the chain's own
-    swept = [Variant(f"variants/kl-{coef}", (f"ppo.kl_coef={coef}",), "ppo") for coef in coefs]
     command = [*own, "launcher=slurm"]
-    made = variants.make(compose(command), command, swept)
+    cli.main(["sweep", *command, "target=ppo", f"ppo.kl_coef={','.join(map(str, coefs))}"])
+    swept = read_json(runs / "smoke/sweep.json")
+    assert [row["state"] for row in swept["runs"]] == ["complete"] * len(
+        coefs
+    ) and "Best: ppo.kl_coef" in capsys.readouterr().out
     cli.main(["run", *command])  # waits for the rest of the chain, and reports
     assert "report.html" in capsys.readouterr().out
     once = dict.fromkeys(["tokenizer", "pretrain", "sft", "comparisons", "reward", "dpo", "evaluate"], 1)
@@ -123,9 +126,9 @@ def test_a_chain_by_stages_and_a_sweep_that_shares_its_jobs(place, smoke, capsys
     assert Counter(folder.name.rpartition("-")[0] for folder in folders) == once | {"ppo": len(coefs)}
     for stage in ("pretrain", "sft", "reward", "dpo", "ppo"):
         assert filecmp.cmp(weights(runs / "smoke", stage), weights(smoke / "smoke", stage), shallow=False), stage
-    links = {(Path(each.runs) / each.run / "reward").resolve() for each in made}
-    assert links == {(runs / "smoke/reward").resolve()}
-    assert len({(Path(each.runs) / each.run / "ppo").resolve() for each in made}) == len(coefs)
+    made = [runs / row["run"] for row in swept["runs"]]
+    assert {(run / "reward").resolve() for run in made} == {(runs / "smoke/reward").resolve()}
+    assert len({(run / "ppo").resolve() for run in made}) == len(coefs)
     assert not job_records.all_of(runs)
 
 

@@ -85,30 +85,29 @@ def test_a_changed_key_runs_its_stage_and_what_depends_on_it(smoke, monkeypatch,
     assert read_json(smoke / "changed" / "summary.json")["outdated"] == {}
 
 
-def test_model_folders_load_without_our_code(smoke, tmp_path):
+def test_model_folders_load_without_our_code(smoke):
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-folder, kind = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-messages = [{"role": "user", "content": "hi"}]
-chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
-model, info = auto.from_pretrained(folder, output_loading_info=True)
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-if kind == "reward":
-    assert model(**chat).logits.shape == (1, 1)
-else:
-    assert model.generate(**chat, max_new_tokens=4).shape[0] == 1
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    auto = AutoModelForSequenceClassification if "reward" in folder else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    if "reward" in folder:
+        assert model(**chat).logits.shape == (1, 1)
+    else:
+        assert model.generate(**chat, max_new_tokens=4).shape[0] == 1
 assert not any(m.split(".")[0] in ("pipeline", "stages", "rewards") for m in sys.modules)
 """
-    for stage in ("pretrain", "sft", "dpo", "ppo", "reward"):
-        folder = (smoke / "smoke" / stage).resolve()
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(folder), stage], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert not list(folder.glob("**/*.bin")) and not list(folder.glob("**/*.pt"))
+    folders = [smoke / "smoke" / stage for stage in ("pretrain", "sft", "dpo", "ppo", "reward")]
+    command = [sys.executable, "-c", script, *(str(folder.relative_to(smoke)) for folder in folders)]
+    done = subprocess.run(command, cwd=smoke, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for folder in folders:
+        assert not list(folder.resolve().glob("**/*.bin")) and not list(folder.resolve().glob("**/*.pt"))
 
 
 def test_offline_wandb_runs_are_grouped_by_run(smoke):
