@@ -31,6 +31,18 @@ def fingerprint_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def asked_to_stop(work: Path, run: str) -> str | None:
+    """Why the maker of an artifact in `work` for `run` is to end, if it is."""
+    file = stop_file(work)
+    asked = read_json(file) if file.exists() else None
+    return asked["reason"] if asked and belongs(run, asked["run"]) else None
+
+
+def belongs(wanted_by: str, run: str) -> bool:
+    """Whether the run `wanted_by` is `run` or one of its variants."""
+    return wanted_by == run or wanted_by.startswith(f"{run}/")
+
+
 class Artifact:
     """The place of one stage's result in the store below `runs`."""
 
@@ -75,10 +87,13 @@ class Artifact:
         self.forget_failure()
         stop_file(self.work).unlink(missing_ok=True)
 
-    def ask_to_stop(self, reason: str) -> None:
-        """Have its maker end with an error at the next step that it logs; it continues from there when made again."""
+    def ask_to_stop(self, run: str, reason: str) -> None:
+        """Have its maker end with an error at the next step that it logs; it continues from there when made again.
+
+        It heeds that only where it makes the artifact for `run` or one of its variants.
+        """
         if self.work.is_dir():
-            write_text(stop_file(self.work), reason)
+            write_json(stop_file(self.work), {"run": run, "reason": reason})
         if self.finished:  # by now
             stop_file(self.work).unlink(missing_ok=True)
 

@@ -1,6 +1,8 @@
 """Looking at tracked runs: sending W&B's offline ones, local pages, the terminal, and the workspace of W&B."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline import tracker_kinds
 from pipeline.artifact import Artifact, write_text
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.tracked import AXES, OPTIMISER_STEP
 
 WORKSPACE = Path(__file__).with_name("workspace.yaml")
@@ -67,9 +69,9 @@ def show(config: DictConfig) -> None:
     chosen = config.dashboard.show
     if chosen == "auto":
         chosen = "trackio" if any(trackio_folder(store).glob("*.db")) else "leet"
-    {"trackio": show_trackio, "leet": show_leet, "tensorboard": show_tensorboard, "wandb": set_up_workspace}[chosen](
-        config, store
-    )
+    shown = {"trackio": show_trackio, "leet": show_leet, "tensorboard": show_tensorboard, "wandb": set_up_workspace}
+    with contextlib.suppress(KeyboardInterrupt):  # that is how to end a page
+        shown[chosen](config, store)
 
 
 def show_trackio(config: DictConfig, store: Path) -> None:
@@ -96,7 +98,7 @@ def show_leet(config: DictConfig, store: Path) -> None:
         raise UserError(f"{place}: nothing was tracked there; make a run with tracker=wandb or tracker=trackio")
     if not sys.stdout.isatty():
         raise UserError(f"dashboard.show=leet: needs a terminal; without one: wandb leet inspect --summary {place}")
-    subprocess.run([sys.executable, "-m", "wandb", "leet", str(place)])
+    run_tool("wandb", "leet", str(place))
 
 
 def show_tensorboard(config: DictConfig, store: Path) -> None:
@@ -106,7 +108,14 @@ def show_tensorboard(config: DictConfig, store: Path) -> None:
     if not place.is_dir():
         raise UserError(f"{place}: nothing was tracked there; make a run with tracker=tensorboard")
     port = str(config.dashboard.port)
-    subprocess.run([sys.executable, "-m", "tensorboard.main", "--logdir", str(place), "--port", port])
+    run_tool("tensorboard.main", "--logdir", str(place), "--port", port)
+
+
+def run_tool(module: str, *arguments: str) -> None:
+    """Run a module of Python until it ends; raises `UserError` where that is in failure, which it has told itself."""
+    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    if status not in (0, -signal.SIGINT, 128 + signal.SIGINT):
+        raise UserError(f"{module.partition('.')[0]}: ended with status {status}; it says above why")
 
 
 def set_up_workspace(config: DictConfig, store: Path) -> None:
@@ -116,13 +125,17 @@ def set_up_workspace(config: DictConfig, store: Path) -> None:
     import wandb
     import wandb_workspaces.workspaces as ws
 
-    entity = config.tracker.entity or wandb.Api().default_entity
-    wanted, known = workspace(entity, config.tracker.project), store / "wandb" / "workspace.txt"
-    if known.is_file():
-        found = ws.Workspace.from_url(known.read_text().strip())
-        found.sections, found.settings, found.runset_settings = wanted.sections, wanted.settings, wanted.runset_settings
-        wanted = found
-    wanted.save()
+    try:
+        entity = config.tracker.entity or wandb.Api().default_entity
+        wanted = workspace(entity, config.tracker.project)
+        known = store / "wandb" / f"workspace-{entity}-{config.tracker.project}.txt"
+        if known.is_file():
+            found = ws.Workspace.from_url(known.read_text().strip())
+            found.sections, found.settings = wanted.sections, wanted.settings
+            found.runset_settings, wanted = wanted.runset_settings, found
+        wanted.save()
+    except Exception as error:  # whatever the network, the key or the service has
+        raise UserError(f"dashboard.show=wandb: W&B says {first_line(error)}") from error
     known.parent.mkdir(parents=True, exist_ok=True)
     write_text(known, f"{wanted.url}\n")
     print(f"workspace: {wanted.url}")

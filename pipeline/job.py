@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from pipeline import device
-from pipeline.artifact import read_json, stop_file, write_json
+from pipeline.artifact import asked_to_stop, read_json, write_json
 from pipeline.errors import UserError
 from pipeline.tracked import OPTIMISER_STEP, About
 from pipeline.tracking import StepLog, Trackers
@@ -90,8 +90,8 @@ class Job:
         self.steps.write(step, metrics)
         if self.trackers:
             self.trackers.log(step, metrics, axes or {OPTIMISER_STEP: step})
-        if self.main and (asked := stop_file(self.out.parent)).exists():
-            raise UserError(f"{self.stage}: ended at step {step}: {asked.read_text()}")
+        if self.main and (reason := asked_to_stop(self.out.parent, self.config.run)):
+            raise UserError(f"{self.stage}: ended at step {step}: {reason}")
 
     @property
     def tracked(self) -> bool:

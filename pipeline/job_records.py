@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline import slurm
-from pipeline.artifact import Artifact, read_json, write_json
+from pipeline.artifact import Artifact, belongs, read_json, write_json
 from pipeline.slurm import State
 
 
@@ -21,7 +21,6 @@ class Record:
     job: str
     runs: list[str]  # the runs that want it
     after: dict[str, str]  # artifact → the job that it waits for
-    sent: str
 
 
 States = dict[str, State]
@@ -60,9 +59,10 @@ def all_of(runs: Path) -> dict[str, tuple[Artifact, Record]]:
     return found
 
 
-def belongs(wanted_by: str, run: str) -> bool:
-    """Whether the run `wanted_by` is `run` or one of its variants."""
-    return wanted_by == run or wanted_by.startswith(f"{run}/")
+def wanted_outside(artifact: Artifact, run: str) -> bool:
+    """Whether a job makes the artifact for runs other than `run` and its variants as well."""
+    record = read(artifact)
+    return record is not None and not all(belongs(wanted_by, run) for wanted_by in record.runs)
 
 
 def name_of(artifact: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 HELLO = ("node_rank", "nodes", "processes")  # what a helper says first, keys of `launch`
 MEETING = 1800  # seconds that machines wait for each other at the start
@@ -97,8 +97,8 @@ class Nodes:
             said = {}
         rank, *shape = (said.get(name) if isinstance(said, dict) else None for name in HELLO)
         same = shape == [launch.nodes, launch.processes]
-        if same and rank in missing:
-            missing.remove(rank)
+        if same and (rank in missing or (rank in self.peers and self.peers[rank].gone())):
+            missing.discard(rank)
             self.peers[rank] = peer
             return
         reason = "that machine is here already" if same else "machine 0 has other values"
@@ -145,7 +145,7 @@ def gathered(launch: DictConfig) -> Iterator[Nodes | None]:
     try:
         yield others
     except BaseException as error:
-        others.end((str(error) or type(error).__name__).splitlines()[0], True)
+        others.end(first_line(error), True)
         raise
     others.end("the run is made", False)
 
@@ -201,7 +201,10 @@ def slurm_address() -> str | None:
 
 
 def _scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError("launch.main_address: scontrol does not say it here; set it to machine 0's address") from error
 
 
 def _listening(port: int) -> socket.socket:

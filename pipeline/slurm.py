@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config import check_shares
 from pipeline.errors import UserError
+from pipeline.schema import SHARDED
 from stages import STAGES
 
 # Slurm's words for a job (squeue(1), JOB STATE CODES) in ours; any other says that it has failed
@@ -75,6 +76,8 @@ def check(config: DictConfig, stage: str) -> None:
             f"resources.gpus={needs['gpus']} for {stage}: launch.processes={launch.processes} use as many GPUs of a "
             f"node; set both alike, for example launch=ddp launch.processes={needs['gpus']}"
         )
+    if launch.mode in SHARDED and not needs["gpus"]:
+        raise UserError(f"resources.gpus=0 for {stage}: launch.mode={launch.mode} needs GPUs; use launch=ddp")
     there = OmegaConf.masked_copy(config, list(config))
     OmegaConf.update(there, "launch.nodes", needs["nodes"])
     check_shares(there, [stage])
@@ -138,9 +141,11 @@ def states(jobs: dict[str, str]) -> dict[str, State]:
 
 
 def cancel(jobs: list[str]) -> None:
-    """End jobs, or take them out of the queue."""
+    """End jobs, or take them out of the queue. Raises `UserError` where Slurm ends not all of them."""
     if jobs:
-        subprocess.run(["scancel", *jobs], check=True)
+        ended = subprocess.run(["scancel", *jobs], stderr=subprocess.PIPE, text=True)
+        if ended.returncode != 0:
+            raise UserError(f"Slurm: scancel says {' '.join(ended.stderr.split())}")
 
 
 def _asked(command: str, options: list[str], jobs: dict[str, str]) -> dict[str, State]:

@@ -1,6 +1,6 @@
 """Runs sent to Slurm: one job for every artifact that is not made, whichever runs want it, after those it needs."""
 
-import time
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline import chain, job_records, slurm
+from pipeline import chain, job_records, slurm, tracker_kinds
 from pipeline.artifact import Artifact
 from pipeline.chain import Planned
 from pipeline.config import compose
+from pipeline.errors import UserError
 from pipeline.job_records import Record
 from pipeline.stage_job import StageJob
 from stages import parents
@@ -96,6 +97,7 @@ def submit(members: Sequence[Member]) -> dict[str, Wanted]:
 def check(members: Sequence[Member], wanted: dict[str, Wanted]) -> None:
     """Read data and rewards, and hold resources to processes, before anything is sent; raises `UserError`."""
     for member in members:
+        tracker_kinds.require(member.config.tracker)
         chain.check_sources(member.config, member.planned)
         chain.check_rewards(member.config, member.planned)
     for each in wanted.values():
@@ -108,7 +110,8 @@ def adopt(wanted: dict[str, Wanted]) -> None:
     states = job_records.ask(records)
     for name, record in records.items():
         each, found = wanted[name], job_records.outcome(wanted[name].artifact, record, states)
-        if found and found[0] in slurm.LIVE:
+        ending = record.job in states and states[record.job].slurm == "COMPLETING"  # and has made nothing
+        if found and found[0] in slurm.LIVE and not ending:
             record.runs += [run for run in each.runs if run not in record.runs]
             job_records.write(each.artifact, record)
             each.record, each.sent_before = record, True
@@ -121,9 +124,10 @@ def send_all(new: list[Wanted], wanted: dict[str, Wanted]) -> None:
             send(each, wanted)
     except BaseException:
         sent = [each for each in new if each.record]
-        slurm.cancel([each.record.job for each in sent])
-        for each in sent:
-            job_records.file_of(each.artifact).unlink(missing_ok=True)
+        with contextlib.suppress(UserError):  # what stays queued keeps its record; the first error counts
+            slurm.cancel([each.record.job for each in sent])
+            for each in sent:
+                job_records.file_of(each.artifact).unlink(missing_ok=True)
         raise
 
 
@@ -138,7 +142,7 @@ def send(each: Wanted, wanted: dict[str, Wanted]) -> None:
     each.artifact.forget_failure()
     options = slurm.parameters(config, entry.stage, name, after.values())
     job = slurm.send(work, folder, config.launcher.max_timeouts, options)
-    each.record = Record(job, each.runs, after, time.strftime("%Y-%m-%dT%H:%M:%S"))
+    each.record = Record(job, each.runs, after)
     job_records.write(each.artifact, each.record)
 
 

@@ -106,13 +106,15 @@ def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: s
     value = measured(folder, metric(config))
     if not math.isfinite(value):
         return row | {"state": "failed", "reason": f"{metric(config)} is {value}"}
-    return row | {"value": value, "kl": measured(folder, kl) if kl else None}
+    return row | {"value": value, "kl": measured(folder, kl, config.sweep.kl is not None) if kl else None}
 
 
-def measured(folder: Path, name: str) -> float:
-    """The number STAGE.METRIC of a run; raises `UserError` where its stage has no such number."""
+def measured(folder: Path, name: str, needed: bool = True) -> float | None:
+    """The number STAGE.METRIC of a run; where there is none None, or a `UserError` if it is `needed`."""
     stage, _, key = name.partition(".")
     known = seeds.numbers(read_json(folder / stage / "metrics.json"))
+    if key not in known and not needed:
+        return None
     if key not in known:
         raise UserError(f"{name}: is not among the numbers of {folder / stage / 'metrics.json'}{nearest(key, known)}")
     return known[key]

@@ -5,7 +5,8 @@ from omegaconf import DictConfig
 from pipeline.errors import UserError, nearest
 from stages import STAGES, needed_by
 
-LOWER = ("bits_per_byte", "loss", "error", "kl", "repetition", "repeated")  # ends of metrics of which less is better
+# ends of metrics of which less is better
+LOWER = ("bits_per_byte", "loss", "error", "kl", "kl_k3", "repetition", "repeated", "self_bleu")
 
 
 def check_names(config: DictConfig) -> None:
@@ -44,7 +45,7 @@ def kl_metric(config: DictConfig) -> str | None:
     stage, *path = metric(config).split(".")
     if config.sweep.kl is not None or stage == "ppo":
         return config.sweep.kl or "ppo.kl"
-    model = path[1] if path[0] == "models" else path[0].removesuffix("_gold_mean")
+    model = path[1] if path[0] == "models" and len(path) > 1 else path[0].removesuffix("_gold_mean")
     return f"evaluate.models.{model}.kl" if stage == "evaluate" and model in config.evaluate.models else None
 
 

@@ -1,7 +1,8 @@
 """Ending trials that do badly: the step logs of running stages are read, reported to Optuna, and stages asked to stop.
 
-A stage is asked by a file beside its step log (`Artifact.ask_to_stop`), so it may run on any machine that sees the
-artifacts. It ends at the next step that it logs, and what it has done so far is kept.
+A stage is asked by a file beside its work folder (`Artifact.ask_to_stop`), so it may run on any machine that sees the
+artifacts; one that another run makes, or wants as well, is left alone. It ends at the next step that it logs, and what
+it has done so far is kept.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import optuna
 from omegaconf import DictConfig
 from optuna.trial import Trial
 
-from pipeline import chain
+from pipeline import chain, job_records
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError, nearest
 from pipeline.sweep_metric import direction
@@ -43,8 +44,8 @@ def watched(trial: Trial, config: DictConfig, composed: list[DictConfig]) -> Wat
 class Watch:
     """Reads the logs of `trials` in a thread while a `with` block lasts; `pruned` has the reason by trial number."""
 
-    def __init__(self, config: DictConfig, study: optuna.Study, trials: list[Watched]):
-        self.trials, self.pruned, self.error = trials, {}, None
+    def __init__(self, run: str, config: DictConfig, study: optuna.Study, trials: list[Watched]):
+        self.run, self.trials, self.pruned, self.error = run, trials, {}, None
         self.key = (config.prune or "").partition(".")[2]
         # the study's pruner knows one direction, that of the metric which the search is for
         given = direction(config.prune or "", config.prune_direction)
@@ -83,7 +84,8 @@ class Watch:
                 reason = f"pruned at step {step}, {self.key} {value:.4g}"
                 self.pruned[each.trial.number] = reason
                 for artifact in each.artifacts:
-                    artifact.ask_to_stop(reason)
+                    if not job_records.wanted_outside(artifact, self.run):
+                        artifact.ask_to_stop(self.run, reason)
 
     def _look_back(self, each: Watched) -> None:
         """Report what remains of a trial that has run to its end, so that later ones are compared with all of it."""

@@ -22,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline import sweep
+from pipeline import chain, sweep
 from pipeline.artifact import fingerprint_of
 from pipeline.config import compose
 from pipeline.errors import UserError
@@ -30,6 +30,7 @@ from pipeline.sweep_metric import direction, kl_metric, metric
 from pipeline.sweep_pruning import Watch, watched
 from pipeline.sweep_space import Dimension, target_fingerprint
 from pipeline.sweep_table import setting
+from stages import needed_by
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -71,7 +72,10 @@ def mend(file: Path) -> None:
 
 
 def identity(config: DictConfig, space: list[Dimension]) -> str:
-    """A name that changes with all that the results of a trial, or the order of trials, follow from."""
+    """A name that changes with all that trials are compared by, and with what their results and values follow from.
+
+    How many are made at a time, and how many at random first, may change in the middle of a search.
+    """
     return fingerprint_of({
         "space": [vars(dimension) for dimension in space],
         "target": target_fingerprint(config),
@@ -79,6 +83,7 @@ def identity(config: DictConfig, space: list[Dimension]) -> str:
         "direction": direction(metric(config), config.sweep.direction),
         "kl": kl_metric(config),
         "seed": config.sweep.seed,
+        "prune": [config.sweep.prune, config.sweep.prune_direction],
     })  # fmt: skip
 
 
@@ -127,12 +132,14 @@ def make(
     for trial in batch:
         try:
             composed = [compose(each.arguments(config, overrides)) for each in members[trial.number]]
+            for each in composed:
+                chain.check_processes(each, chain.plan(each, needed_by(each.target, each)))
         except UserError as error:  # values may be right only beside others
             wrong[trial.number] = str(error)
             continue
         wanted |= members[trial.number]
         followed.append(watched(trial, config.sweep, composed))
-    watch = Watch(config.sweep, study, followed)
+    watch = Watch(config.run, config.sweep, study, followed)
     with watch if config.sweep.prune else contextlib.nullcontext():
         runs = {run["run"]: run for run in (sweep.make(config, overrides, wanted) if wanted else [])}
     for trial in batch:

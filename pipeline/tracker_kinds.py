@@ -1,10 +1,11 @@
 """Which trackers there are, and whether they can be used here. Imports none of them."""
 
 import importlib.util
+import netrc
 import os
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from omegaconf import DictConfig
 
@@ -44,13 +45,21 @@ def has_key() -> bool:
     """Whether W&B would find a key, without asking the network or the person."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text()
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return file.is_file() and netrc.netrc(file).authenticators(server().netloc) is not None
+    except netrc.NetrcParseError:
+        return False
+
+
+def server() -> SplitResult:
+    """The address of W&B, or of one's own server."""
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
 
 
 def reachable() -> bool:
     """Whether the host of W&B takes a connection within two seconds."""
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    address = server()
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname, port), timeout=2).close()

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
+from pipeline.errors import first_line
 from pipeline.tracked import About
 from pipeline.tracker_kinds import KINDS
 
@@ -109,7 +110,7 @@ class Background:
                 method, arguments = self.calls.get()
                 getattr(tracker, method)(*arguments)
         except Exception as error:
-            self.give_up((str(error).strip() or type(error).__name__).splitlines()[0])
+            self.give_up(first_line(error))
         if tracker is not None and method != "close":
             with contextlib.suppress(Exception):
                 tracker.close()
@@ -160,7 +161,7 @@ def _start(kind: str, config: DictConfig, about: About) -> Background | None:
         # modules
         make = getattr(importlib.import_module(module), made)
     except Exception as error:
-        print(f"{name} is off for this stage: {(str(error) or type(error).__name__).splitlines()[0]}", flush=True)
+        print(f"{name} is off for this stage: {first_line(error)}", flush=True)
         return None
 
     def start() -> Tracker:

@@ -14,6 +14,7 @@ import wandb
 from omegaconf import DictConfig
 
 from pipeline.dashboard import UNSENT
+from pipeline.errors import first_line
 from pipeline.tracked import About, Histogram, Table
 from pipeline.tracker_kinds import mode
 
@@ -46,8 +47,9 @@ class WandbRun:
             try:
                 return self._init("online", identity.read_text())
             except Exception as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                print(f"W&B is offline for this stage ({reason}); `threefold sync` sends it later", flush=True)
+                print(
+                    f"W&B is offline for this stage ({first_line(error)}); `threefold sync` sends it later", flush=True
+                )
                 self.online = False
                 identity.write_text(secrets.token_hex(4))  # the old one counts as in use
         return self._init("offline", identity.read_text())

@@ -19,9 +19,9 @@ from typing import TextIO
 
 from omegaconf import DictConfig
 
-from pipeline import chain, waiting
+from pipeline import chain, launch, waiting
 from pipeline.config import compose
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.submission import Member
 from stages import needed_by
 
@@ -74,7 +74,13 @@ def _make_here(
     config: DictConfig, overrides: list[str], variants: list[Variant], composed: list[DictConfig]
 ) -> dict[str, str]:
     """Make variants on this machine; name → first error line, and where more is said, of those that failed."""
-    _make_shared(composed, Path(config.runs) / config.run)
+    plans = [chain.plan(each, needed_by(each.target, each)) for each in composed]
+    for each, planned in zip(composed, plans, strict=True):
+        chain.check(each, planned)
+    try:
+        _make_shared(composed[0], plans, Path(config.runs) / config.run)
+    except UserError as error:
+        return {variant.name: first_line(error) for variant in variants}
     jobs = min(len(variants), _jobs(config))
     threads = config.runtime.threads or max(1, _cores() // jobs)
     work = {
@@ -85,11 +91,11 @@ def _make_here(
     return {name: f"{reason} (see {work[name][1]})" for name, reason in _run(unfinished, jobs).items()}
 
 
-def _make_shared(configs: list[DictConfig], run: Path) -> None:
-    """Make the stages that every variant needs in the same form, and link them into `run`; one alone shares none."""
-    plans = [chain.plan(config, needed_by(config.target, config)) for config in configs]
-    for config, plan in zip(configs, plans, strict=True):
-        chain.check(config, plan)
+def _make_shared(config: DictConfig, plans: list[dict[str, chain.Planned]], run: Path) -> None:
+    """Make the stages that every variant needs in the same form, and link them into `run`; one alone shares none.
+
+    `config` is that of the first variant.
+    """
     planned = plans[0]
     shared = {
         name: entry
@@ -98,7 +104,7 @@ def _make_shared(configs: list[DictConfig], run: Path) -> None:
     }
     for entry in shared.values():
         if not entry.artifact.finished:
-            chain.make(configs[0], entry, planned)
+            chain.make(config, entry, planned)
         entry.artifact.link_into(run)
 
 
@@ -145,8 +151,10 @@ def _note(failed: dict[str, str], name: str, reason: str | None, done: int, coun
 
 def _finished(work: dict[str, tuple[list[str], Path]], jobs: int) -> Iterator[tuple[str, str | None]]:
     """Names as they are done, with the first line of their error; an interrupt ends what is running."""
+    # on GPUs each has a process of its own: with it goes the memory it took, and the one GPU to which a stage keeps
+    kept = {"max_tasks_per_child": 1} if _on_gpus() else {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_driver) as pool:
+    with ProcessPoolExecutor(jobs, context, _begin, (launch.GPUS,), **kept) as pool:
         names: dict[Future[str | None], str] = {pool.submit(_make_one, *task): name for name, task in work.items()}
         try:
             for future in as_completed(names):
@@ -167,7 +175,7 @@ def _make_one(overrides: list[str], log: Path) -> str | None:
                 import traceback
 
                 traceback.print_exc(file=written)
-            return (str(error) or type(error).__name__).splitlines()[0]
+            return first_line(error)
     return None
 
 
@@ -196,8 +204,13 @@ def _log(config: DictConfig) -> Path:
     return folder / "log.txt"
 
 
-def _end_with_the_driver() -> None:
-    """End this process when the one that started it is gone, however that ended."""
+def _begin(gpus: str | None) -> None:
+    """Give this process the GPUs that the driver was given, and end it when the driver is gone, however that ended."""
+    launch.GPUS = gpus
+    if gpus is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # to which a stage in the driver may have narrowed itself
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     driver = multiprocessing.parent_process()
     threading.Thread(target=lambda: (driver.join(), os._exit(1)), daemon=True).start()
 
@@ -206,10 +219,14 @@ def _jobs(config: DictConfig) -> int:
     """How many variants are made at a time."""
     if config.launcher.jobs is not None:
         return config.launcher.jobs
+    on_gpu = config.runtime.device != "cpu" and _on_gpus()
+    return 1 if on_gpu else max(1, _cores() // ((config.runtime.threads or 1) * config.launch.processes))
+
+
+def _on_gpus() -> bool:
     import torch
 
-    on_gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
-    return 1 if on_gpu else max(1, _cores() // (config.runtime.threads or 1))
+    return torch.cuda.is_available()
 
 
 def _cores() -> int:

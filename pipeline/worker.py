@@ -1,19 +1,17 @@
 """One of the processes that run a stage together: `python -m pipeline.worker JOB_FILE`, started by pipeline/launch.py.
 
-`srun python -m pipeline.worker JOB_FILE` starts them as well, one task each. Only the main process (rank 0) writes
-files, speaks and tracks.
+Only the main process (rank 0) writes files, speaks and tracks.
 """
 
 import datetime
 import os
-import re
 import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from pipeline import launch, nodes
+from pipeline import launch
 from pipeline.artifact import write_json
 from pipeline.errors import UserError
 
@@ -27,8 +25,7 @@ LONGEST_WAIT = datetime.timedelta(days=7)
 
 def main(file: Path) -> None:
     """Do this process's part of the task in `file`; after an error, which it reports to the driver, exit status 1."""
-    if not adopt_slurm():
-        end_with_the_driver()
+    end_with_the_driver()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher passes Ctrl-C on: end without a traceback
     sys.path.insert(0, "")  # reward functions by import path may lie beside the user
     rank = int(os.environ.get("RANK", "0"))
@@ -42,22 +39,6 @@ def main(file: Path) -> None:
         sys.exit(1)
     if rank == 0:
         write_json(file.parent / "result.json", result)
-
-
-def adopt_slurm() -> bool:
-    """Take rank and meeting point from Slurm where srun started this process itself; whether it did."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
-        return False
-    slurm = {
-        name: os.environ[f"SLURM_{name}"] for name in ("PROCID", "NTASKS", "LOCALID", "STEP_TASKS_PER_NODE", "JOB_ID")
-    }
-    on_this_machine = re.match(r"\d+", slurm["STEP_TASKS_PER_NODE"])[0]  # as "4(x2)": the same number on every machine
-    os.environ |= {"RANK": slurm["PROCID"], "WORLD_SIZE": slurm["NTASKS"]}
-    os.environ |= {"LOCAL_RANK": slurm["LOCALID"], "LOCAL_WORLD_SIZE": on_this_machine}
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = nodes.slurm_address() or "127.0.0.1"
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm["JOB_ID"]) % 20000))
-    return True
 
 
 def run(task: launch.Task, rank: int) -> dict[str, Any]:

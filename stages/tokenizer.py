@@ -14,7 +14,7 @@ def run(job: Job) -> dict[str, Any]:
     """Make the tokenizer and measure its compression on held-out text."""
     loaded = data.load(job.config.data.text, "train")
     texts = data.texts(loaded.rows)
-    job.say(f"byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")
+    job.say(f"{job.device} · one process · byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")
     tokenizer = (
         from_checkpoint(job.config.model)
         if job.config.model.checkpoint

@@ -10,7 +10,7 @@ from helpers import composed_once
 from omegaconf import OmegaConf
 
 from pipeline import sweep, sweep_search, sweep_space, variants
-from pipeline.artifact import stop_file, write_json
+from pipeline.artifact import asked_to_stop, write_json
 from pipeline.config import check
 from pipeline.errors import UserError
 from pipeline.schema import Config
@@ -46,10 +46,10 @@ class Stages:
             with (artifact.out / "log.jsonl").open("a") as stream:
                 stream.write(json.dumps({"step": step, "rewards/accuracies": quality(config)}) + "\n")
             waited = time.monotonic() + (self.patience if quality(config) < 0.8 else 0)
-            while not (asked := stop_file(artifact.work).exists()) and time.monotonic() < waited:
+            while not (reason := asked_to_stop(artifact.work, config.run)) and time.monotonic() < waited:
                 time.sleep(0.01)
-            if asked:
-                raise UserError(f"dpo: ended at step {step}: {stop_file(artifact.work).read_text()}")
+            if reason:
+                raise UserError(f"dpo: ended at step {step}: {reason}")
 
 
 def run_here(work, jobs):

@@ -1,6 +1,5 @@
 """Several machines: meeting, taking part and parting over TCP; two of them on this host train as one process does."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import cli, nodes, worker
+from pipeline import cli, nodes
 from pipeline.artifact import read_lines
 from pipeline.errors import UserError
 
@@ -150,26 +149,19 @@ def test_machines_that_do_not_come_and_a_port_in_use_are_one_line(port, monkeypa
         nodes.Nodes(machine(0, port))
 
 
-SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
-SLURM |= {"SLURM_JOB_ID": "40123", "SLURM_JOB_NODELIST": "n[1-2]"}
 SCONTROL = """#!/bin/sh
 [ "$2" = hostnames ] && printf 'n1\\nn2\\n' || echo "NodeName=$3 NodeAddr=10.0.0.7 NodeHostName=$3"
 """
 
 
-def test_a_process_that_srun_starts_takes_its_place_from_slurm(tmp_path, monkeypatch):
+def test_machine_0_of_a_slurm_job_is_found_by_its_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"launch\.main_address: scontrol does not say it here; set it"):
+        nodes.slurm_address()
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "before")
-        monkeypatch.delenv(name)
-    for name, value in (SLURM | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}).items():
-        monkeypatch.setenv(name, value)
-    assert worker.adopt_slurm()
-    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "20123")
-    assert not worker.adopt_slurm(), "a launcher has given the rank"
+    assert nodes.slurm_address() == "10.0.0.7"
 
 
 def test_a_machine_whose_part_does_not_end_is_trouble(port, tmp_path, monkeypatch):

@@ -53,6 +53,22 @@ def lab(monkeypatch, tmp_path):
     return world
 
 
+def test_a_job_that_is_ending_is_not_taken_for_one_that_will_make_something(lab):
+    lab.submit(("target=sft",))
+    before = len(lab.sent)
+    lab.states[lab.job("tokenizer")] = slurm.state("COMPLETING", "")
+    lab.submit(("target=sft",))
+    assert [lab.stage_of(job) for job in list(lab.sent)[before:]] == ["tokenizer"]
+
+
+def test_scancel_that_fails_is_said_on_one_line(tmp_path, monkeypatch):
+    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: Access denied' >&2\nexit 1\n")
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(UserError, match=r"^Slurm: scancel says scancel: error: Access denied$"):
+        slurm.cancel(["7"])
+
+
 def finish(artifact: Artifact) -> None:
     artifact.folder.mkdir(parents=True)
     write_json(artifact.folder / "manifest.json", {"created": "now", "parts": {}})
@@ -464,7 +480,7 @@ def test_without_slurm_the_command_says_so(monkeypatch, tmp_path, capsys):
 def test_a_record_is_read_as_it_was_written(tmp_path):
     artifact = Artifact(tmp_path, "sft", "0123456789ab")
     (tmp_path / "artifacts").mkdir()
-    record = Record("7", ["demo"], {"pretrain-0": "6"}, "2026-01-01T00:00:00")
+    record = Record("7", ["demo"], {"pretrain-0": "6"})
     job_records.write(artifact, record)
     assert job_records.read(artifact) == record
     assert read_json(tmp_path / "artifacts/sft-0123456789ab.job")["after"] == {"pretrain-0": "6"}

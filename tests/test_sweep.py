@@ -12,7 +12,7 @@ from helpers import make_job
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from pipeline import cli, sweep, sweep_metric, sweep_space, sweep_table
-from pipeline.artifact import read_json, stop_file
+from pipeline.artifact import read_json, stop_file, write_json
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.report import sweep as sweep_section
@@ -235,10 +235,35 @@ def test_one_sweep_of_a_run_goes_on_at_a_time(tmp_path, monkeypatch):
         sweeps.swept(tmp_path, "dpo.beta=0.1,0.2")
 
 
+def test_a_shared_stage_that_fails_fails_the_runs_that_need_it(tmp_path, monkeypatch):
+    stages = sweeps.stand_in(monkeypatch)
+    made = stages.make
+
+    def make(config, entry, planned, others=None):
+        if entry.stage == "comparisons":
+            raise UserError("comparisons: too few pairs\nwith more below")
+        return made(config, entry, planned, others)
+
+    monkeypatch.setattr(sweeps.variants.chain, "make", make)
+    found = sweeps.swept(tmp_path, "dpo.beta=0.1,0.2")
+    assert [run["reason"] for run in found["failed"]] == ["comparisons: too few pairs"] * 2
+
+
+def test_a_kl_that_nobody_asked_for_may_be_missing(tmp_path):
+    (tmp_path / "dpo").mkdir()
+    write_json(tmp_path / "dpo/metrics.json", {"accuracy": 0.5})
+    assert sweep.measured(tmp_path, "dpo.kl", needed=False) is None and sweep.measured(tmp_path, "dpo.accuracy") == 0.5
+    with pytest.raises(UserError, match=r"dpo\.kl: is not among the numbers of"):
+        sweep.measured(tmp_path, "dpo.kl")
+
+
 def test_a_stage_ends_at_the_next_step_that_it_logs_when_asked_to(tmp_path):
     job = make_job("dpo", tmp_path)
     job.log(1, {"loss": 1.0})
-    stop_file(tmp_path).write_text("pruned")
+    for other in ("other", "smoker", "smoke/variants/a"):
+        write_json(stop_file(tmp_path), {"run": other, "reason": "not for this run"})
+        job.log(1, {"loss": 1.0})
+    write_json(stop_file(tmp_path), {"run": "smoke", "reason": "pruned"})
     with pytest.raises(UserError, match="dpo: ended at step 2: pruned"):
         job.log(2, {"loss": 0.5})
 

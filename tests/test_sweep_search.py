@@ -73,6 +73,26 @@ def test_a_search_killed_in_the_middle_comes_to_the_same_as_one_that_was_not(tmp
     assert len(stages.made) == len(whole.made) == 4 + 12  # nothing was made twice
 
 
+def test_a_draw_that_cannot_be_made_fails_alone(tmp_path, monkeypatch):
+    sweeps.stand_in(monkeypatch)
+    uneven = ["dpo.batch_size=int(interval(4,16))", "runtime.micro_batch_size=2", "sweep.trials=8", "sweep.batch=4"]
+    found = sweeps.swept(tmp_path, *uneven)
+    good = [run["setting"]["dpo.batch_size"] % 2 == 0 for run in found["runs"]]
+    assert len(good) == 8 and 0 < sum(good) < 8
+    assert [run["state"] for run in found["runs"]] == [("failed", "complete")[each] for each in good]
+    assert all("micro_batch_size" in run["reason"] for run in found["failed"])
+
+
+@pytest.mark.parametrize("other", ["sweep.prune=dpo.loss", "sweep.prune_direction=minimize", "sweep.kl=dpo.drift.kl"])
+def test_what_trials_are_compared_by_makes_another_search(other, monkeypatch):
+    sweeps.stand_in(monkeypatch)
+    given = ["target=dpo", *SPACE, "sweep.trials=12"]
+    names = {
+        sweep_search.identity(config, space) for config, _, space in map(sweep_space.read, (given, [*given, other]))
+    }
+    assert len(names) == 2
+
+
 def test_what_a_kill_leaves_in_the_journal_is_mended(tmp_path):
     file = tmp_path / "sweep.journal"
     file.write_bytes(b'{"a": 1}\n{"b": ')

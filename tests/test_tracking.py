@@ -272,10 +272,12 @@ def test_auto_with_a_key_and_a_host_that_does_not_answer_is_offline_soon(monkeyp
 
 def test_auto_with_a_key_and_a_host_that_answers_is_online(monkeypatch, no_key, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
         assert tracker_kinds.mode("auto") == "offline"
-        (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
-        assert tracker_kinds.mode("auto") == "online"
+        for machine, mode in (("api.wandb.ai", "offline"), (host, "online")):
+            (tmp_path / "netrc").write_text(f"machine {machine} login user password key\n")
+            assert tracker_kinds.mode("auto") == mode
 
 
 @pytest.mark.parametrize(
