@@ -1,5 +1,6 @@
 """One smoke run of the whole chain, shared by the tests that look at its results."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,11 +15,12 @@ SMOKE = ["experiment=smoke"]
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `runs` folder after `threefold run experiment=smoke`."""
+    """The `runs` folder after `threefold run experiment=smoke`; what that printed is in printed.txt beside it."""
     from pipeline import cli
 
     runs = tmp_path_factory.mktemp("smoke") / "runs"
-    cli.main(["run", *SMOKE, f"runs={runs}"])
+    with (runs.parent / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
+        cli.main(["run", *SMOKE, f"runs={runs}"])
     return runs
 
 

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,12 @@ assert not any(m.split(".")[0] in ("pipeline", "stages", "rewards") for m in sys
     assert done.returncode == 0, done.stderr
     for folder in folders:
         assert not list(folder.resolve().glob("**/*.bin")) and not list(folder.resolve().glob("**/*.pt"))
+
+
+def test_every_stage_says_where_and_in_how_many_processes_it_runs(smoke):
+    printed = (smoke.parent / "printed.txt").read_text()
+    for stage in CHAIN:
+        assert re.search(rf"^{stage} +1 CPU threads, fp32 · one process · \S", printed, re.MULTILINE), stage
 
 
 def test_offline_wandb_runs_are_grouped_by_run(smoke):

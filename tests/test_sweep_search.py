@@ -249,5 +249,8 @@ def test_a_search_of_twelve_trials_is_killed_in_the_middle_and_continued(borrowe
     found = read_json(file)
     assert len(found["runs"]) == 12 and {row["state"] for row in found["runs"]} == {"complete"}
     assert found["runs"][:4] == before and "Best: dpo.beta" in done.stdout
+    assert 'id="sweep"' in (borrowed / "smoke/report.html").read_text()
+    for figure in ("sweep_course", "sweep_importance", "sweep_by_dpo.beta", "sweep_by_dpo.learning_rate"):
+        assert (borrowed / f"smoke/report/{figure}.csv").is_file(), figure
     assert made == {each: (borrowed / "artifacts" / each / "manifest.json").stat().st_mtime for each in finished}
     assert set(found["importance"]) == {"dpo.beta", "dpo.learning_rate"}
