@@ -47,6 +47,8 @@ def test_a_search_does_better_than_chance_and_says_what_mattered(tmp_path, monke
     assert "trial 20: dpo.beta" in capsys.readouterr().out
     by_key, *_, course = sweep_section.drawn(found)
     assert by_key.drawing["layout"]["xaxis"]["type"] == "log"
+    assert by_key.drawing["layout"]["xaxis"]["ticktext"][:4] == ["0.01", "0.02", "0.05", "0.1"]
+    assert sweep_section.log_ticks([2e-5, 0.5]) == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1])
     best = next(trace for trace in course.drawing["data"] if trace["name"] == "best so far")
     assert best["x"] == list(range(1, 21)) and best["y"] == [max(means[: i + 1]) for i in range(20)]
 

@@ -1,6 +1,7 @@
 """The sweep in the report: its table, what it comes to, and plots by key, of importance, against KL and by trial."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,11 +53,21 @@ def by_key(found: Found, key: str) -> Figure:
     """The metric of every setting against its value of one key, with its spread over seeds."""
     figure = marks(made(found), lambda row: row["setting"][key])
     numbers = all(type(row["setting"][key]) in (int, float) for row in made(found))
-    figure.update_xaxes(type="log" if key in found["log_keys"] else "linear" if numbers else "category")
+    if key in found["log_keys"]:
+        ticks = log_ticks([row["setting"][key] for row in made(found)])
+        figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    else:
+        figure.update_xaxes(type="linear" if numbers else "category")
     layout = figures.drawing(figure, key, found["metric"], showlegend=True)
     data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in made(found)]
     note = "Which values do well, whatever the other keys are? Whiskers are standard deviations over seeds."
     return Figure(f"sweep_by_{key.replace('/', '_')}", f"By {key}", note, layout, data)
+
+
+def log_ticks(values: list[float]) -> list[float]:
+    """Round numbers around `values` for a logarithmic axis: 1, 2, 5 times powers of ten; of many powers these alone."""
+    exponents = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    return [step * 10.0**exponent for exponent in exponents for step in ((1, 2, 5) if len(exponents) < 5 else (1,))]
 
 
 def importance(found: Found) -> Figure:
