@@ -56,7 +56,7 @@ def run(task: launch.Task, rank: int) -> dict[str, Any]:
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kind = device.choose(config.runtime, on_this_machine)
     state = PartialState(cpu=kind == "cpu", timeout=LONGEST_WAIT)
-    require_mode(state, kind, task)
+    require_processes(state, kind, task)
     inputs = {stage: Path(folder) for stage, folder in task.inputs.items()}
     group = device.Group(rank, task.processes, on_this_machine, task.mode)
     job = Job(task.stage, config, inputs, Path(task.out), Path(task.checkpoints), group)
@@ -67,7 +67,7 @@ def run(task: launch.Task, rank: int) -> dict[str, Any]:
     return result
 
 
-def require_mode(state: Any, kind: str, task: launch.Task) -> None:
+def require_processes(state: Any, kind: str, task: launch.Task) -> None:
     """Raise `UserError` where accelerate has silently set up anything but the processes of `task`, of equal rank.
 
     What they hold of the model is checked once there is one: pipeline/training.py.

@@ -170,7 +170,7 @@ def test_an_interrupted_driver_ends_its_processes(monkeypatch, tmp_path):
 
 def test_another_mode_than_the_one_asked_for_is_an_error(tmp_path):
     right = SimpleNamespace(num_processes=2, distributed_type=SimpleNamespace(name="MULTI_CPU"), backend="gloo")
-    worker.require_mode(right, "cpu", TASK)
+    worker.require_processes(right, "cpu", TASK)
     config = OmegaConf.to_container(chain.view(compose(["experiment=smoke", "runtime.device=cpu"]), "ppo"))
     task = launch.Task("ppo", config, {}, str(tmp_path), str(tmp_path), "abc", 2)
     with pytest.raises(UserError, match=r"^launch\.mode=ddp: accelerate set up 1 NO None instead of 2 MULTI_CPU"):
