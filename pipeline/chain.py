@@ -151,8 +151,8 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     """
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
-    with nodes.gathered(config.launch) as others:  # before the check, so that others hear of what it refuses
-        check(config, planned)
+    check(config, planned)
+    with nodes.gathered(config.launch) as others:
         for entry in planned.values():
             if not entry.artifact.finished and make(config, entry, planned, others):
                 ran.append(entry.stage)

@@ -4,7 +4,7 @@ A record is written when the job is sent and goes when the job has made the arti
 stays, to say so, until the stage is sent again.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock
@@ -34,7 +34,10 @@ def file_of(artifact: Artifact) -> Path:
 def read(artifact: Artifact) -> Record | None:
     """The record of an artifact, if there is one."""
     file = file_of(artifact)
-    return Record(**read_json(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    known = read_json(file)
+    return Record(*(known[each.name] for each in fields(Record)))
 
 
 def write(artifact: Artifact, record: Record) -> None:

@@ -110,8 +110,7 @@ def adopt(wanted: dict[str, Wanted]) -> None:
     states = job_records.ask(records)
     for name, record in records.items():
         each, found = wanted[name], job_records.outcome(wanted[name].artifact, record, states)
-        ending = record.job in states and states[record.job].slurm == "COMPLETING"  # and has made nothing
-        if found and found[0] in slurm.LIVE and not ending:
+        if found and found[0] in slurm.LIVE:
             record.runs += [run for run in each.runs if run not in record.runs]
             job_records.write(each.artifact, record)
             each.record, each.sent_before = record, True

@@ -221,7 +221,7 @@ def without_copies(job: Job, name: str, items: list[Any], counts: dict[str, Any]
     if not job.config.evaluate.remove_contaminated:
         return items
     kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
-    if len(kept) < 2:
+    if len(kept) < min(2, len(items)):
         raise UserError(f"evaluate.remove_contaminated=true: leaves {len(kept)} of {len(items)} items of {name}")
     counts["removed"] = len(items) - len(kept)
     return kept

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,11 +17,29 @@ SMOKE = ["experiment=smoke"]
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `runs` folder after `threefold run experiment=smoke`; what that printed is in printed.txt beside it."""
+    """The `runs` folder after `threefold run experiment=smoke`; what that printed is in printed.txt beside it.
+
+    Of the workers that test side by side the first makes it, and all copy it.
+    """
+    base, own = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("smoke")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_smoke(own)
+    first = base.parent / "smoke"
+    with FileLock(f"{first}.lock"):
+        if not (first / "made").exists():
+            make_smoke(first)
+            (first / "made").touch()
+    shutil.copytree(first, own, symlinks=True, dirs_exist_ok=True)
+    return own / "runs"
+
+
+def make_smoke(folder: Path) -> Path:
+    """Make the smoke run below `folder`; returns its `runs`."""
     from pipeline import cli
 
-    runs = tmp_path_factory.mktemp("smoke") / "runs"
-    with (runs.parent / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
+    runs = folder / "runs"
+    runs.mkdir(parents=True)
+    with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
         cli.main(["run", *SMOKE, f"runs={runs}"])
     return runs
 

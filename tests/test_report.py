@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from reports import change_metrics, change_samples, configuration, copy_of, writ
 from pipeline import chain, cli, job
 from pipeline.artifact import read_json, read_lines
 from pipeline.report import differences, lineage, page, summary
+from pipeline.report.models import roles
 from pipeline.report.parts import Table, csv_text
 from pipeline.report.run import configured, notices
 from stages import STAGES
@@ -82,6 +84,33 @@ def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero_and_the_
     assert found.sign == round(gain / 0.3)  # it knows of no test
 
 
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ({"function": "rewards.length:length", "args.cap": 100}, ["was PPO's reward"]),
+        ({"function": "rewards.length:length", "args.cap": 50}, []),
+        ({"function": None}, []),
+        (
+            {"function": None, "parts.a.function": None, "parts.b.function": "rewards.length:length",
+             "parts.b.args.cap": 100},
+            ["was a part of PPO's reward"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_judge_that_took_part_in_training_is_named(reward, said):
+    judge = {"evaluate.judge.function": "rewards.length:length", "evaluate.judge.args.cap": 100}
+    parts = {"evaluate": judge, "ppo": {f"ppo.reward.{key}": value for key, value in reward.items()}}
+    run = types.SimpleNamespace(manifests={stage: {"parts": found} for stage, found in parts.items()})
+    assert roles(run, "judge") == said
+
+
+def test_the_test_of_two_models_counts_either_way_round():
+    rows = [{"a": {"reply": "", "gold": 1.0}, "b": {"reply": "", "gold": 0.0}} for _ in range(9)]
+    evaluate = {"paired": [{"model": "a", "against": "b", "judge": "gold", "p_holm": 0.4}]}
+    assert differences.between(rows, "b", "a").sign == -1
+    assert [differences.tested(evaluate, rows, *pair).sign for pair in (("a", "b"), ("b", "a"))] == [0, 0]
+
+
 def test_a_paired_interval_is_that_of_the_differences():
     draw = np.random.default_rng(1)
     before = draw.normal(0, 10, 400)
@@ -117,7 +146,10 @@ def test_over_optimisation_is_named(runs):
         row["ppo"] |= {"gold": 0.4, "reward_model": 2.0}
 
     change_samples(runs, please_the_reward_model_alone)
-    assert "while the gold judge's fell: over-optimised" in told(runs)
+    tested = read_json(runs / "smoke/evaluate/metrics.json")["paired"]
+    for p, said in ((0.001, "while the gold judge's fell: over-optimised"), (0.2, "no clear change is seen")):
+        change_metrics(runs, "evaluate", paired=[row | {"p_holm": p} for row in tested])
+        assert said in told(runs)
 
 
 def test_the_reward_models_gate_and_going_on_all_the_same_are_said(copied):

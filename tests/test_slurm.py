@@ -53,12 +53,11 @@ def lab(monkeypatch, tmp_path):
     return world
 
 
-def test_a_job_that_is_ending_is_not_taken_for_one_that_will_make_something(lab):
-    lab.submit(("target=sft",))
-    before = len(lab.sent)
-    lab.states[lab.job("tokenizer")] = slurm.state("COMPLETING", "")
-    lab.submit(("target=sft",))
-    assert [lab.stage_of(job) for job in list(lab.sent)[before:]] == ["tokenizer"]
+def test_records_with_more_than_is_known_of_them_are_read(lab):
+    lab.submit(("target=tokenizer",))
+    [(artifact, record)] = job_records.all_of(lab.runs).values()
+    write_json(job_records.file_of(artifact), read_json(job_records.file_of(artifact)) | {"sent": "2026-01-01"})
+    assert job_records.read(artifact) == record
 
 
 def test_scancel_that_fails_is_said_on_one_line(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ Counts = dict[str, Any]  # of one evaluation set: by training stage, and how man
 
 def section(run: Run) -> Section | None:
     """The counts of every set; None where there is no evaluation."""
-    found = run.evaluation.get("contamination")
-    if not found:
+    found = counted(run)
+    if found is None:
         return None
     data = [
         {"set": name, "stage": stage} | counts
@@ -27,6 +27,12 @@ def section(run: Run) -> Section | None:
     ]
     shown = Table("contamination", "Test items that occur in training text", table(found), data)
     return Section("contamination", "Contamination", (LEAD,), parts=(shown,))
+
+
+def counted(run: Run) -> dict[str, Counts] | None:
+    """The counts by set; None without an evaluation, and of one that counted prompts alone (before its version 7)."""
+    found = run.evaluation.get("contamination", {})
+    return found if "prompts" in found else None
 
 
 def table(found: dict[str, Counts]) -> list[tuple[str, ...]]:

@@ -54,10 +54,13 @@ def between(rows: list[Row], one: str, other: str, judge: str = "gold") -> Diffe
 
 
 def tested(evaluate: dict[str, Any], rows: list[Row], one: str, other: str, judge: str = "gold") -> Difference | None:
-    """`between` with the p of the evaluation's own comparison of the two, where it made one."""
-    found, names = between(rows, one, other, judge), (one, other, judge)
-    known = {(test["model"], test["against"], test["judge"]): test["p_holm"] for test in evaluate.get("paired", ())}
-    return replace(found, p=known[names]) if found and names in known else found
+    """`between` with the p of the evaluation's own comparison of the two, either way round, where it made one."""
+    found = between(rows, one, other, judge)
+    known = {
+        (frozenset((test["model"], test["against"])), test["judge"]): test["p_holm"]
+        for test in evaluate.get("paired", ())
+    }
+    return replace(found, p=known.get((frozenset((one, other)), judge))) if found else None
 
 
 def between_runs(ones: list[Row], others: list[Row], model: str, judge: str = "gold") -> Difference | None:

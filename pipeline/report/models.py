@@ -49,7 +49,7 @@ def lead(run: Run) -> tuple[str, ...]:
 def roles(run: Run, judge: str) -> list[str]:
     """What `evaluate.<judge>` did in training, as verbs: labelled comparisons, or paid PPO, by itself or as a part.
 
-    A judge of several parts took part where any function of its parts did.
+    A judge of several parts took part where any of its functions, with the same arguments, did.
     """
     found, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
     asked = _functions(f"evaluate.{judge}.", of["evaluate"])
@@ -65,7 +65,14 @@ def roles(run: Run, judge: str) -> list[str]:
     return found
 
 
-def _functions(prefix: str, parts: dict[str, Any]) -> set[str]:
-    """The functions of the `reward` config below `prefix`; None, the learned reward model, is left out."""
-    of_parts = re.compile(rf"{re.escape(prefix)}(parts\.[^.]+\.)?function")
-    return {value for key, value in parts.items() if value is not None and of_parts.fullmatch(key)}
+def _functions(prefix: str, parts: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The functions with their arguments of the `reward` config below `prefix`; the learned reward model is `null`."""
+    below = {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}
+    places = [key.removesuffix("function") for key in below if re.fullmatch(r"(parts\.[^.]+\.)?function", key)]
+    if len(places) > 1:
+        places = [place for place in places if place]  # a sum of parts has no function of its own
+    return {(str(below[f"{place}function"]), *_arguments(below, f"{place}args")) for place in places}
+
+
+def _arguments(below: dict[str, Any], place: str) -> list[str]:
+    return sorted(f"{key.removeprefix(place)}={value}" for key, value in below.items() if key.startswith(place))

@@ -174,7 +174,9 @@ def proxy(run: Run, rows: list[Row]) -> list[str]:
     """Whether PPO pleased its reward model without pleasing the gold judge."""
     if "ppo" not in run.models or REFERENCE not in run.models:
         return []
-    paid, gold = (differences.between(rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold"))
+    paid, gold = (
+        differences.tested(run.evaluation, rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold")
+    )
     if paid is None or gold is None or paid.sign <= 0:
         return []
     ends = {
@@ -203,7 +205,7 @@ def caveats(run: Run) -> list[str]:
     found = []
     if stopped := run.stages.get("ppo", {}).get("stopped"):
         found.append(f"PPO was ended by a guard: {stopped}.")
-    if counts := run.evaluation.get("contamination"):
+    if counts := contamination.counted(run):
         found.append(contamination.sentence(counts))
     if run.models and not over_seeds(run):
         found.append(

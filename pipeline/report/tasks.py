@@ -45,8 +45,12 @@ def table(evaluate: dict[str, Any], models: list[str]) -> list[tuple[str, ...]]:
     answered = {name: evaluate["models"][name]["tasks"] for name in models if evaluate["models"][name].get("tasks")}
     if not answered:
         return []
-    first = next(iter(answered.values()))
-    columns = [(task, metric) for task, found in first.items() for metric in SHOWN if metric in found]
+    columns = [
+        (task, metric)
+        for task in next(iter(answered.values()))
+        for metric in SHOWN
+        if any(metric in found[task] for found in answered.values())
+    ]
     problems = {task: f"{found['problems']:,}" for task, found in evaluate["tasks"].items()}
     heading = ("model", *(f"{task}{SHOWN[metric]} (n = {problems[task]})" for task, metric in columns))
     return [heading, *((name, *(_cell(found[t], m) for t, m in columns)) for name, found in answered.items())]
