@@ -91,18 +91,18 @@ def with_date(template: str, date: str) -> str:
 def end_of_turn(tokenizer: Any) -> str | None:
     """The token that the template writes after a reply, with white space before it at most; None where it writes none.
 
-    Raises `UserError` where the template does not render a question and a reply. A token that opens the next reply ends
-    none.
+    Raises `UserError` where the template does not render a question and a reply. A token that opens turns ends none: an
+    older template may write it after a reply without being asked.
     """
-    question = [PLAIN[USER]]
     rendered = render(tokenizer, [PLAIN[USER], PLAIN[REPLY]], False)
     if USER not in rendered or REPLY not in rendered:
         raise UserError("its chat template leaves out what user and assistant say as plain text")
+    opening = rendered.partition(USER)[0].removeprefix(tokenizer.bos_token or "")
     tail = rendered.rpartition(REPLY)[2].lstrip()
-    opening = render(tokenizer, question).removeprefix(render(tokenizer, question, False)).lstrip()
-    tokens = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    first = next((token for token in tokens if token.strip() and tail.startswith(token)), None)
-    return None if first is not None and opening.startswith(first) else first
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+    end = max((token for token in added if tail.startswith(token)), key=len, default=None)
+    opens = end is not None and end in opening and opening.rfind(end) == max(map(opening.rfind, added))
+    return None if opens else end
 
 
 def turn_marks(tokenizer: Any) -> list[str]:

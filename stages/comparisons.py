@@ -47,7 +47,9 @@ def as_the_template_allows(
     train, refused = chat.accepted(tokenizer, train, source, Pair.prompts)
     test, _ = chat.accepted(tokenizer, test, source, Pair.prompts)
     prompts = [p for pair in train for p in (pair.prompt, pair.rejected_prompt) if p]
-    removed = chat.marks_removed(tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)])
+    removed = chat.marks_removed(
+        tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
+    )
     if removed or refused:
         job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
     return train, test, {"marks_removed": removed, "refused_by_template": refused}

@@ -35,7 +35,9 @@ def run(job: Job) -> dict[str, Any]:
     tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False)["input_ids"])
     lossless = lossless_share(tokenizer, held_out[:ROUND_TRIPS])
     if lossless < 1:
-        job.say(f"this tokenizer changes {1 - lossless:.1%} of texts: they do not come back when its tokens are decoded")
+        job.say(
+            f"this tokenizer changes {1 - lossless:.1%} of texts: they do not come back when its tokens are decoded"
+        )
     return {
         "vocab_size": len(tokenizer),
         "bytes_per_token": sum(len(text.encode()) for text in held_out) / tokens,
