@@ -27,11 +27,19 @@ TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: Path | str, **options: Any) -> Any:
-    """The tokenizer of a model folder or hub name; its pad token differs from its end token."""
+def load_tokenizer(folder: Path | str, name: str | None = None, **options: Any) -> Any:
+    """The tokenizer of a model folder or hub name, with one chat template whose clock stands (`template.settle`).
+
+    Raises `UserError` that begins with `name`, or the folder, where the template cannot be settled.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        template.settle(tokenizer)
+    except UserError as error:
+        raise UserError(f"{name or folder}: {error}") from error
+    return tokenizer
 
 
 def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
@@ -86,7 +94,7 @@ def accepted(
 ) -> tuple[list[Any], dict[str, int]]:
     """The rows all of whose prompts the chat template renders, and how many it refuses for each reason.
 
-    Raises `UserError` where these are a larger share than `source.max_unusable_share`.
+    Raises `UserError` where these are a larger share than `source.max_unusable_share`, or all.
     """
     refused: dict[int, tuple[str, list[Message]]] = {}
     for number, row in enumerate(rows):
@@ -94,7 +102,7 @@ def accepted(
             if reason := template.refusal(tokenizer, without_special(tokenizer, prompt)):
                 refused[number] = reason, prompt
     reasons = Counter(reason for reason, _ in refused.values())
-    if len(refused) > source.max_unusable_share * len(rows):
+    if refused and len(refused) > min(source.max_unusable_share * len(rows), len(rows) - 1):
         [(reason, _)] = reasons.most_common(1)
         opening = next(prompt for why, prompt in refused.values() if why == reason)[0]["content"][:40]
         raise UserError(

@@ -25,6 +25,7 @@ SHAPES = {
     "two user messages in a row": (USER, LATER),
     "a dialogue that the assistant begins": (REPLY, LATER),
 }
+DATE = "2026-01-01"  # of a checkpoint that no key dates, such as a judge model
 MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # how a mark is spelt: no word, no white space, no comma
 CLOCK = re.compile(r"\{% macro strftime_now\(format\) %\}.*?\{% endmacro %\}\n", re.DOTALL)
 DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime; none that asks for the time zone
@@ -59,33 +60,34 @@ def refusals(tokenizer: Any) -> dict[str, str]:
     return {shape: reason for shape, reason in reasons.items() if reason is not None}
 
 
-def settle(tokenizer: Any, date: str) -> None:
+def settle(tokenizer: Any, date: str | None = None) -> None:
     """Leave the tokenizer one chat template, the one that transformers would use, with its clock stopped at `date`.
 
-    Raises `UserError` where it has several and none is the default.
+    Without a date a clock that stands stays as it is, and another one is stopped at `DATE`. Raises `UserError` where
+    there are several templates and none is the default.
     """
     if isinstance(tokenizer.chat_template, dict):
         if "default" not in tokenizer.chat_template:
             names = ", ".join(sorted(tokenizer.chat_template))
             raise UserError(f"none of its chat templates ({names}) is named default; name the one to use so")
         tokenizer.chat_template = tokenizer.chat_template["default"]
-    if tokenizer.chat_template is not None:
-        tokenizer.chat_template = with_date(tokenizer.chat_template, date)
+    if tokenizer.chat_template is not None and (date or not CLOCK.search(tokenizer.chat_template)):
+        tokenizer.chat_template = with_date(tokenizer.chat_template, date or DATE)
 
 
-def with_date(template: str, date: str) -> str:
-    """The template with a `strftime_now` of its own, which gives midnight of `date` whatever the clock says.
+def with_date(source: str, date: str) -> str:
+    """The template `source` with a `strftime_now` of its own, which gives midnight of `date` whatever the clock says.
 
     It stands in the template's text, so that every program that renders it writes the same. trim_blocks takes the line
     break behind it, as it would behind every block.
     """
-    template = CLOCK.sub("", template, count=1)
-    if "strftime_now" not in template:
-        return template
+    source = CLOCK.sub("", source, count=1)
+    if "strftime_now" not in source:
+        return source
     moment = datetime.datetime.fromisoformat(date)
-    directives = sorted(set(DIRECTIVE.findall(template)))
+    directives = sorted(set(DIRECTIVE.findall(source)))
     parts = "".join(f"|replace('{directive}', '{moment.strftime(directive)}')" for directive in directives)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{source}"
 
 
 def end_of_turn(tokenizer: Any) -> str | None:

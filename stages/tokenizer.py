@@ -86,15 +86,15 @@ def from_checkpoint(model: Any, template_date: str) -> Any:
     options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     if model.gguf_file:
         options["gguf_file"] = model.gguf_file
-    tokenizer = chat.load_tokenizer(model.checkpoint, **options)
+    name = f"model.checkpoint={model.checkpoint}"
+    tokenizer = chat.load_tokenizer(model.checkpoint, name, **options)
+    template.settle(tokenizer, template_date)
+    if tokenizer.chat_template is None:
+        _give_template(tokenizer)
     try:
-        template.settle(tokenizer, template_date)
-        if tokenizer.chat_template is None:
-            _give_template(tokenizer)
-        else:
-            _end_as_the_template_does(tokenizer)
+        _end_as_the_template_does(tokenizer)
     except UserError as error:
-        raise UserError(f"model.checkpoint={model.checkpoint}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": chat.PAD})
     return tokenizer

@@ -351,6 +351,10 @@ def test_rows_that_the_template_refuses_are_left_out_and_counted_up_to_the_share
         "System role not supported": 4
     }
     assert chat.accepted(qwen(), rows, source) == (rows, {})
+    assert chat.accepted(gemma(), [], source) == ([], {})
+    source.max_unusable_share = 1.0
+    with pytest.raises(UserError, match="refuses 1 of 1 dialogues"):
+        chat.accepted(gemma(), rows[:1], source)
     source.max_unusable_share = 0.09
     with pytest.raises(
         UserError, match=r'chats.jsonl: .* 4 of 40 .* "System role not supported" .*begins \'Be brief'
@@ -382,6 +386,8 @@ def test_the_clock_is_no_input(tmp_path, monkeypatch):
     assert chat.template_hash(later) == chat.template_hash(tokenizer)
     other = of_checkpoint(qwen(DATED), tmp_path / "checkpoint", "2026-03-05")
     assert chat.template_hash(other) != chat.template_hash(tokenizer)
+    judge = chat.load_tokenizer(checkpoint(qwen(DATED), tmp_path / "judge").checkpoint)  # no stage settled its date
+    assert judge.decode(chat.prompt_ids(judge, HI)).startswith(f"<|im_start|>system\n01 Jan {template.DATE[:4]}")
     again = of_checkpoint(later, tmp_path / "again", "2026-03-05")  # an artifact as the checkpoint of another run
     assert again.chat_template == other.chat_template
 
