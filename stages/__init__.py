@@ -102,7 +102,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
-        keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
+        keys=("evaluate", "tokenizer.template_date", "pretrain.context", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.text", "evaluate.tasks.*"),
         functions=("evaluate.judge", "evaluate.second_judge"),
         models=("evaluate.judge_model.path",),
