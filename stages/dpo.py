@@ -21,7 +21,9 @@ def run(job: Job) -> dict[str, Any]:
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = models.load_policy(job.inputs["sft"])
-    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed))
+    order = training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed)
+    counted = training.trained_on(job, [order], len(train.rows), config.batch_size, "pairs")
+    ordered = train.take(order)
     steps = max(1, len(ordered.rows) // config.batch_size)
     tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in ordered.rows)
     job.announce(f"{tokens // steps:,} tokens", steps, (6 + 2) * models.parameter_count(model) * tokens)
@@ -36,11 +38,14 @@ def run(job: Job) -> dict[str, Any]:
         low, high = found["chosen_logprob_change_ci95"]
         change = found["chosen_logprob_change"]
         job.say(f"held-out chosen replies became less likely: {change:+.1f} nats [{low:+.1f}, {high:+.1f}]")
-    return found | {
-        "pairs": len(train.rows),
-        "dropped_too_long": train.dropped + test.dropped,
-        "template_hash": chat.template_hash(tokenizer),
-    }
+    return (
+        found
+        | counted
+        | {
+            "dropped_too_long": train.dropped + test.dropped,
+            "template_hash": chat.template_hash(tokenizer),
+        }
+    )
 
 
 def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> Any:

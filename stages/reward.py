@@ -26,7 +26,12 @@ def run(job: Job) -> dict[str, Any]:
     if config.pairs is not None:
         train = train.take(draw(list(range(len(train.rows))), config.pairs, config.seed))
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
-    members = [member(job, number, tokenizer, train, samples) for number in range(config.ensemble)]
+    orders = [
+        training.in_order(train.lengths(), config.batch_size, config.epochs, member_seed(job, number))
+        for number in range(config.ensemble)
+    ]
+    counted = training.trained_on(job, orders, len(train.rows), config.batch_size, "pairs")
+    members = [member(job, i, tokenizer, train.take(order), samples) for i, order in enumerate(orders)]
     if not job.main:
         return {}
     model = combined(job, members, tokenizer, samples)
@@ -34,25 +39,27 @@ def run(job: Job) -> dict[str, Any]:
         checked = check_up(model, tokenizer, train.pairs, test)
     if job.tracked:
         job.show(checkup_views.views(checked))
-    return checked | {
-        "score_mean": members[0].config.score_mean,
-        "score_std": members[0].config.score_std,
-        "pairs": len(train.pairs),
-        "dropped_too_long": train.dropped + test.dropped,
-        "template_hash": chat.template_hash(tokenizer),
-    }
+    return (
+        checked
+        | counted
+        | {
+            "score_mean": members[0].config.score_mean,
+            "score_std": members[0].config.score_std,
+            "dropped_too_long": train.dropped + test.dropped,
+            "template_hash": chat.template_hash(tokenizer),
+        }
+    )
 
 
-def member(job: Job, number: int, tokenizer: Any, train: TokenisedPairs, samples: list[list[int]]) -> torch.nn.Module:
+def member(job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, samples: list[list[int]]) -> torch.nn.Module:
     """The `number`-th model of the ensemble: with a head and an order of its own; a finished one is read."""
-    config, out, seed = job.config.reward, member_folder(job, number), member_seed(job, number)
+    config, out = job.config.reward, member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
         return models.load_reward_model(out, job.device.type)
-    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, seed))
     training.require_whole_batch(job, len(ordered.rows), config.batch_size)
     steps = max(1, len(ordered.rows) // config.batch_size)
-    model = with_score_head(job, tokenizer, seed)
+    model = with_score_head(job, tokenizer, member_seed(job, number))
     tokens = sum(len(s) for row in ordered.rows for s in preferences.sequences(row))
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
     model = fit(job, model, tokenizer, ordered, number).eval()

@@ -31,6 +31,7 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(1, len(order) // config.batch_size)
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
+    counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
     model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
     if not job.main:
@@ -41,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         "reply_bits_per_byte": held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length),
         "reply_bits_per_byte_base": before,
         "ended_share": ended_share(job, model, tokenizer, examples),
-        "examples": len(rows),
+        **counted,
         "dropped_too_long": too_long,
         "template_hash": chat.template_hash(tokenizer),
         "unusable": data.load(source, "train").unusable,
