@@ -1,6 +1,6 @@
 """The order of training rows: what an epoch leaves out, which rows meet in a batch, and in which order batches come.
 
-Two wrong orders that trainers have had stand here too, and each must fail: batches from short to long, and an epoch that
+Wrong orders that trainers have had stand here too, and each must fail: batches from short to long, and an epoch that
 leaves out the same rows as the one before.
 """
 
