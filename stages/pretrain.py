@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
-from pipeline import baselines, chat, data, held_out, models, ranks, training
+from pipeline import baselines, chat, data, fused, held_out, models, ranks, training
 from pipeline.job import Job
 from pipeline.muon import MuonAdamW
 from pipeline.packing import EvenedRows, PackedRows, packed
@@ -19,6 +19,7 @@ def run(job: Job) -> dict[str, Any]:
     model = start(job, tokenizer)
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
+        fused.layouts(model)  # a model that Muon cannot train is refused before its text is tokenised
         shuffled = data.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
