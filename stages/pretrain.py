@@ -26,7 +26,7 @@ def run(job: Job) -> dict[str, Any]:
         job.announce(
             f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
         )
-        model = fit(job, model, PackedRows(stream, config.context), steps)
+        model = fit(job, model, PackedRows(stream, config.context, steps * config.batch_size), steps)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from helpers import make_job, tiny_policy, write_model
 
-from pipeline import data, preferences, training
+from pipeline import data, preferences, rollouts, training
 from pipeline.artifact import write_json
 from pipeline.data import Example
+from pipeline.errors import UserError
+from pipeline.packing import PackedRows
 from pipeline.preferences import Pair
 from stages import dpo, reward, sft
 
@@ -143,6 +145,24 @@ def test_rows_that_fill_no_batch_together_are_one(rows, left_out):
     order = training.in_order(lengths_of(rows), 8, 2, 0)
     assert len(order) == 2 * (rows - left_out)
     assert {order.count(row) for row in range(rows)} <= ({2} if not left_out else {1, 2})
+
+
+# Pretraining and PPO go over their rows in turn
+
+
+def test_pretraining_goes_over_its_text_again_and_every_batch_is_full():
+    """Seven rows of five tokens, of which the last two do not fill one more, in five batches of three."""
+    rows = PackedRows(np.arange(37, dtype=np.uint16), 5, count=15)
+    firsts = [rows[i]["input_ids"][0].item() for i in range(len(rows))]
+    assert firsts == [0, 5, 10, 15, 20, 25, 30, 0, 5, 10, 15, 20, 25, 30, 0]
+    with pytest.raises(UserError, match="4 tokens, which do not fill a row of 5; give more text"):
+        PackedRows(np.arange(4, dtype=np.uint16), 5)
+
+
+def test_every_prompt_has_its_turn():
+    """Rollouts of 6 replies, 2 to each prompt: after seven of them each of seven prompts was replied to six times."""
+    seen = [prompt for number in range(7) for prompt in rollouts.batch_of(list("abcdefg"), number, 6, 2)]
+    assert {prompt: seen.count(prompt) for prompt in seen} == dict.fromkeys("abcdefg", 6)
 
 
 # What stages count
