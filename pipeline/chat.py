@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import re
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import template
 from pipeline.artifact import read_json
 from pipeline.columns import Message
 from pipeline.errors import UserError
@@ -32,41 +37,80 @@ def load_tokenizer(folder: Path | str, **options: Any) -> Any:
 def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
     """Token ids of a prompt up to and including the mark that opens the reply; exactly one BOS.
 
-    Special tokens written out in a message are removed from it: text cannot open or close a turn.
+    Marks of turns written out in a message are removed from it: text cannot open or close a turn. Raises `UserError`
+    with the chat template's words where it refuses the prompt.
     """
-    rendered = tokenizer.apply_chat_template(
-        without_special(tokenizer, prompt), add_generation_prompt=True, tokenize=False
-    )
+    rendered = template.render(tokenizer, without_special(tokenizer, prompt))
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 
 def reply_ids(tokenizer: Any, reply: str) -> list[int]:
     """Token ids of a reply with the end-of-turn token; tokenised apart from the prompt, so no merge crosses over."""
-    return [*tokenizer.encode(_without_special(tokenizer, reply), add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(_cleaned(tokenizer, reply)[0], add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
-    """The messages with special tokens removed from what they say."""
-    return [message | {"content": _without_special(tokenizer, message["content"])} for message in messages]
+    """The messages with the marks of turns (`template.turn_marks`) removed from what they say, and nothing else."""
+    return [message | {"content": _cleaned(tokenizer, message["content"])[0]} for message in messages]
 
 
-def _without_special(tokenizer: Any, text: str) -> str:
-    template = tokenizer.chat_template or ""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special or str(token) in template]
-    marks = {*tokenizer.all_special_tokens, *added}
-    found = [mark for mark in marks if mark in text]
-    while found:  # removing one may write another
-        for mark in found:
-            text = text.replace(mark, "")
-        found = [mark for mark in marks if mark in text]
-    return text
+def marks_removed(tokenizer: Any, prompts: Iterable[list[Message]], replies: Iterable[str]) -> int:
+    """How many marks of turns are removed from prompts and replies before they are tokens."""
+    texts = [message["content"] for prompt in prompts for message in prompt] + list(replies)
+    return sum(_cleaned(tokenizer, text)[1] for text in texts)
+
+
+def _cleaned(tokenizer: Any, text: str) -> tuple[str, int]:
+    """The text without marks of turns, and their number; the leftmost is removed first, of several there the longest."""
+    pattern, removed = _marks(tokenizer)[0], 0
+    while (cut := pattern.subn("", text))[1]:  # removing one may write another
+        text, removed = cut[0], removed + cut[1]
+    return text, removed
+
+
+_MARKS: weakref.WeakKeyDictionary[Any, tuple[Any, re.Pattern[str], set[int]]] = weakref.WeakKeyDictionary()
+
+
+def _marks(tokenizer: Any) -> tuple[re.Pattern[str], set[int]]:
+    """A pattern of the marks of turns, and their ids; kept until the tokenizer changes, for finding them takes long."""
+    state = (tokenizer.chat_template, len(tokenizer), str(tokenizer.special_tokens_map))
+    if tokenizer not in _MARKS or _MARKS[tokenizer][0] != state:
+        marks = template.turn_marks(tokenizer)
+        pattern = re.compile("|".join(map(re.escape, marks)) or "(?!)")  # (?!) matches nothing
+        _MARKS[tokenizer] = (state, pattern, set(tokenizer.convert_tokens_to_ids(marks)))
+    return _MARKS[tokenizer][1:]
+
+
+def accepted(
+    tokenizer: Any, rows: list[Any], source: Any, prompts: Callable[[Any], list[list[Message]]] = lambda e: [e.prompt]
+) -> tuple[list[Any], dict[str, int]]:
+    """The rows all of whose prompts the chat template renders, and how many it refuses for each reason.
+
+    Raises `UserError` where these are a larger share than `source.max_unusable_share`.
+    """
+    refused: dict[int, tuple[str, list[Message]]] = {}
+    for number, row in enumerate(rows):
+        for prompt in prompts(row):
+            if reason := template.refusal(tokenizer, without_special(tokenizer, prompt)):
+                refused[number] = reason, prompt
+    reasons = Counter(reason for reason, _ in refused.values())
+    if len(refused) > source.max_unusable_share * len(rows):
+        reason, count = reasons.most_common(1)[0]
+        opening = next(prompt for why, prompt in refused.values() if why == reason)[0]["content"][:40]
+        raise UserError(
+            f"{source.path}: the chat template refuses {len(refused):,} of {len(rows):,} dialogues, most often with "
+            f'"{reason}" (the first begins {opening!r}); give dialogues that it renders, or a checkpoint that takes '
+            "them, or set max_unusable_share higher"
+        )
+    return [row for number, row in enumerate(rows) if number not in refused], dict(sorted(reasons.items()))
 
 
 def reply_text(tokenizer: Any, ids: list[int]) -> str:
-    """The text of a sampled reply, up to its end-of-turn token."""
+    """The text of a sampled reply, up to its end-of-turn token, without marks of turns."""
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    marks = _marks(tokenizer)[1]
+    return tokenizer.decode([token for token in ids if token not in marks]).strip()
 
 
 def template_hash(tokenizer: Any) -> str:

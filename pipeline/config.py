@@ -3,6 +3,7 @@
 Nothing in this module imports torch, so that a wrong key is answered in a second.
 """
 
+import datetime
 import math
 import re
 import shlex
@@ -121,6 +122,7 @@ def check_together(config: DictConfig) -> None:
         _check_task(f"evaluate.tasks.{name}", task, config.model.max_position_embeddings)
     _check_ppo(config.ppo)
     _check_tracker(config.tracker)
+    _check_date("tokenizer.template_date", config.tokenizer.template_date)
     if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
         raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
     if config.dpo.label_smoothing >= 0.5:
@@ -139,6 +141,15 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size")
     if (model.num_attention_heads or 1) % (model.num_key_value_heads or 1):
         raise UserError(f"model.num_key_value_heads={model.num_key_value_heads}: must divide num_attention_heads")
+
+
+def _check_date(key: str, value: str) -> None:
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        raise UserError(f"{key}={value}: must be a date as YYYY-MM-DD")
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError as error:
+        raise UserError(f"{key}={value}: is no day of the calendar") from error
 
 
 def _check_reward_model(reward: DictConfig) -> None:

@@ -206,15 +206,14 @@ def _examples(source_json: str, split: str, limits: tuple[tuple[str, int], ...])
     limit, found = dict(limits), []
     for row in _distinct(_load(source_json, split).rows, "prompt", "chosen"):
         turns = _turns(row)
-        system = [m for m in turns if m["role"] == "system"]
-        spoken = [m for m in turns if m["role"] != "system"]
-        for i in range(1, len(spoken)):
-            reply = spoken[i]["content"]
-            if spoken[i]["role"] != "assistant" and not row.get("symmetric"):
+        spoken = [i for i, m in enumerate(turns) if m["role"] != "system"]
+        for i in spoken[1:]:
+            reply = turns[i]["content"]
+            if turns[i]["role"] != "assistant" and not row.get("symmetric"):
                 continue
             if not limit["reply_min_chars"] <= len(reply) <= limit["reply_max_chars"]:
                 continue
-            prompt = system + _context(spoken, i, row, limit["context_turns"])
+            prompt = _context(turns, i, row, limit["context_turns"])
             if sum(len(m["content"]) for m in prompt) <= limit["prompt_max_chars"]:
                 found.append(Example(prompt, reply))
     return found
@@ -235,13 +234,24 @@ def _turns(row: Row) -> list[Message]:
     return row.get("messages") or [*row["prompt"], {"role": "assistant", "content": row["chosen"]}]
 
 
-def _context(spoken: list[Message], i: int, row: Row, most: int) -> list[Message]:
-    """The turns before `spoken[i]`: the last `most`, in a symmetric dialogue one to `most` by a hash of the place."""
-    if not row.get("symmetric"):
-        return spoken[max(0, i - most) : i]
-    count = 1 + _bucket(f"{row['key']} {i}") % most
-    context = [m["content"] for m in spoken[max(0, i - count) : i]]
-    return alternating([*context, ""])[:-1]
+def _context(turns: list[Message], i: int, row: Row, most: int) -> list[Message]:
+    """What stands before `turns[i]`: its last `most` turns, begun by the user where earlier ones are cut off.
+
+    Every system message before the reply holds for it: one among these turns keeps its place, those before them come
+    first, in their order. A symmetric dialogue has an odd number of turns, up to `most`, by a hash of the place.
+    """
+    spoken = [n for n in range(i) if turns[n]["role"] != "system"]
+    if row.get("symmetric"):
+        system = [m for m in turns[:i] if m["role"] == "system"]
+        count = 1 + 2 * (_bucket(f"{row['key']} {len(spoken)}") % ((most + 1) // 2))
+        count = min(count, len(spoken) - (len(spoken) + 1) % 2)
+        context = [turns[n]["content"] for n in spoken[-count:]]
+        return system + alternating([*context, ""])[:-1]
+    if len(spoken) <= most:
+        return turns[:i]
+    kept = spoken[-most:]
+    first = next((n for n in kept if turns[n]["role"] == "user"), kept[0])
+    return [m for m in turns[:first] if m["role"] == "system"] + turns[first:i]
 
 
 def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:

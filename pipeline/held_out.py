@@ -15,7 +15,7 @@ from pipeline.packing import document_start
 def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int) -> list[Example]:
     """At most `count` prompts of the test split that no training split and no comparison contains, with their replies.
 
-    Prompts that leave no room for a reply in `model`'s context are left out.
+    Prompts that leave no room for a reply in `model`'s context, or that the chat template refuses, are left out.
     """
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained_on = {
@@ -24,7 +24,7 @@ def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int) -> list
     if "comparisons" in job.inputs:
         trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
     found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
-    drawn = data.draw(found, 2 * count, seed)
+    drawn, _ = chat.accepted(tokenizer, data.draw(found, 2 * count, seed), source)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
     return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][:count]
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import chat, likelihood
+from pipeline import chat, likelihood, template
 from pipeline.columns import Message
 from pipeline.errors import UserError
 from pipeline.judge_template import question
@@ -87,19 +87,21 @@ class JudgeModel:
         return first, both
 
 
-def load(config: Any, device: Any) -> JudgeModel:
+def load(config: Any, device: Any, template_date: str) -> JudgeModel:
     """The judge model of `evaluate.judge_model`, in bf16 where `device` computes in it; no code of the model's runs."""
     dtype = torch.bfloat16 if device.bf16 else torch.float32
     with _loading(config) as options:
         tokenizer = chat.load_tokenizer(config.path, **options)
+        template.settle(tokenizer, template_date)
         model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **options)
     return JudgeModel(model.to(device.type).eval(), tokenizer, config)
 
 
-def check(config: Any) -> None:
+def check(config: Any, template_date: str) -> None:
     """Hold the judge's tokenizer to verdicts and template before anything is sampled; raises `UserError`."""
     with _loading(config) as options:
         tokenizer = chat.load_tokenizer(config.path, **options)
+        template.settle(tokenizer, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
 
@@ -108,7 +110,7 @@ def check(config: Any) -> None:
 def _loading(config: Any) -> Iterator[dict[str, Any]]:
     try:
         yield {"revision": config.revision or "main", "trust_remote_code": False}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"evaluate.judge_model.path={config.path}: cannot be loaded ({said})") from error
 

@@ -26,8 +26,9 @@ def packed(texts: list[str], tokenizer: Any, file: Path) -> np.ndarray:
 
 
 def document_start(tokenizer: Any) -> int:
-    """The token between documents: BOS, or the end token for tokenizers without one."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    """The token between documents: BOS, or for tokenizers without one the separator, or the end token."""
+    ids = (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id)
+    return next(token for token in ids if token is not None)
 
 
 class PackedRows(Dataset):

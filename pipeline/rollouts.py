@@ -29,9 +29,13 @@ class Prompt:
 
 
 def prompt_pool(job: Job, tokenizer: Any, policy: Any) -> list[Prompt]:
-    """The training split's prompts that leave room for a reply, in an order that the seed decides."""
-    found = data.prompts(job.config.data.replies, "train", job.config.data.dialogue)
-    wanted = data.draw(found, job.config.ppo.episodes, job.config.ppo.seed)
+    """The training split's prompts that leave room for a reply, in an order that the seed decides.
+
+    Those that the chat template refuses are left out; SFT, on the same data, counts them.
+    """
+    source = job.config.data.replies
+    found = data.prompts(source, "train", job.config.data.dialogue)
+    wanted, _ = chat.accepted(tokenizer, data.draw(found, job.config.ppo.episodes, job.config.ppo.seed), source)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in wanted]
     fitting = sampling.with_room(ids, policy, job.config.sampling)
     return [Prompt(ids[i], wanted[i].prompt, wanted[i].reply) for i in fitting]

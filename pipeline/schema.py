@@ -169,6 +169,7 @@ class TokenizerConfig:
     """Stage `tokenizer`."""
 
     vocab_size: int = number(262)
+    template_date: str = MISSING
 
 
 @dataclass

@@ -35,6 +35,7 @@ STAGES = {
         parents=(),
         keys=("tokenizer", "model.checkpoint", "model.revision", "model.trust_remote_code", "model.gguf_file"),
         sources=("data.text",),
+        version=2,
         metric="bytes_per_token",
     ),
     "pretrain": Stage(
@@ -63,7 +64,7 @@ STAGES = {
             ("comparisons.earlier", ("comparisons",)),
             ("comparisons.scorer", ("reward",)),
         ),
-        version=3,
+        version=4,
         metric="pairs",
     ),
     "reward": Stage(
@@ -98,16 +99,17 @@ STAGES = {
         ),
         sources=("data.replies",),
         functions=("evaluate.judge", "evaluate.second_judge"),
+        version=2,
     ),
     "evaluate": Stage(
         parents=("pretrain", "sft", "comparisons", "reward", "dpo", "ppo"),
-        keys=("evaluate", "pretrain.context", "sampling", "data.dialogue", "precision"),
+        keys=("evaluate", "tokenizer.template_date", "pretrain.context", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.text", "evaluate.tasks.*"),
         functions=("evaluate.judge", "evaluate.second_judge"),
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
-        version=7,
+        version=8,
         metric="ppo_gold_mean",
     ),
 }

@@ -26,6 +26,7 @@ def run(job: Job) -> dict[str, Any]:
         return metrics
     if earlier := earlier_pairs(job, test):
         train, metrics = train + earlier, metrics | {"pairs_from_earlier": len(earlier)}
+    train, test, template_counts = as_the_template_allows(job, train, test)
     if not train or not test:
         raise UserError(
             f"comparisons: {len(train)} training and {len(test)} held-out pairs; lower comparisons.min_gap or ask more"
@@ -33,7 +34,25 @@ def run(job: Job) -> dict[str, Any]:
     preferences.write(job.out / "train.jsonl", train)
     preferences.write(job.out / "test.jsonl", test)
     job.say(f"{len(train):,} pairs for training, {len(test):,} held out")
-    return {"pairs": len(train), "test_pairs": len(test), **metrics}
+    return {"pairs": len(train), "test_pairs": len(test), **template_counts, **metrics}
+
+
+def as_the_template_allows(
+    job: Job, train: list[Pair], test: list[Pair]
+) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
+    """The pairs whose prompts the chat template renders, what it refuses, and the marks of turns in training pairs."""
+    tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
+    given = job.config.data.preferences
+    source = job.config.data.replies if given.path is None else given
+    train, refused = chat.accepted(tokenizer, train, source, Pair.prompts)
+    test, _ = chat.accepted(tokenizer, test, source, Pair.prompts)
+    prompts = [p for pair in train for p in (pair.prompt, pair.rejected_prompt) if p]
+    removed = chat.marks_removed(
+        tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
+    )
+    if removed or refused:
+        job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
+    return train, test, {"marks_removed": removed, "refused_by_template": refused}
 
 
 def given(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
@@ -110,6 +129,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
     room = models.load_policy(job.inputs["sft"], "meta")
     train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
+    train, held_out = (chat.accepted(tokenizer, found, source)[0] for found in (train, held_out))
     train, held_out = (with_room(found, tokenizer, room, job.config.sampling) for found in (train, held_out))
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]

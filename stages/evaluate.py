@@ -52,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
     problems = sum(len(suite.problems) for suite in tasks.values())
     announce(job, taking_part, len(examples), problems, reference)
     if config.judge_model.path is not None:
-        judge_model.check(config.judge_model)
+        judge_model.check(config.judge_model, job.config.tokenizer.template_date)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
     proxy = None
     if "reward" in job.inputs:
@@ -151,7 +151,7 @@ def by_judge_model(
     different, same = judge_model.pairs(replies, count)
     job.say(f"{2 * len(different):,} questions to the judge model {config.path}")
     bar = job.progress(2 * len(different), "questions")
-    judge = judge_model.load(config, job.device)
+    judge = judge_model.load(config, job.device, job.config.tokenizer.template_date)
     verdicts, known = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
     bar.close()
     write_lines(job.out / "verdicts.jsonl", judge_model.rows(verdicts, config.margin))

@@ -18,7 +18,10 @@ def run(job: Job) -> dict[str, Any]:
     model = models.load_policy(job.inputs["pretrain"], job.device.type)
     train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
     examples = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
+    train, refused = chat.accepted(tokenizer, train, source)
+    examples, _ = chat.accepted(tokenizer, examples, source)
     before = held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length) if job.main else None
+    removed = chat.marks_removed(tokenizer, [e.prompt for e in train], [e.reply for e in train])
     rows = [
         row
         for row in (tokenised(tokenizer, example) for example in train)
@@ -32,6 +35,8 @@ def run(job: Job) -> dict[str, Any]:
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
+    if removed or refused:
+        job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
     job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
     model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
     if not job.main:
@@ -44,6 +49,8 @@ def run(job: Job) -> dict[str, Any]:
         "ended_share": ended_share(job, model, tokenizer, examples),
         **counted,
         "dropped_too_long": too_long,
+        "marks_removed": removed,
+        "refused_by_template": refused,
         "template_hash": chat.template_hash(tokenizer),
         "unusable": data.load(source, "train").unusable,
     }

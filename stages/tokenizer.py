@@ -5,21 +5,27 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import chat, data
+from pipeline import chat, data, template
 from pipeline.errors import UserError
 from pipeline.job import Job
 
 
+ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded again
+
+
 def run(job: Job) -> dict[str, Any]:
-    """Make the tokenizer and measure its compression on held-out text."""
+    """Make the tokenizer and measure its compression on held-out text, and whether it keeps the text."""
     loaded = data.load(job.config.data.text, "train")
     texts = data.texts(loaded.rows)
     job.say(f"{job.device} · one process · byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")
     tokenizer = (
-        from_checkpoint(job.config.model)
+        from_checkpoint(job.config.model, job.config.tokenizer.template_date)
         if job.config.model.checkpoint
         else train(texts, job.config.tokenizer.vocab_size)
     )
+    refused = template.refusals(tokenizer)
+    for shape, reason in refused.items():
+        job.say(f"the chat template refuses {shape}: {reason}")
     tokenizer.save_pretrained(job.out)
     held_out = data.texts(data.load(job.config.data.text, "test").rows)
     if not texts or not held_out:
@@ -27,13 +33,27 @@ def run(job: Job) -> dict[str, Any]:
             f"data.text: {len(texts)} texts for training and {len(held_out)} held out; give more texts, or set splits"
         )
     tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False)["input_ids"])
+    lossless = lossless_share(tokenizer, held_out[:ROUND_TRIPS])
+    if lossless < 1:
+        job.say(
+            f"this tokenizer changes {1 - lossless:.1%} of texts: they do not come back when its tokens are decoded"
+        )
     return {
         "vocab_size": len(tokenizer),
         "bytes_per_token": sum(len(text.encode()) for text in held_out) / tokens,
+        "lossless_share": lossless,
+        "template_refuses": refused,
         "template_hash": chat.template_hash(tokenizer),
         "texts": len(texts),
         "unusable": loaded.unusable,
     }
+
+
+def lossless_share(tokenizer: Any, texts: list[str]) -> float:
+    """Share of the texts that decoding their tokens gives back; marks of turns in a text do not count."""
+    plain = [m["content"] for m in chat.without_special(tokenizer, [{"content": text} for text in texts])]
+    ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    return sum(text == decoded for text, decoded in zip(plain, tokenizer.batch_decode(ids), strict=True)) / len(plain)
 
 
 def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -60,19 +80,49 @@ def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def from_checkpoint(model: Any) -> Any:
-    """The checkpoint's tokenizer, with a chat template and a pad token that is not the end token."""
+def from_checkpoint(model: Any, template_date: str) -> Any:
+    """The checkpoint's tokenizer, with one chat template of a fixed date, whose end of a turn is the end token.
+
+    Its pad token is not the end token. Raises `UserError` where the template ends no reply with a token.
+    """
     options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     if model.gguf_file:
         options["gguf_file"] = model.gguf_file
     tokenizer = chat.load_tokenizer(model.checkpoint, **options)
-    if tokenizer.eos_token is None:
-        raise UserError(f"model.checkpoint={model.checkpoint}: its tokenizer has no end token")
+    try:
+        template.settle(tokenizer, template_date)
+        if tokenizer.chat_template is None:
+            _give_template(tokenizer)
+        else:
+            _end_as_the_template_does(tokenizer)
+    except UserError as error:
+        raise UserError(f"model.checkpoint={model.checkpoint}: {error}") from error
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": chat.PAD})
-    if tokenizer.chat_template is None:
-        tokenizer.add_special_tokens({"extra_special_tokens": [*chat.ROLES.values(), chat.END], "eos_token": chat.END})
-        if tokenizer.bos_token is None:
-            tokenizer.add_special_tokens({"bos_token": chat.BOS})
-        tokenizer.chat_template = chat.TEMPLATE
     return tokenizer
+
+
+def _give_template(tokenizer: Any) -> None:
+    """Our own chat template, with the special tokens that it writes."""
+    tokenizer.add_special_tokens({"extra_special_tokens": [*chat.ROLES.values(), chat.END], "eos_token": chat.END})
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": chat.BOS})
+    tokenizer.chat_template = chat.TEMPLATE
+
+
+def _end_as_the_template_does(tokenizer: Any) -> None:
+    """Make the token that the template ends a reply with the end token, so that no other one is trained.
+
+    Where documents have no BOS, the former end token goes on to separate them (`packing.document_start`).
+    """
+    end, former = template.end_of_turn(tokenizer), tokenizer.eos_token
+    if end is None:
+        raise UserError(
+            "its chat template writes no end token after a reply, so a model could not learn to stop; give it a "
+            "template that ends replies with one token, as {{ eos_token }} does"
+        )
+    if end == former:
+        return
+    tokenizer.add_special_tokens({"eos_token": end})
+    if former and tokenizer.bos_token is None and tokenizer.sep_token is None:
+        tokenizer.add_special_tokens({"sep_token": former})

@@ -25,7 +25,13 @@ SETTINGS = SimpleNamespace(
 class Letters:
     """A tokenizer of one token for each character."""
 
-    chat_template, all_special_tokens, added_tokens_decoder = None, [], {}
+    chat_template, all_special_tokens, special_tokens_map, added_tokens_decoder = None, [], {}, {}
+
+    def __len__(self):
+        return 128
+
+    def convert_tokens_to_ids(self, tokens):
+        return [ord(token) for token in tokens]
 
     def encode(self, text, add_special_tokens=False):
         return [ord(letter) for letter in text]

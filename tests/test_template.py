@@ -1,0 +1,398 @@
+"""Chat templates of checkpoints: the end of a turn, what is removed from text, what is kept, refusals, the clock."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers.utils.chat_template_utils as rendering
+import trl
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline import chat, packing, template
+from pipeline.errors import UserError
+from stages import tokenizer as stage
+
+TRL = Path(trl.__file__).parent / "chat_templates"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING = (
+    CHATML + "{% if enable_thinking is defined %}{{ '<think>\n\n</think>\n\n<tool_call></tool_call>' }}{% endif %}"
+)
+GEMMA = (TRL / "gemma.jinja").read_text()
+DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+HI = [{"role": "user", "content": "hi"}]
+CODE = "def f(x):\n    if x:\n        return  1\n\n\treturn 0"
+REASONING = "<think>\nred  tea\n</think>\n\nblue"
+TOOLS = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+def special(*tokens):
+    return [AddedToken(token, special=True) for token in tokens]
+
+
+def plain(*tokens):
+    return [AddedToken(token, special=False, normalized=False) for token in tokens]
+
+
+def wrapped(backend, chat_template, added, **named):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    tokenizer.add_tokens(added)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def bytes_bpe(chat_template, added=(), **named):
+    """Byte-level BPE without merges; a name of a token that is not there is added by transformers."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return wrapped(backend, chat_template, list(added), **named)
+
+
+def qwen(chat_template=THINKING, eos="<|im_end|>", thinking=plain):
+    added = [*special("<|im_start|>", "<|im_end|>"), *thinking("<think>", "</think>"), *plain("<tool_call>")]
+    added += plain("</tool_call>", "assistant", "n't", "unwritten>")
+    return bytes_bpe(chat_template, added, eos_token=eos, pad_token="<|endoftext|>")
+
+
+def neox():
+    indented = CHATML.replace("{% for", "        {%- for")
+    runs = plain(*(" " * n for n in range(2, 25)))
+    return bytes_bpe(indented, [*runs, *special("<|im_start|>", "<|im_end|>")], eos_token="<|im_end|>")
+
+
+def gemma():
+    added = [*special("<start_of_turn>", "<end_of_turn>"), *plain("\n\n", "   ")]
+    return bytes_bpe(GEMMA, added, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def llama():
+    """BPE on characters with bytes for those it does not know, and a mark for spaces, one before the text."""
+    words = ["<unk>", *BYTES, "▁", *"abcdefghijklmnopqrstuvwxyz():<>"]
+    backend = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence(list(spaces))
+    added = [*special("<|im_start|>", "<|im_end|>"), *plain("<think>", "</think>")]
+    return wrapped(backend, THINKING, added, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def unigram():
+    words = [("<unk>", 0.0), *((byte, -9.0) for byte in BYTES), *((c, -2.0) for c in "▁abcdefghijklmnopqrstuvwxyz")]
+    backend = Tokenizer(models.Unigram(words, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces = decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence(list(spaces))
+    added = [*special("<|im_start|>", "<|im_end|>"), *plain("<think>", "</think>", "<tool_call>", "</tool_call>")]
+    return wrapped(backend, THINKING, added, eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece():
+    """Lower case, and spaces where words were apart: what was written cannot be told from the tokens."""
+    words = [
+        "[UNK]",
+        "red",
+        "tea",
+        "def",
+        "<",
+        ">",
+        *"abcdefghijklmnopqrstuvwxyz:()0123",
+        *(f"##{c}" for c in "abdefx"),
+    ]
+    backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return wrapped(backend, CHATML, special("<|im_start|>", "<|im_end|>"), unk_token="[UNK]", eos_token="<|im_end|>")
+
+
+KINDS = {"own": lambda: stage.train([CODE, REASONING], 300), "qwen": qwen, "neox": neox, "gemma": gemma}
+KINDS |= {"llama": llama, "unigram": unigram}
+
+
+def checkpoint(tokenizer, folder):
+    """The settings of `model` that name a checkpoint with this tokenizer."""
+    tokenizer.save_pretrained(folder)
+    return SimpleNamespace(checkpoint=str(folder), revision=None, trust_remote_code=False, gguf_file=None)
+
+
+def of_checkpoint(tokenizer, folder, date="2026-01-01"):
+    return stage.from_checkpoint(checkpoint(tokenizer, folder), date)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [CODE, REASONING, TOOLS, "I don't know, assistant: <b> [x] unwritten>"])
+def test_tokens_keep_code_reasoning_and_tool_calls(kind, text):
+    tokenizer = KINDS[kind]()
+    end = tokenizer.eos_token_id
+    assert chat.reply_ids(tokenizer, text)[-1] == end
+    assert tokenizer.decode(chat.reply_ids(tokenizer, text)[:-1]) == text
+    assert text.strip() in tokenizer.decode(chat.prompt_ids(tokenizer, [{"role": "user", "content": text}]))
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, text)) == text.strip()
+    assert chat.marks_removed(tokenizer, [[{"role": "user", "content": text}]], [text]) == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "qwen", "neox", "gemma"])
+def test_tokens_keep_the_indentation_of_the_first_line(kind):
+    tokenizer = KINDS[kind]()  # of metaspace tokenizers decoding takes one space away, whatever was encoded
+    assert tokenizer.decode(chat.reply_ids(tokenizer, f"    {CODE}\n  ")[:-1]) == f"    {CODE}\n  "
+
+
+def test_a_tokenizer_that_loses_text_says_of_how_many():
+    texts = ["red tea", "Red tea", "red  tea", "def f(x):"]
+    assert stage.lossless_share(wordpiece(), texts) == 0.25
+    assert stage.lossless_share(qwen(), [*texts, "<|im_end|>red"]) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_opens_and_closes_no_turn(kind):
+    tokenizer = KINDS[kind]()
+    marks = template.turn_marks(tokenizer)
+    assert {tokenizer.eos_token, *chat.SPECIAL_TOKENS} & set(marks) and marks == sorted(marks, key=lambda m: -len(m))
+    text = (
+        "".join(f"a{mark}" for mark in marks) + marks[0][:2] + marks[0] + marks[0][2:]
+    )  # one within another at the end
+    expected = [*tokenizer.encode("a" * len(marks), add_special_tokens=False), tokenizer.eos_token_id]
+    assert chat.reply_ids(tokenizer, text) == expected
+    messages = [{"role": "user", "content": text}], [{"role": "user", "content": "a" * len(marks)}]
+    assert chat.prompt_ids(tokenizer, messages[0]) == chat.prompt_ids(tokenizer, messages[1])
+    assert chat.marks_removed(tokenizer, [messages[0]], [text]) == 2 * (len(marks) + 2)
+
+
+def test_brackets_within_a_turn_are_kept_even_where_they_are_special():
+    tokenizer = qwen(thinking=special)
+    assert tokenizer.decode(chat.reply_ids(tokenizer, REASONING)[:-1]) == REASONING
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, REASONING)) == REASONING
+    mistral = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    mistral += "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    added = plain("[INST]", "[/INST]", "[THINK]", "[/THINK]")
+    tokenizer = bytes_bpe(mistral, added, bos_token="<s>", eos_token="</s>")
+    assert template.turn_marks(tokenizer) == ["[/INST]", "[INST]", "</s>", "<s>"]
+
+
+def test_brackets_that_a_default_system_message_mentions_are_kept():
+    said = "{{ '<|im_start|>system\nThink within <think> and </think>.<|im_end|>\n' }}"
+    assert "<think>" not in template.turn_marks(qwen(said + CHATML))
+
+
+def test_a_mark_of_turns_need_not_be_special():
+    tokenizer = bytes_bpe(CHATML, plain("<|im_start|>", "<|im_end|>", "user"), eos_token="<|im_end|>")
+    assert template.turn_marks(tokenizer) == ["<|im_start|>", "<|im_end|>"]
+
+
+HASHED = """
+from pipeline import chat
+class Stub:
+    chat_template, special_tokens_map, added_tokens_decoder = None, {}, {}
+    all_special_tokens = ["<|a", "a|>", "<|a|>b", "|>", "|><", "<<", "a|", "b<"]
+    __len__ = lambda self: 9
+    convert_tokens_to_ids = lambda self, tokens: []
+for text in ("x<|a|>y", "x<|a|>b<y", "<|a|><|a", "b<<|a|>b<<", "aa|><|>"):
+    print(chat.without_special(Stub(), [{"content": text}])[0]["content"])
+"""
+
+
+def reference_removal(text, marks):
+    """The leftmost mark goes, the longest of those that begin there, until none is left."""
+    before = None
+    while before != text:
+        before, kept = text, ""
+        while text:
+            here = max((m for m in marks if text.startswith(m)), key=len, default="")
+            kept, text = kept + ("" if here else text[0]), text[len(here) or 1 :]
+        text = kept
+    return text
+
+
+def test_overlapping_marks_are_removed_alike_under_every_hash_seed():
+    marks = ["<|a", "a|>", "<|a|>b", "|>", "|><", "<<", "a|", "b<"]
+    texts = ("x<|a|>y", "x<|a|>b<y", "<|a|><|a", "b<<|a|>b<<", "aa|><|>")
+    expected = [reference_removal(text, marks) for text in texts]
+    for seed in "0123":
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+        printed = subprocess.run([sys.executable, "-c", HASHED], capture_output=True, text=True, env=environment)
+        assert printed.stdout.split("\n")[:-1] == expected, printed.stderr
+
+
+ENDS = {
+    "gemma": (gemma, "<end_of_turn>"),
+    "qwen base": (lambda: qwen(eos="<|endoftext|>"), "<|im_end|>"),
+    "qwen": (qwen, "<|im_end|>"),
+    "eos_token": (lambda: bytes_bpe(CHATML.replace("'<|im_end|>'", "eos_token"), eos_token="</s>"), "</s>"),
+    "a space before it": (
+        lambda: bytes_bpe(CHATML.replace("'<|im_end|>'", "' </s>'"), special("</s>"), eos_token="<e>"), "</s>",
+    ),
+    "the first of two": (
+        lambda: bytes_bpe(CHATML + "{{ '<|eot|>' }}", special("<|im_end|>", "<|eot|>"), eos_token="<|eot|>"), "<|im_end|>",
+    ),
+    "opens every reply": (lambda: qwen(CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")), "<|im_end|>"),
+    "begins as it ends": (
+        lambda: bytes_bpe("{{ bos_token }}" + CHATML.replace("<|im_end|>", "</s>"), bos_token="</s>", eos_token="</s>"),
+        "</s>",
+    ),
+    "not special": (lambda: bytes_bpe(CHATML, plain("<|im_end|>"), eos_token="</s>"), "<|im_end|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_replies_end_as_the_template_ends_them(kind, tmp_path):
+    made, end = ENDS[kind]
+    tokenizer = of_checkpoint(made(), tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "artifact")
+    loaded = chat.load_tokenizer(tmp_path / "artifact")
+    assert tokenizer.eos_token == loaded.eos_token == end and loaded.pad_token != end
+    assert chat.template_hash(loaded) == chat.template_hash(tokenizer)
+    dialogue = [*HI, {"role": "assistant", "content": "fine"}]
+    whole = loaded.apply_chat_template(dialogue, tokenize=False)
+    assert whole.rpartition("fine")[2].lstrip().startswith(end)
+    assert chat.reply_ids(loaded, "fine")[-1:] == loaded.encode(end, add_special_tokens=False)
+    assert chat.reply_text(loaded, chat.reply_ids(loaded, "fine") + loaded.encode("more")) == "fine"
+
+
+def test_the_former_end_token_still_separates_documents_and_pads(tmp_path):
+    given = qwen(eos="<|endoftext|>")
+    size = len(given)
+    tokenizer = of_checkpoint(given, tmp_path)
+    assert tokenizer.convert_ids_to_tokens(packing.document_start(tokenizer)) == "<|endoftext|>" == tokenizer.pad_token
+    assert len(tokenizer) == size  # no row of the model's embedding is new
+    assert packing.document_start(of_checkpoint(gemma(), tmp_path / "g")) == tokenizer_id("<bos>", gemma())
+    own = stage.train(["hello"], 270)
+    assert packing.document_start(own) == own.bos_token_id
+
+
+def tokenizer_id(token, tokenizer):
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+NO_END = {
+    "no token": (CHATML.replace("'<|im_end|>'", "''"), "writes no end token after a reply"),
+    "words": (CHATML.replace("'<|im_end|>'", "' END'"), "writes no end token after a reply"),
+    "the next reply's opening": (CHATML.replace("<|im_end|>", "").replace("{% if add_generation_prompt %}", "{% if true %}"),
+                                 "writes no end token after a reply"),
+    "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue (user, assistant) .*Tools only"),
+    "content in parts": (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part.type is defined %}{{ part.text }}{% endif %}"
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "leaves out what user and assistant say",
+    ),
+    "names": ({"tool_use": CHATML, "rag": CHATML}, r"none of its chat templates \(rag, tool_use\) is named default"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_END)
+def test_a_template_without_an_end_is_refused_before_any_work(kind, tmp_path):
+    given, words = NO_END[kind]
+    pattern = "model.checkpoint=.*" + words.replace("(user, assistant)", r"\(user, assistant\)")
+    with pytest.raises(UserError, match=pattern) as caught:
+        of_checkpoint(qwen(given), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_several_named_templates_the_default_is_used_and_saved(tmp_path):
+    given = qwen({"default": THINKING, "tool_use": "{{ 'tools' }}"})
+    expected = given.apply_chat_template(HI, add_generation_prompt=True, tokenize=False)
+    tokenizer = of_checkpoint(given, tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "artifact")
+    loaded = chat.load_tokenizer(tmp_path / "artifact")
+    assert loaded.chat_template == THINKING and loaded.decode(chat.prompt_ids(loaded, HI)) == expected
+    assert chat.template_hash(loaded) == chat.template_hash(tokenizer)
+
+
+def test_a_checkpoint_without_a_template_gets_ours(tmp_path):
+    tokenizer = of_checkpoint(bytes_bpe(None), tmp_path)
+    assert tokenizer.chat_template == chat.TEMPLATE and tokenizer.eos_token == chat.END
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+
+
+def test_a_prompt_that_the_template_refuses_is_one_line_with_its_words():
+    with pytest.raises(UserError, match="refuses a dialogue .system, user. that begins 'Be brief.': System role not"):
+        chat.prompt_ids(gemma(), SYSTEM + HI)
+    undefined = qwen("{{ messages[0]['name'] + 'x' }}")
+    with pytest.raises(UserError, match="has no attribute 'name'"):
+        chat.prompt_ids(undefined, HI)
+
+
+def test_the_shapes_that_a_template_refuses_are_named_with_its_words():
+    alternate = "Conversation roles must alternate user/assistant/user/assistant/..."
+    assert template.refusals(gemma()) == {
+        "a system message": "System role not supported",
+        "a system message after a reply": alternate,
+        "two user messages in a row": alternate,
+        "a dialogue that the assistant begins": alternate,
+    }
+    assert template.refusals(qwen()) == template.refusals(stage.train(["hello"], 270)) == {}
+    first_only = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}" + CHATML.replace(
+        "{{ '<|im_start|>' +", "{{ '' if m['role'] == 'system' else '<|im_start|>' +"
+    )
+    assert template.refusals(qwen(first_only)) == {"a system message after a reply": "it leaves a system message out"}
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_counted_up_to_the_share():
+    rows = [SimpleNamespace(prompt=(SYSTEM if i % 10 == 0 else []) + HI, number=i) for i in range(40)]
+    source = SimpleNamespace(path="chats.jsonl", max_unusable_share=0.1)
+    kept, refused = chat.accepted(gemma(), rows, source)
+    assert [row.number for row in kept] == [i for i in range(40) if i % 10] and refused == {
+        "System role not supported": 4
+    }
+    assert chat.accepted(qwen(), rows, source) == (rows, {})
+    source.max_unusable_share = 0.09
+    with pytest.raises(
+        UserError, match=r'chats.jsonl: .* 4 of 40 .* "System role not supported" .*begins \'Be brief'
+    ) as e:
+        chat.accepted(gemma(), rows, source)
+    assert "\n" not in str(e.value)
+
+
+def at(monkeypatch, *date):
+    """Set the clock that chat templates read."""
+
+    class Clock(rendering.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(*date)
+
+    monkeypatch.setattr(rendering, "datetime", Clock)
+
+
+def test_the_clock_is_no_input(tmp_path, monkeypatch):
+    at(monkeypatch, 2026, 11, 28, 9, 30)
+    tokenizer = of_checkpoint(qwen(DATED), tmp_path / "checkpoint", "2026-03-04")
+    tokenizer.save_pretrained(tmp_path / "artifact")
+    today = chat.prompt_ids(tokenizer, HI)
+    at(monkeypatch, 2027, 1, 15, 23, 5)
+    later = chat.load_tokenizer(tmp_path / "artifact")
+    assert chat.prompt_ids(later, HI) == later.apply_chat_template(HI, add_generation_prompt=True)["input_ids"] == today
+    assert later.decode(today).startswith("<|im_start|>system\n04 Mar 2026<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
+    assert chat.template_hash(later) == chat.template_hash(tokenizer)
+    other = of_checkpoint(qwen(DATED), tmp_path / "checkpoint", "2026-03-05")
+    assert chat.template_hash(other) != chat.template_hash(tokenizer)
+    again = of_checkpoint(later, tmp_path / "again", "2026-03-05")  # an artifact as the checkpoint of another run
+    assert again.chat_template == other.chat_template
+
+
+CLOCKED = sorted(path.stem for path in TRL.glob("*.jinja") if "strftime_now" in path.read_text())
+FORMATS = "  {% if true %}{{ strftime_now('%Y-%m-%d %-d.%b %B %a %A %j %H:%M:%S') }}\n{% endif %}\n" + CHATML
+
+
+@pytest.mark.parametrize("name", ["formats", *CLOCKED])
+def test_a_stopped_clock_writes_what_that_day_wrote(name, monkeypatch):
+    given = FORMATS if name == "formats" else (TRL / f"{name}.jinja").read_text()
+    tokenizer = qwen(given)
+    at(monkeypatch, 2026, 2, 3)
+    expected = tokenizer.apply_chat_template(HI, add_generation_prompt=True, tokenize=False)
+    at(monkeypatch, 2030, 12, 31)
+    assert tokenizer.apply_chat_template(HI, add_generation_prompt=True, tokenize=False) != expected
+    template.settle(tokenizer, "2026-02-03")
+    assert tokenizer.apply_chat_template(HI, add_generation_prompt=True, tokenize=False) == expected
