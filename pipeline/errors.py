@@ -1,6 +1,7 @@
 """The one error that people see: what is wrong, where, and what to do, on one line."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -17,3 +18,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def queued_again(error: SystemExit) -> bool:
+    """Whether Python ends because Slurm signalled and submitit, in its signal handler, has queued the job again."""
+    return any("submitit" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])

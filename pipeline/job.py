@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline import device
 from pipeline.artifact import asked_to_stop, read_json, write_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, queued_again
 from pipeline.tracked import OPTIMISER_STEP, About
 from pipeline.tracking import StepLog, Trackers
 
@@ -135,6 +135,10 @@ def execute(job: Job, fingerprint: str) -> dict[str, Any]:
         job.start(fingerprint)
         metrics = importlib.import_module(f"stages.{job.stage}").run(job)
         return job.finish(metrics, fingerprint)
+    except SystemExit as error:  # of a library, or of people's own code: nothing was made
+        if queued_again(error):
+            raise
+        raise UserError(f"{job.stage}: something that it called ended with sys.exit({error.code!r})") from error
     finally:
         job.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tasks
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, first_line, nearest
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
@@ -93,8 +93,10 @@ def function_file(path: str) -> Path:
     module, _, name = path.partition(":")
     try:
         spec = importlib.util.find_spec(module) if module and name else None
-    except ImportError:
+    except (ImportError, ValueError):
         spec = None
+    except SystemExit as error:  # of a package above the module, which is imported here
+        raise UserError(f"{path}: its package called sys.exit({error.code!r}) when it was imported") from error
     if spec is None or not spec.origin:
         raise UserError(f"{path}: no such reward function; write it as module:function of an importable module")
     defined = _names_defined(Path(spec.origin))
@@ -112,7 +114,11 @@ def _names_defined(file: Path) -> dict[str, str]:
     With each stands where a relative import has it from, as ".module:name", or an empty string.
     """
     names: dict[str, str] = {}
-    for node in _statements(ast.parse(file.read_bytes()).body):
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file}: line {getattr(error, 'lineno', 1)} is no Python: {first_line(error)}") from error
+    for node in _statements(body):
         names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
