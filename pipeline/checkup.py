@@ -31,9 +31,9 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: 
         "accuracy": float(outcomes.mean()),
         "accuracy_ci95": statistics.share_interval(outcomes.tolist(), prompts),
         "accuracy_length_only": float(by_length.mean()),
-        "over_length_ci95": statistics.grouped_mean_interval(outcomes - by_length, prompts),
+        "over_length_ci95": statistics.mean_interval(outcomes - by_length, prompts),
         "accuracy_bag_of_words": float(by_words.mean()),
-        "over_bag_of_words_ci95": statistics.grouped_mean_interval(outcomes - by_words, prompts),
+        "over_bag_of_words_ci95": statistics.mean_interval(outcomes - by_words, prompts),
         "test_pairs": len(test),
         "train_overlap": len(_all_prompts(train) & _all_prompts(test)),
         "chosen_score_mean": float(chosen.mean()),
@@ -79,14 +79,14 @@ def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[st
     }
 
 
-def calibration(raw_difference: np.ndarray) -> dict[str, Any]:
+def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
     """Expected calibration error and the reliability table behind it (Guo et al. 2017, arXiv 1706.04599).
 
     `raw_difference` [pairs] is the raw score of the chosen reply less that of the rejected one. The model's confidence
     in the reply that it prefers is the logistic function of the size of the difference; pairs are put into ten bins of
     equal number by it. `calibration_noise` is the error that so few pairs show where there is none.
     """
-    confidence = 1 / (1 + np.exp(-np.abs(raw_difference)))
+    confidence, prompts = 1 / (1 + np.exp(-np.abs(raw_difference))), _prompts(pairs)
     outcomes = (raw_difference > 0) + 0.5 * (raw_difference == 0)
     rows = []
     for part in np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(confidence))):
@@ -95,7 +95,7 @@ def calibration(raw_difference: np.ndarray) -> dict[str, Any]:
                 "pairs": len(part),
                 "confidence": float(confidence[part].mean()),
                 "accuracy": float(outcomes[part].mean()),
-                "ci95": statistics.share_interval(outcomes[part].tolist()),
+                "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
             }
         )
     return {
@@ -219,11 +219,13 @@ def require(folder: Path, gate: Any) -> None:
 def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
     """What keeps a reward model out of PPO: failed checks with figure and limit; a limit of null checks nothing.
 
+    An interval that could not be had is no certainty: the check of its lower end fails.
     `metrics` are those of stage `reward`, `gate` is `reward.gate` of the configuration.
     """
-    over_length, overfit = metrics["over_length_ci95"][0], metrics["calibration_error"] - metrics["calibration_noise"]
+    accuracy, over_length = (statistics.ends(metrics[f"{key}_ci95"])[0] for key in ("accuracy", "over_length"))
+    overfit = metrics["calibration_error"] - metrics["calibration_noise"]
     checks = [
-        ("min_accuracy", "lower end of the accuracy's 95 % interval", metrics["accuracy_ci95"][0]),
+        ("min_accuracy", "lower end of the accuracy's 95 % interval", accuracy),
         ("min_over_length", "lower end of the 95 % interval of accuracy above that of length", over_length),
         ("max_length_correlation", "correlation of score and length", abs(metrics["length_correlation"])),
         ("max_calibration_error", "calibration error above chance", overfit),
@@ -236,10 +238,13 @@ def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
             said = f"share of prompts where {PROBE_NAMES[name]} beats the chosen reply"
             checks.append((f"probes.{name}", limit, said, metrics["probes"][name]["preferred_share"]))
     return [
-        f"{said} is {value:.3g} (reward.gate.{key}={limit:g})"
+        f"{said} is {UNKNOWN if value is None else format(value, '.3g')} (reward.gate.{key}={limit:g})"
         for key, limit, said, value in checks
-        if limit is not None and not (value > limit if key.startswith("min_") else value <= limit)  # nan fails as well
+        if limit is not None and (value is None or not (value > limit if key.startswith("min_") else value <= limit))
     ]
+
+
+UNKNOWN = "unknown, as there are too few held-out prompts or all their pairs come out alike"
 
 
 PROBE_NAMES = {
@@ -256,16 +261,15 @@ PROBE_NAMES = {
 
 def verdict(metrics: dict[str, Any], gate: Any) -> list[str]:
     """The check-up in plain words, one sentence each; the first says whether PPO may use the model."""
-    failed, low = failures(metrics, gate), metrics["accuracy_ci95"][0]
-    interval = f"[{low:.1%}, {metrics['accuracy_ci95'][1]:.1%}]"
+    failed, (low, high) = failures(metrics, gate), statistics.ends(metrics["accuracy_ci95"])
+    interval = statistics.shown(metrics["accuracy_ci95"], ".1%")
     lines = [f"Fails: {reason}." for reason in failed] or ["Passes every limit of reward.gate."]
-    high = metrics["accuracy_ci95"][1]
-    chance = "better than chance" if low > 0.5 else "not distinguishable from chance"
-    if high < 0.5:
+    chance = "better than chance" if low is not None and low > 0.5 else "not distinguishable from chance"
+    if high is not None and high < 0.5:
         chance = "worse than chance; are the labels exchanged?"
     lines.append(f"Right on {metrics['accuracy']:.1%} {interval} of {metrics['test_pairs']} held-out pairs: {chance}.")
     for key, said in (("length_only", "length alone"), ("bag_of_words", "a bag of words")):
-        over = metrics[f"over_{key.removesuffix('_only')}_ci95"]
+        over = metrics[f"over_{key.removesuffix('_only')}_ci95"] or (0.0, 0.0)
         word = "more than" if over[0] > 0 else "less than" if over[1] < 0 else "not distinguishable from what"
         lines.append(f"That is {word} {said} reaches on the same pairs ({metrics[f'accuracy_{key}']:.1%}).")
     lines.append(

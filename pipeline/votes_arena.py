@@ -93,7 +93,7 @@ def in_words(found: dict[str, Any]) -> str:
     people = "person" if found["labellers"] == 1 else "people"
     said = f"{found['votes']:,} votes of {found['labellers']} {people}, {found['ties']:,} of them ties{left}"
     agree = [
-        f"{judge.replace('_', ' ')} {f['agree']:.0%} [{f['ci95'][0]:.0%}, {f['ci95'][1]:.0%}]"
+        f"{judge.replace('_', ' ')} {f['agree']:.0%} {statistics.shown(f['ci95'], '.0%')}"
         for judge, f in found["judges"].items()
     ]
     return f"{said}. Judges that agree with people where both prefer a reply: {', '.join(agree)}" if agree else said

@@ -35,9 +35,8 @@ def run(job: Job) -> dict[str, Any]:
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta)
     if found["chosen_falls"]:
-        low, high = found["chosen_logprob_change_ci95"]
-        change = found["chosen_logprob_change"]
-        job.say(f"held-out chosen replies became less likely: {change:+.1f} nats [{low:+.1f}, {high:+.1f}]")
+        change, interval = found["chosen_logprob_change"], statistics.shown(found["chosen_logprob_change_ci95"], "+.1f")
+        job.say(f"held-out chosen replies became less likely: {change:+.1f} nats {interval}")
     return (
         found
         | counted

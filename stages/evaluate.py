@@ -72,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
     found = {name: judged(job, replies[name], golds[name], seconds[name]) | played[name].metrics for name in played}
     for name, one in played.items():
         if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy), config)
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy))
     by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
     answers = {name: one.answers for name, one in played.items() if one.answers}
@@ -88,7 +88,7 @@ def run(job: Job) -> dict[str, Any]:
         "contamination": contaminated,
         "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
-        "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
+        "paired": paired.tests({"gold": golds, "second": seconds}, config.seed),
         "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
@@ -161,15 +161,15 @@ def by_judge_model(
 
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
-    config, metrics = job.config.evaluate, read_json(job.inputs["dpo"] / "metrics.json")
-    found = displacement.alarm(metrics, replies["dpo"], replies["sft"], config.bootstrap, config.seed)
+    metrics = read_json(job.inputs["dpo"] / "metrics.json")
+    found = displacement.alarm(metrics, replies["dpo"], replies["sft"])
     job.say(displacement.in_words(found))
     return found
 
 
 def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
     """What the judges' scores of one model's replies, and the replies as text, come to."""
-    return with_interval("gold", gold, job.config.evaluate) | {
+    return with_interval("gold", gold) | {
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "length": float(np.mean([len(text) for text in replies])),
         **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
@@ -178,11 +178,10 @@ def judged(job: Job, replies: list[str], gold: list[float | None], second: list[
     }
 
 
-def with_interval(name: str, scores: list[float | None], config: Any) -> dict[str, Any]:
-    """The mean of the gold judge's scores and its bootstrap 95 % interval over prompts."""
+def with_interval(name: str, scores: list[float | None]) -> dict[str, Any]:
+    """The mean of the gold judge's scores and its 95 % interval over prompts."""
     found = applicable(scores, "judge")
-    interval = statistics.mean_interval(found, config.bootstrap, config.seed)
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": statistics.scores_interval(found)}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:

@@ -234,7 +234,7 @@ def check_up(model: Ensemble, tokenizer: Any, train: list[Pair], test: Tokenised
     return (
         checkup.accuracy(chosen, rejected, train, test.pairs)
         | checkup.breakdown(chosen, rejected, test.pairs)
-        | checkup.calibration(difference)
+        | checkup.calibration(difference, test.pairs)
         | checkup.correlations(chosen, rejected, test.pairs)
         | {"probes": checkup.probes(score, tokenizer, test.pairs, model.members[0].config.max_position_embeddings)}
         | {"batch_difference": checkup.batch_difference(score, chosen_rows)}

@@ -17,6 +17,7 @@ from pipeline.ensemble import Ensemble
 from pipeline.job import Job
 from pipeline.preferences import Pair
 from pipeline.rollouts import Prompt
+from pipeline.schema import PROBES
 from rewards.learned import learned
 from stages import ppo
 from stages import tokenizer as tokenizer_stage
@@ -181,3 +182,21 @@ def composed(*overrides):
     OmegaConf.set_readonly(config, False)
     config.merge_with_dotlist(values)
     return config
+
+
+# metrics of a reward model that passes every limit of the gate
+GATE_METRICS = {
+    "accuracy": 0.8,
+    "accuracy_ci95": [0.7, 0.9],
+    "accuracy_length_only": 0.6,
+    "over_length_ci95": [0.1, 0.3],
+    "accuracy_bag_of_words": 0.75,
+    "over_bag_of_words_ci95": [-0.02, 0.12],
+    "length_correlation": 0.1,
+    "calibration_error": 0.05,
+    "calibration_noise": 0.03,
+    "batch_difference": 1e-6,
+    "train_overlap": 0,
+    "test_pairs": 100,
+    "probes": {name: {"preferred_share": 0.1, "score_mean": -1.0} for name in PROBES},
+}

@@ -41,7 +41,7 @@ def lead(run: Run) -> tuple[str, ...]:
     said = [f"The gold judge also {gold}."] if gold else []
     said.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
     said.append(
-        "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
+        "Intervals are 95 % intervals of the mean over prompts. KL is measured against the SFT model."
     )
     return (" ".join(said),)
 

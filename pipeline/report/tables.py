@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.names import in_order, interval
+from pipeline import statistics
+from pipeline.report.names import in_order
 from pipeline.report.parts import Table
 from pipeline.report.run import Run
 from stages import STAGES
@@ -21,11 +22,11 @@ DESCRIBE = {
     ),
     "comparisons": lambda m: (_pairs(m), ""),
     "reward": lambda m: (
-        f"{m['accuracy']:.1%} {interval(m['accuracy_ci95'], '.1%')} accuracy, held out",
+        f"{m['accuracy']:.1%} {statistics.shown(m['accuracy_ci95'], '.1%')} accuracy, held out",
         f"length only {m['accuracy_length_only']:.1%}, bag of words {m['accuracy_bag_of_words']:.1%}",
     ),
     "dpo": lambda m: (
-        f"{m['accuracy']:.1%} {interval(m['accuracy_ci95'], '.1%')} accuracy of the implicit reward",
+        f"{m['accuracy']:.1%} {statistics.shown(m['accuracy_ci95'], '.1%')} accuracy of the implicit reward",
         f"chosen {m['chosen_logprob_change']:+.1f}, rejected {m['rejected_logprob_change']:+.1f} nats",
     ),
     "ppo": lambda m: (
@@ -104,14 +105,14 @@ def _interval_of(metrics: dict[str, Any], key: str) -> list[float] | None:
 def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
     if key not in metrics:
         return "–"
-    bounds = _interval_of(metrics, key)
-    return format(metrics[key], form) + (f" {interval(bounds, form)}" if bounds else "")
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    return format(metrics[key], form) + (f" {statistics.shown(_interval_of(metrics, key), form)}" if has_interval else "")
 
 
 def _numbers(metrics: dict[str, Any], key: str) -> dict[str, float | None]:
-    bounds = _interval_of(metrics, key)
-    ends = {f"{key}_low": bounds[0], f"{key}_high": bounds[1]} if bounds else {}
-    return {key: metrics.get(key)} | ends
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    low, high = statistics.ends(_interval_of(metrics, key))
+    return {key: metrics.get(key)} | ({f"{key}_low": low, f"{key}_high": high} if has_interval else {})
 
 
 def print_table(folder: Path) -> None:
