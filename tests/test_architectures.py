@@ -6,7 +6,7 @@ from helpers import perturb, random_ids, tiny_tokenizer
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import likelihood, models, sampling
+from pipeline import likelihood, sampling
 
 PROMPTS = random_ids([3, 11, 1, 6, 20, 5], seed=1)
 PAD = tiny_tokenizer().pad_token_id
