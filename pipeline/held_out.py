@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pipeline import chat, data, likelihood, sampling
+from pipeline import chat, data, likelihood, models, sampling
 from pipeline.artifact import read_lines
 from pipeline.data import Example
 from pipeline.job import Job
@@ -52,6 +52,6 @@ def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], conte
     Windows have `context` tokens, or as many as the model can read.
     """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    window = min(context, model.config.max_position_embeddings)
+    window = min(context, models.context_length(model.config))
     nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window)
     return likelihood.bits_per_byte(nats, texts)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import chat, likelihood, template
+from pipeline import chat, likelihood, models, template
 from pipeline.columns import Message
 from pipeline.errors import UserError
 from pipeline.judge_template import question
@@ -75,12 +75,8 @@ class JudgeModel:
         first, both = np.zeros(len(questions)), np.zeros(len(questions))
         for start in range(0, len(order), self.config.batch_size):
             batch = order[start : start + self.config.batch_size]
-            ids, mask = likelihood.left_padded([questions[i] for i in batch], self.verdicts[0], self.model.device)
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=likelihood.positions(mask), logits_to_keep=1,
-                use_cache=False,
-            ).logits  # fmt: skip
-            logprobs = logits[:, -1].float().log_softmax(-1)[:, self.verdicts]
+            logits = likelihood.next_logits(self.model, [questions[i] for i in batch], self.verdicts[0])
+            logprobs = logits.log_softmax(-1)[:, self.verdicts]
             first[batch], both[batch] = logprobs.softmax(-1)[:, 0].cpu(), logprobs.exp().sum(-1).cpu()
             if bar is not None:
                 bar.update(len(batch))
@@ -152,7 +148,7 @@ def judge(
     """
     sides = [(prompts[p.prompt], replies[p.one][p.prompt], replies[p.other][p.prompt]) for p in asked]
     questions = [(model.ids(prompt, a, b), model.ids(prompt, b, a)) for prompt, a, b in sides]
-    longest = getattr(model.model.config, "max_position_embeddings", None) or np.inf
+    longest = models.context_length(model.model.config)
     fits = [i for i, both in enumerate(questions) if max(map(len, both)) <= longest]
     if asked and not fits:
         raise UserError(f"evaluate.judge_model: every question is longer than the model's context of {longest} tokens")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import models
+
 
 def left_padded(sequences: list[list[int]], pad: int, device: str) -> tuple[Tensor, Tensor]:
     """Sequences as [B, T] with padding on the left, and the attention mask [B, T]."""
@@ -31,16 +33,33 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def tokens_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] with padding anywhere, and their mask, with all padding moved to the right.
+
+    There no causal model sees it, be its positions learned, rotary or ALiBi, or its state recurrent.
+    """
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
 def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Hidden states [B, R, D] of the text before each reply token; prompts [B, P] are padded left, replies right."""
-    ids, mask = torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1)
-    outputs = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return outputs.last_hidden_state[:, prompt.size(1) - 1 :]
+    ids, mask = tokens_first(torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1))
+    states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    rows, last = torch.arange(len(ids), device=ids.device)[:, None], prompt_mask.sum(1, keepdim=True) - 1
+    return states[rows, last + torch.arange(reply.size(1), device=ids.device)]
 
 
 def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Logits [B, R, V] that predict each reply token."""
-    return model.get_output_embeddings()(reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
+    return models.output_logits(model, reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
+
+
+def next_logits(model: nn.Module, sequences: list[list[int]], pad: int) -> Tensor:
+    """Logits [B, V] of the token after each sequence."""
+    ids, mask = right_padded(sequences, pad, model.device)
+    states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return models.output_logits(model, states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]).float()
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:

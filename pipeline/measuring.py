@@ -99,7 +99,7 @@ def played(
 def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str, float]:
     """What is measured of a model itself, in part from its sampled replies (token ids)."""
     config, tokenizer, reference = shared.job.config, shared.tokenizer, shared.reference
-    temperature, longest = config.sampling.temperature, policy.config.max_position_embeddings
+    temperature, longest = config.sampling.temperature, models.context_length(policy.config)
     return {
         "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, tokenizer.pad_token_id),
         "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, tokenizer, shared.examples, longest),

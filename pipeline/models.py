@@ -1,14 +1,20 @@
 """Models: made from scratch, loaded from folders, and saved with their tokenizer."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 
 def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> nn.Module:
@@ -33,7 +39,7 @@ def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> nn.Module:
         output_layer = name == "lm_head.weight" and not config.tie_word_embeddings
         if output_layer or name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
             nn.init.zeros_(parameter)
-    return created
+    return without_dropout(created)
 
 
 SHAPE = (
@@ -54,7 +60,7 @@ def from_checkpoint(model: DictConfig, tokenizer: Any) -> nn.Module:
         loaded.resize_token_embeddings(len(tokenizer))
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.eos_token_id = tokenizer.eos_token_id
-    return loaded
+    return without_dropout(loaded)
 
 
 def load_policy(folder: Path, device: str = "cpu") -> nn.Module:
@@ -62,7 +68,10 @@ def load_policy(folder: Path, device: str = "cpu") -> nn.Module:
 
     On the device "meta" it has shapes and no weights, here and in the functions below.
     """
-    return _loaded(AutoModelForCausalLM, folder, device)
+    loaded = _loaded(AutoModelForCausalLM, folder, device)
+    if device != "meta":
+        require_own_logits(loaded)
+    return loaded
 
 
 def load_reward_model(folder: Path, device: str = "cpu") -> nn.Module:
@@ -82,7 +91,97 @@ def _loaded(kind: Any, folder: Path, device: str, **options: Any) -> nn.Module:
     if device == "meta":
         with torch.device("meta"):
             return kind.from_config(AutoConfig.from_pretrained(folder, **options), dtype=torch.float32).eval()
-    return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options).to(device).eval()
+    loaded = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    return without_dropout(loaded).to(device).eval()
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with every dropout rate at 0, in its layers and in its configuration, which is saved with it.
+
+    Dropout hurts preference training and makes a loss depend on how a batch is split into passes. Weights of RWKV that
+    change with the mode (`rescale_every`) would be saved as they are in evaluation: they stay as they are, too.
+    """
+    rates = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
+    for part in [*rates, *model.modules()]:
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(part, name, type(value)(0))
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
+    return model
+
+
+class _GivenStates:
+    """Stands for the trunk of a model while its output layer runs: whatever it is called with, it gives `states`."""
+
+    def __init__(self, trunk: nn.Module, states: Tensor):
+        self.trunk, self.states = trunk, states
+
+    def __call__(self, *_: Any, **__: Any) -> "_TrunkOutput":
+        return _TrunkOutput(self.states)
+
+    @property
+    def decoder(self) -> "_GivenStates":
+        """OPT calls the decoder inside of its trunk."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trunk, name)
+
+
+class _TrunkOutput:
+    """What a trunk returns: its states first, and None for anything else (caches, attentions)."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def output_logits(model: Any, states: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., D], as the model's own forward pass makes them.
+
+    That pass runs with the states in place of its trunk, so that scales (Granite, Cohere), caps (Gemma 2) and layers
+    before the matrix (ModernBERT) are those of the architecture. `model` may be one with adapters (`lora.Adapted`).
+    """
+    whole = getattr(model, "base", model)
+    prefix, head = whole.base_model_prefix, object.__new__(type(whole))
+    trunk = _GivenStates(whole._modules[prefix], states.reshape(1, -1, states.size(-1)))
+    head.__dict__ = {**whole.__dict__, "_modules": {**whole._modules, prefix: trunk}}
+    logits = type(whole).forward(head, use_cache=False, return_dict=True).logits
+    return logits.reshape(*states.shape[:-1], -1)
+
+
+@torch.no_grad()
+def require_own_logits(model: nn.Module) -> None:
+    """Raises `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
+    kind, ids = model.config.model_type, torch.arange(1, 4, device=model.device)[None]
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits
+        logits = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{kind}: is no model that predicts the next token of text ({first_line(error)})") from error
+    if not expected.isfinite().all():
+        raise UserError(f"{kind}: its logits are not finite; its weights are broken")
+    if not close(logits, expected):
+        raise UserError(f"{kind}: its output layer, given its hidden states, gives other logits than the model itself")
+
+
+def close(values: Tensor, expected: Tensor) -> bool:
+    """Whether two computations of the same thing agree up to the rounding of a GPU, and to no more than that."""
+    return torch.allclose(values, expected, rtol=0.0, atol=0.01 * expected.abs().max().item() + 1e-6)
+
+
+def context_length(config: Any) -> float:
+    """The longest sequence that a model reads, in tokens; infinite where its architecture sets no limit."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((length for name in names if (length := getattr(config, name, None))), math.inf)
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:

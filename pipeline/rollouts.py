@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import chat, data, ensemble, likelihood, sampling
+from pipeline import chat, data, ensemble, likelihood, models, sampling
 from pipeline.actors import Actors
 from pipeline.errors import UserError
 from pipeline.formats import Message
@@ -177,7 +177,7 @@ def token_states(model: Any, part: Rollout) -> Tensor:
 
 def reply_logprobs(model: Any, part: Rollout, states: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [N] of the reply tokens at the sampling temperature, from `token_states` of a policy."""
-    logits = model.get_output_embeddings()(states).float()
+    logits = models.output_logits(model, states).float()
     return likelihood.log_probabilities(logits, part.reply[part.mask.bool()], temperature)
 
 

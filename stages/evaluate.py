@@ -118,7 +118,7 @@ def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, prob
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
     """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
     others = [models.load_policy(folder, "meta") for folder in earlier.values()]
-    return min([reference, *others], key=lambda model: model.config.max_position_embeddings)
+    return min([reference, *others], key=lambda model: models.context_length(model.config))
 
 
 def sample_rows(

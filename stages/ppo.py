@@ -343,7 +343,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
         ids = torch.stack([ppo.text[row]["input_ids"] for row in mine[start : start + ppo.micro]]).to(policy.device)
         with ppo.accelerator.autocast():
             states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits = policy.get_output_embeddings()(states).float()
+            logits = models.output_logits(policy, states).float()
         loss = -likelihood.log_probabilities(logits, ids[:, 1:], 1.0).sum()
         (config.ptx_coef * loss / tokens).backward()
         total += loss.item()

@@ -236,6 +236,6 @@ def check_up(model: Ensemble, tokenizer: Any, train: list[Pair], test: Tokenised
         | checkup.breakdown(chosen, rejected, test.pairs)
         | checkup.calibration(difference, test.pairs)
         | checkup.correlations(chosen, rejected, test.pairs)
-        | {"probes": checkup.probes(score, tokenizer, test.pairs, model.members[0].config.max_position_embeddings)}
+        | {"probes": checkup.probes(score, tokenizer, test.pairs, models.context_length(model.members[0].config))}
         | {"batch_difference": checkup.batch_difference(score, chosen_rows)}
     )
