@@ -152,7 +152,7 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
     check(config, planned)
-    with nodes.gathered(config.launch) as others:
+    with nodes.gathered(config.launch, Path(config.runs) / "artifacts") as others:
         for entry in planned.values():
             if not entry.artifact.finished and make(config, entry, planned, others):
                 ran.append(entry.stage)

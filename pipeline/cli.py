@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.errors import UserError, nearest
 
@@ -87,7 +88,7 @@ def _run(overrides: list[str]) -> None:
         raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
     if config.launch.node_rank > 0:
-        return help_out(config.launch, take_part)
+        return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
     if config.seeds is not None:
         from pipeline import seeds
 

@@ -62,7 +62,7 @@ class StageJob:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         config = compose([*self.overrides, *place(self.stage)])
         if config.launch.node_rank > 0:
-            return nodes.help_out(config.launch, launch.take_part)
+            return nodes.help_out(config.launch, artifact.folder.parent, launch.take_part)
         self._wait_for_parents(artifact.folder.parent)
         entry = chain.plan(config, needed_by(self.stage, config))[self.stage]
         if entry.fingerprint != self.fingerprint:
