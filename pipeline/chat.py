@@ -61,7 +61,7 @@ def marks_removed(tokenizer: Any, prompts: Iterable[list[Message]], replies: Ite
 
 
 def _cleaned(tokenizer: Any, text: str) -> tuple[str, int]:
-    """The text without marks of turns, and their number; the leftmost is removed first, of several there the longest."""
+    """The text without marks of turns, and their number: the leftmost goes first, of several there the longest."""
     pattern, removed = _marks(tokenizer)[0], 0
     while (cut := pattern.subn("", text))[1]:  # removing one may write another
         text, removed = cut[0], removed + cut[1]
@@ -95,7 +95,7 @@ def accepted(
                 refused[number] = reason, prompt
     reasons = Counter(reason for reason, _ in refused.values())
     if len(refused) > source.max_unusable_share * len(rows):
-        reason, count = reasons.most_common(1)[0]
+        [(reason, _)] = reasons.most_common(1)
         opening = next(prompt for why, prompt in refused.values() if why == reason)[0]["content"][:40]
         raise UserError(
             f"{source.path}: the chat template refuses {len(refused):,} of {len(rows):,} dialogues, most often with "

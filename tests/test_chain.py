@@ -31,6 +31,7 @@ def changed(*overrides):
     ("override", "stale"),
     [
         ("tokenizer.vocab_size=600", set(ALL)),
+        ("tokenizer.template_date='2026-01-02'", set(ALL)),
         ("model.num_hidden_layers=3", set(ALL) - {"tokenizer"}),
         ("pretrain.tokens=20480", set(ALL) - {"tokenizer"}),
         ("precision=bf16", set(ALL) - {"tokenizer"}),

@@ -73,7 +73,7 @@ def test_rows_with_one_system_message_fall_into_every_split(tmp_path):
     assert all(data.load(found, split).rows for split in ("train", "validation", "test"))
 
 
-def test_every_reply_of_a_conversation_follows_one_to_three_turns_just_before_it(tmp_path):
+def test_every_reply_of_a_conversation_follows_one_or_three_turns_just_before_it(tmp_path):
     turns = [("xy"[i % 2], f"this is message {i}") for i in range(40)]
     found = conversations(tmp_path, turns, topic="Numbers")
     examples = [e for split in ("train", "validation", "test") for e in data.examples(found, split, DIALOGUE)]
@@ -85,7 +85,40 @@ def test_every_reply_of_a_conversation_follows_one_to_three_turns_just_before_it
         assert topic == said("system", "Numbers")
         assert [m["content"] for m in context] == [f"this is message {j}" for j in range(i - len(context), i)]
         assert [m["role"] for m in context][::-1] == ["user", "assistant", "user"][: len(context)]
-    assert lengths == {1, 2, 3}
+    assert lengths == {1, 3}  # with two, the context would begin with the assistant, which strict templates refuse
+
+
+def prompts_of(tmp_path, *turns, context_turns=3):
+    """The prompt of every reply of a dialogue; turns are written as a letter of the role and what is said."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    row = {"messages": [said(roles[turn[0]], turn) for turn in turns]}
+    limits = {"prompt_max_chars": 99, "reply_min_chars": 1, "reply_max_chars": 99, "context_turns": context_turns}
+    found = source(lines(tmp_path / f"{len(turns)} {context_turns}.jsonl", [row]), "messages")
+    examples = [
+        e for split in ("train", "validation", "test") for e in data.examples(found, split, OmegaConf.create(limits))
+    ]
+    return {e.reply: " ".join(m["content"] for m in e.prompt) for e in examples}
+
+
+def test_messages_keep_their_order_and_a_late_system_message_holds_for_what_follows(tmp_path):
+    assert prompts_of(tmp_path, "u1", "a1", "s1", "u2", "a2", "u3", "s2", "a3") == {
+        "a1": "u1",
+        "a2": "u1 a1 s1 u2",
+        "a3": "s1 u2 a2 u3 s2",
+    }
+    assert prompts_of(tmp_path, "s0", "u1", "s1", "a1", "u2", "a2", context_turns=9) == {
+        "a1": "s0 u1 s1",
+        "a2": "s0 u1 s1 a1 u2",
+    }
+
+
+def test_a_context_that_is_cut_begins_with_the_user_after_the_system_messages_that_hold(tmp_path):
+    turns = ["s0", "u1", "a1", "s1", "u2", "a2", "s2", "u3", "a3"]
+    cut = {1: "s0 s1 s2 u3", 2: "s0 s1 s2 u3", 3: "s0 s1 u2 a2 s2 u3", 4: "s0 s1 u2 a2 s2 u3", 5: " ".join(turns[:-1])}
+    assert {most: prompts_of(tmp_path, *turns, context_turns=most)["a3"] for most in cut} == cut
+    begun = prompts_of(tmp_path, "a0", "u1", "a1", "u2", "a2", "a3", context_turns=2)
+    assert begun == {"a1": "a0 u1", "a2": "u2", "a3": "u2 a2"}  # a dialogue may begin with the assistant; a cut may not
+    assert prompts_of(tmp_path, "u1", "a1", "a2", "a3", context_turns=1) == {"a1": "u1", "a2": "a1", "a3": "a2"}
 
 
 def test_only_the_assistants_turns_are_replies_of_other_dialogues(tmp_path):

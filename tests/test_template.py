@@ -23,6 +23,7 @@ CHATML = (
 THINKING = (
     CHATML + "{% if enable_thinking is defined %}{{ '<think>\n\n</think>\n\n<tool_call></tool_call>' }}{% endif %}"
 )
+ALWAYS_OPENS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 GEMMA = (TRL / "gemma.jinja").read_text()
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 HI = [{"role": "user", "content": "hi"}]
@@ -225,30 +226,32 @@ def test_overlapping_marks_are_removed_alike_under_every_hash_seed():
         assert printed.stdout.split("\n")[:-1] == expected, printed.stderr
 
 
+PHI = (TRL / "phi3.jinja").read_text()
 ENDS = {
     "gemma": (gemma, "<end_of_turn>"),
     "qwen base": (lambda: qwen(eos="<|endoftext|>"), "<|im_end|>"),
     "qwen": (qwen, "<|im_end|>"),
+    "phi": (
+        lambda: bytes_bpe(PHI, special("<|end|>", "<|user|>", "<|assistant|>"), eos_token="<|endoftext|>"),
+        "<|end|>",
+    ),
     "eos_token": (lambda: bytes_bpe(CHATML.replace("'<|im_end|>'", "eos_token"), eos_token="</s>"), "</s>"),
-    "a space before it": (
-        lambda: bytes_bpe(CHATML.replace("'<|im_end|>'", "' </s>'"), special("</s>"), eos_token="<e>"), "</s>",
-    ),
-    "the first of two": (
-        lambda: bytes_bpe(CHATML + "{{ '<|eot|>' }}", special("<|im_end|>", "<|eot|>"), eos_token="<|eot|>"), "<|im_end|>",
-    ),
-    "opens every reply": (lambda: qwen(CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")), "<|im_end|>"),
+    "a space before it": (lambda: bytes_bpe(CHATML.replace("<|im_end|>", " </s>"), special("</s>")), "</s>"),
+    "the first of two": (lambda: bytes_bpe(CHATML + "{{ '<|eot|>' }}", special("<|im_end|>", "<|eot|>")), "<|im_end|>"),
+    "opens every reply": (lambda: qwen(ALWAYS_OPENS), "<|im_end|>"),
     "begins as it ends": (
         lambda: bytes_bpe("{{ bos_token }}" + CHATML.replace("<|im_end|>", "</s>"), bos_token="</s>", eos_token="</s>"),
         "</s>",
     ),
     "not special": (lambda: bytes_bpe(CHATML, plain("<|im_end|>"), eos_token="</s>"), "<|im_end|>"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ENDS)
 def test_replies_end_as_the_template_ends_them(kind, tmp_path):
     made, end = ENDS[kind]
-    tokenizer = of_checkpoint(made(), tmp_path / "checkpoint")
+    given = made()
+    tokenizer = of_checkpoint(given, tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "artifact")
     loaded = chat.load_tokenizer(tmp_path / "artifact")
     assert tokenizer.eos_token == loaded.eos_token == end and loaded.pad_token != end
@@ -256,6 +259,7 @@ def test_replies_end_as_the_template_ends_them(kind, tmp_path):
     dialogue = [*HI, {"role": "assistant", "content": "fine"}]
     whole = loaded.apply_chat_template(dialogue, tokenize=False)
     assert whole.rpartition("fine")[2].lstrip().startswith(end)
+    assert whole == given.apply_chat_template(dialogue, tokenize=False)
     assert chat.reply_ids(loaded, "fine")[-1:] == loaded.encode(end, add_special_tokens=False)
     assert chat.reply_text(loaded, chat.reply_ids(loaded, "fine") + loaded.encode("more")) == "fine"
 
@@ -278,9 +282,8 @@ def tokenizer_id(token, tokenizer):
 NO_END = {
     "no token": (CHATML.replace("'<|im_end|>'", "''"), "writes no end token after a reply"),
     "words": (CHATML.replace("'<|im_end|>'", "' END'"), "writes no end token after a reply"),
-    "the next reply's opening": (CHATML.replace("<|im_end|>", "").replace("{% if add_generation_prompt %}", "{% if true %}"),
-                                 "writes no end token after a reply"),
-    "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue (user, assistant) .*Tools only"),
+    "the next reply's opening": (ALWAYS_OPENS.replace("<|im_end|>", ""), "writes no end token after a reply"),
+    "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue .*Tools only"),
     "content in parts": (
         "{% for m in messages %}{% for part in m['content'] %}{% if part.type is defined %}{{ part.text }}{% endif %}"
         "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "leaves out what user and assistant say",
@@ -292,8 +295,7 @@ NO_END = {
 @pytest.mark.parametrize("kind", NO_END)
 def test_a_template_without_an_end_is_refused_before_any_work(kind, tmp_path):
     given, words = NO_END[kind]
-    pattern = "model.checkpoint=.*" + words.replace("(user, assistant)", r"\(user, assistant\)")
-    with pytest.raises(UserError, match=pattern) as caught:
+    with pytest.raises(UserError, match=f"model.checkpoint=.*{words}") as caught:
         of_checkpoint(qwen(given), tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -317,7 +319,9 @@ SYSTEM = [{"role": "system", "content": "Be brief."}]
 
 
 def test_a_prompt_that_the_template_refuses_is_one_line_with_its_words():
-    with pytest.raises(UserError, match="refuses a dialogue .system, user. that begins 'Be brief.': System role not"):
+    with pytest.raises(
+        UserError, match=r"refuses a dialogue \(system, user\) that begins 'Be brief\.': System role not"
+    ):
         chat.prompt_ids(gemma(), SYSTEM + HI)
     undefined = qwen("{{ messages[0]['name'] + 'x' }}")
     with pytest.raises(UserError, match="has no attribute 'name'"):
