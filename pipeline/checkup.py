@@ -13,7 +13,9 @@ from scipy import stats
 
 from pipeline import baselines, chat, statistics
 from pipeline.artifact import read_json
+from pipeline.columns import Message
 from pipeline.errors import UserError
+from pipeline.overlap import overlapping
 from pipeline.preferences import Pair
 
 Score = Callable[[list[list[int]]], np.ndarray]  # token sequences → normalised scores [N]
@@ -35,7 +37,7 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: 
         "accuracy_bag_of_words": float(by_words.mean()),
         "over_bag_of_words_ci95": statistics.mean_interval(outcomes - by_words, prompts),
         "test_pairs": len(test),
-        "train_overlap": len(_all_prompts(train) & _all_prompts(test)),
+        "train_overlap": sum(overlapping(_all_prompts(test), _all_prompts(train))),
         "chosen_score_mean": float(chosen.mean()),
         "rejected_score_mean": float(rejected.mean()),
     }
@@ -200,8 +202,9 @@ def _prompts(pairs: list[Pair]) -> list[str]:
     return [str(pair.prompt) for pair in pairs]
 
 
-def _all_prompts(pairs: list[Pair]) -> set[str]:
-    return {str(prompt) for pair in pairs for prompt in pair.prompts()}
+def _all_prompts(pairs: list[Pair]) -> list[list[Message]]:
+    """The different prompts of pairs, those of rejected replies included."""
+    return list({str(prompt): prompt for pair in pairs for prompt in pair.prompts()}.values())
 
 
 # Gate and verdict

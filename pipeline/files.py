@@ -18,7 +18,9 @@ Numbered = Iterator[tuple[int, Row]]
 
 def read(file: Path) -> list[tuple[str, int, Row]]:
     """The rows of a file, each with the file's name and its first line. Raises `UserError` when one cannot be read."""
-    reader = READERS[Path(file.name.removesuffix(".gz")).suffix]
+    reader = READERS.get(Path(file.name.removesuffix(".gz")).suffix)
+    if reader is None:
+        raise UserError(f"{file}: must be {', '.join(READERS)}, each also with .gz; convert or rename it")
     rows = [(file.name, line, row) for line, row in reader(file)]
     if not rows:
         raise UserError(f"{file}: is empty; give it rows, or take it out of the source")

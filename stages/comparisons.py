@@ -11,6 +11,7 @@ from pipeline.artifact import write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.overlap import overlapping
 from pipeline.pairing import Answer, Candidate
 from pipeline.players import policy_name
 from pipeline.preferences import Pair
@@ -75,9 +76,10 @@ def pairs_of(rows: list[dict[str, Any]], seed: int, once: bool) -> list[Pair]:
 
 
 def not_held_out(train: list[Pair], test: list[Pair]) -> list[Pair]:
-    """The training pairs of whose prompts none is held out."""
-    held_out = {data.prompt_key(prompt) for pair in test for prompt in pair.prompts()}
-    return [pair for pair in train if not any(data.prompt_key(prompt) in held_out for prompt in pair.prompts())]
+    """The training pairs of whose prompts none is held out, begins one that is, or continues one."""
+    held_out = [prompt for pair in test for prompt in pair.prompts()]
+    chosen, rejected = (overlapping([pair.prompts()[side] for pair in train], held_out) for side in (0, 1))
+    return [pair for pair, *known in zip(train, chosen, rejected, strict=True) if not any(known)]
 
 
 def earlier_pairs(job: Job, test: list[Pair]) -> list[Pair]:
@@ -102,18 +104,23 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
         return [], [], metrics
     human, human_kept = people(job, judge, generator)
-    labels = [pairing.labelled(c, "samples") for c in train] + human
-    noisy, flipped = pairing.with_label_noise(labels, config.label_noise, np.random.default_rng(config.seed))
+    labels, tested = (
+        [pairing.labelled(c, "samples") for c in train] + human,
+        [pairing.labelled(c, "samples") for c in test],
+    )
+    kept_apart = not_held_out(labels, tested)
+    noisy, flipped = pairing.with_label_noise(kept_apart, config.label_noise, np.random.default_rng(config.seed))
     gaps = [abs(c.gap) for c in train]
     return (
         noisy,
-        [pairing.labelled(c, "samples") for c in test],
+        tested,
         metrics
         | {
             "pairs_from_people": len(human),
             "kept_share_people": human_kept,
             "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
             "labels_flipped": flipped,
+            "dropped_held_out_prompt": len(labels) - len(kept_apart),
         },
     )
 

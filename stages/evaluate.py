@@ -203,10 +203,13 @@ def checked_for_copies(
     """
     sought = {"prompts": [spoken(e.prompt, e.reply) for e in examples], "base_text": texts}
     sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    asked = {"prompts": [spoken(e.prompt) for e in examples]}
+    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in suite.problems] for name, suite in tasks.items()}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
         sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
-    found = contamination.against(sought, trained_on(job))
+        asked["held_out_pairs"] = [spoken(p["prompt"]) for p in pairs]
+    found = contamination.against(sought, trained_on(job), asked, prompts_trained_on(job))
     counts = {name: counts for name, (counts, _) in found.items()}
     examples = without_copies(job, "prompts", examples, *found["prompts"])
     texts = without_copies(job, "base_text", texts, *found["base_text"])
@@ -240,9 +243,19 @@ def trained_on(job: Job) -> dict[str, list[str]]:
     return trained
 
 
-def spoken(prompt: list[dict[str, str]], reply: str) -> str:
-    """A prompt without system messages, and its reply, as one text."""
-    return "\n".join([*(m["content"] for m in prompt if m["role"] != "system"), reply])
+def prompts_trained_on(job: Job) -> dict[str, list[str]]:
+    """The different prompts that each training stage with prompts saw, by its name."""
+    examples = data.training_examples(job.config.data.replies, job.config.data.dialogue)
+    prompts = {"sft": [spoken(e.prompt) for e in examples]}
+    if "comparisons" in job.inputs:
+        pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
+        prompts["comparisons"] = [spoken(pair["prompt"]) for pair in pairs]
+    return {stage: list(dict.fromkeys(texts)) for stage, texts in prompts.items()}
+
+
+def spoken(prompt: list[dict[str, str]], *reply: str) -> str:
+    """A prompt without system messages, and its reply where one is given, as one text."""
+    return "\n".join([*(m["content"] for m in prompt if m["role"] != "system"), *reply])
 
 
 def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]) -> list[float | None]:

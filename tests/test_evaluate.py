@@ -155,7 +155,7 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     one = {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
     assert found["prompts"]["comparisons"] == found["tasks.words"]["comparisons"] == one
     assert [found[name].get("removed") for name in ("prompts", "tasks.words", "base_text")] == [1, 1, 0]
-    assert found["held_out_pairs"]["comparisons"]["near_copies"] == 1 and "removed" not in found["held_out_pairs"]
+    assert found["held_out_pairs"]["comparisons"]["copies"] == 1 and "removed" not in found["held_out_pairs"]
     said = contamination.sentence(found)
     assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
     assert said.endswith("left out: 1 of held-out prompts, 0 of held-out base text, 1 of problems of words.")
