@@ -12,18 +12,18 @@ from pipeline.job import Job
 from pipeline.packing import document_start
 
 
-def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int) -> list[Example]:
-    """At most `count` prompts of the test split that no training split and no comparison contains, with their replies.
+def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: str = "test") -> list[Example]:
+    """At most `count` prompts of a held-out split that no training split and no comparison contains, with their replies.
 
-    Prompts that leave no room for a reply in `model`'s context, or that the chat template refuses, are left out.
+    To the test split the validation split is one of training. Prompts that leave no room for a reply in `model`'s
+    context, or that the chat template refuses, are left out.
     """
     source, dialogue = job.config.data.replies, job.config.data.dialogue
-    trained_on = {
-        data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
-    }
+    earlier = ("train", "validation") if split == "test" else ("train",)
+    trained_on = {data.prompt_key(e.prompt) for name in earlier for e in data.examples(source, name, dialogue)}
     if "comparisons" in job.inputs:
         trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
-    found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
+    found = [e for e in data.prompts(source, split, dialogue) if data.prompt_key(e.prompt) not in trained_on]
     drawn, _ = chat.accepted(tokenizer, data.draw(found, 2 * count, seed), source)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
     return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][:count]

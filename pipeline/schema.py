@@ -393,12 +393,12 @@ class EvaluateConfig:
     models: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
     prompts: int = number(2)
+    validation_prompts: int = number(0)
     text_tokens: int = number(1)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
-    bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     judge_model: JudgeModelConfig = field(default_factory=JudgeModelConfig)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pipeline import chain
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.sweep_metric import check_names, stage_wanted
+from pipeline.sweep_metric import check_names, stage_wanted, validation_override
 from stages import needed_by
 
 
@@ -44,6 +44,9 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
     fixed, space = parse(overrides)
     config = compose(fixed)
     check_names(config)
+    if asked := validation_override(config):
+        fixed = [*fixed, *asked]
+        config = compose(fixed)
     check(config, fixed, space)
     return config, fixed, space
 

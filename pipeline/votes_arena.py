@@ -29,9 +29,7 @@ def of_run(config: DictConfig) -> dict[str, Any] | None:
     models, wins = evaluated_pairs.models(rows[0]), counted(rows, good)
     lengths = {name: [len(row[name]["reply"]) for row in rows] for name in models}
     return {
-        "arena": arena.summary(
-            wins, models, lengths, anchor(wins, models), config.evaluate.bootstrap, config.evaluate.seed
-        ),
+        "arena": arena.summary(wins, models, lengths, anchor(wins, models)),
         "votes": len(good),
         "left_out": len(votes) - len(good),
         "ties": sum(vote.winner == "tie" for vote in good),

@@ -1,5 +1,6 @@
 """Stage `evaluate`: the models of the run reply to the same held-out prompts, judged by two judges."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     examples, texts, contaminated = checked_for_copies(job, examples, texts, tasks)
     problems = sum(len(suite.problems) for suite in tasks.values())
-    announce(job, taking_part, len(examples), problems, reference)
+    announce(job, taking_part, len(examples) + config.validation_prompts, problems, reference)
     if config.judge_model.path is not None:
         judge_model.check(config.judge_model, job.config.tokenizer.template_date)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
@@ -59,26 +60,16 @@ def run(job: Job) -> dict[str, Any]:
         proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
-    bar = job.progress(replies_in_all(taking_part, len(examples), problems), "replies")
-    played: dict[str, Played] = {}
-    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
-        played["human"] = Played([example.reply for example in examples], None, {})
-    for model, players in taking_part.items():
-        played |= measuring.of_model(shared, folders[model], players, bar)
-    bar.close()
+    played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
-    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
-    golds, seconds = ({name: judged_by(judge, examples, texts) for name, texts in replies.items()} for judge in judges)
-    found = {name: judged(job, replies[name], golds[name], seconds[name]) | played[name].metrics for name in played}
-    for name, one in played.items():
-        if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy))
-    by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+    found, by_judge = results(shared, played, judges)
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
+    if config.validation_prompts:
+        further["validation"] = on_validation(shared, smallest, folders, taking_part, judges)
     if config.judge_model.path is not None:
         wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
     if "dpo" in replies and "sft" in replies:
@@ -88,8 +79,8 @@ def run(job: Job) -> dict[str, Any]:
         "contamination": contaminated,
         "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
-        "paired": paired.tests({"gold": golds, "second": seconds}, config.seed),
-        "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
+        "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
+        "arena": {judge: in_arena(found, players, replies) for judge, (found, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
@@ -115,6 +106,51 @@ def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, prob
     return sum(most_samples(players) for players in taking_part.values()) * (prompts + problems)
 
 
+def played_by_all(
+    shared: Shared, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]], problems: int
+) -> dict[str, Played]:
+    """What people and every player reply to the prompts, and to the `problems` of all tasks."""
+    job, played = shared.job, {}
+    bar = job.progress(replies_in_all(taking_part, len(shared.examples), problems), "replies")
+    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
+        played["human"] = Played([example.reply for example in shared.examples], None, {})
+    for model, players in taking_part.items():
+        played |= measuring.of_model(shared, folders[model], players, bar)
+    bar.close()
+    return played
+
+
+def results(
+    shared: Shared, played: dict[str, Played], judges: list[RewardFunction]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float | None]]]]:
+    """What is measured of each player, and the score of each of its replies by every judge."""
+    golds, seconds = (
+        {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
+    )
+    found = {
+        name: judged(shared.job, one.replies, golds[name], seconds[name]) | one.metrics for name, one in played.items()
+    }
+    for name, one in played.items():
+        if one.greedy:
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy))
+    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
+    return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+
+
+def on_validation(
+    shared: Shared, smallest: Any, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]],
+    judges: list[RewardFunction],
+) -> dict[str, Any]:  # fmt: skip
+    """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
+    config, tokenizer = shared.job.config.evaluate, shared.tokenizer
+    wanted = config.validation_prompts
+    examples = held_out.prompts(shared.job, tokenizer, smallest, wanted, config.seed, "validation")
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
+    found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
+    return {"models": found, "prompts": len(examples)}
+
+
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
     """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
     others = [models.load_policy(folder, "meta") for folder in earlier.values()]
@@ -135,11 +171,11 @@ def sample_rows(
     return rows
 
 
-def in_arena(job: Job, wins: np.ndarray, models: list[str], replies: dict[str, list[str]]) -> dict[str, Any]:
+def in_arena(wins: np.ndarray, models: list[str], replies: dict[str, list[str]]) -> dict[str, Any]:
     """The arena of one judge from wins [P, M, M] of each two models' replies to a prompt, in the order of `models`."""
-    config, anchor = job.config.evaluate, "sft" if "sft" in models else models[0]
+    anchor = "sft" if "sft" in models else models[0]
     lengths = {name: [len(text) for text in replies[name][: len(wins)]] for name in models}
-    return arena.summary(wins, models, lengths, anchor, config.bootstrap, config.seed)
+    return arena.summary(wins, models, lengths, anchor)
 
 
 def by_judge_model(

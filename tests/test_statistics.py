@@ -24,7 +24,9 @@ def share_of(outcomes: list[float], groups: list[int]) -> tuple[float, float]:
     """Wilson's interval at t, with the variance of the share by groups, all loops; half a group of each sort is added."""
     names = sorted(set(groups))
     size, n = len(outcomes) / len(names), len(outcomes)
-    counted = [(sum(o for o, g in zip(outcomes, groups, strict=True) if g == name), groups.count(name), 1.0) for name in names]
+    counted = [
+        (sum(o for o, g in zip(outcomes, groups, strict=True) if g == name), groups.count(name), 1.0) for name in names
+    ]
     counted += [(size, size, 0.5), (0.0, size, 0.5)]
     total = sum(count * weight for _, count, weight in counted)
     shrunken = sum(ones * weight for ones, _, weight in counted) / total

@@ -30,9 +30,14 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is above or below zero and the test, if there is one, agrees; otherwise 0."""
-        if self.interval is None or (self.p is not None and self.p >= SURE):
+        """1 or -1 where the interval is above or below zero and the test, if there is one, agrees; otherwise 0.
+
+        Where all differences are alike there is no interval, and the test of their signs stands for it.
+        """
+        if self.p is not None and self.p >= SURE:
             return 0
+        if self.interval is None:
+            return int(np.sign(self.mean)) if 2 / 2**self.prompts < SURE else 0
         return int(self.interval[0] > 0) - int(self.interval[1] < 0)
 
     def shown(self, form: str = "+.3f") -> str:

@@ -106,7 +106,9 @@ def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
     if key not in metrics:
         return "–"
     has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
-    return format(metrics[key], form) + (f" {statistics.shown(_interval_of(metrics, key), form)}" if has_interval else "")
+    return format(metrics[key], form) + (
+        f" {statistics.shown(_interval_of(metrics, key), form)}" if has_interval else ""
+    )
 
 
 def _numbers(metrics: dict[str, Any], key: str) -> dict[str, float | None]:
