@@ -196,10 +196,13 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
 
 
 def check_rewards(config: DictConfig, planned: dict[str, Planned]) -> None:
-    """Load the reward functions of the stages to be made before the first of them starts; raises `UserError`."""
+    """Try the reward functions of the stages to be made before the first of them starts; raises `UserError`."""
+    from pipeline import reward_checks
+
     for entry in planned.values():
         for key in STAGES[entry.stage].functions if not entry.artifact.finished else ():
             rewards.load(OmegaConf.select(config, key), rewards.GIVEN[entry.stage])
+            reward_checks.check(config, entry.stage, key)
 
 
 def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others: nodes.Nodes | None = None) -> bool:
