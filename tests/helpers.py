@@ -136,7 +136,8 @@ def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
         "sampling.max_new_tokens=10",
         *overrides,
     ]
-    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
+    job = make_job("ppo", folder, *options)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if job.device.bf16 else "no")
     policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
     critic, reward_model = tiny_reward_model(), Ensemble([tiny_reward_model()])
     trained = {"policy": policy, "critic": critic}
