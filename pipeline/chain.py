@@ -1,7 +1,6 @@
 """The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
 
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import rewards
 from pipeline import launch, model_card, nodes, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.config import check_shares
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, public_traceback
 from pipeline.players import policy_name
 from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
 from stages import STAGES, depending_on, needed_by, parents, sources
@@ -221,7 +220,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others
             _run(config, entry, inputs, others)
         except Exception as error:
             artifact.note_failure(first_line(error))
-            (artifact.work / "traceback.txt").write_text(traceback.format_exc())
+            (artifact.work / "traceback.txt").write_text(public_traceback(error))
             raise
     return True
 

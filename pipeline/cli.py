@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, public_traceback
 
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
@@ -26,6 +26,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 2 after a line on bad input, 130 when interrupted, 1 where runs of a sweep failed."""
+    sys.excepthook = lambda kind, error, trace: print(public_traceback(error), file=sys.stderr, end="")
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)

@@ -8,12 +8,13 @@ import math
 import re
 import shlex
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import judge_template
+from pipeline import interpolations, judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
@@ -36,18 +37,24 @@ SET_ELSEWHERE = (
 def compose(overrides: list[str]) -> DictConfig:
     """Compose `conf/` with `overrides` (Hydra's syntax), check it, and return it read-only.
 
+    Values of the environment stay interpolations, so that what is saved of it holds no secret.
     Raises `UserError`, one line, for an unknown key, group or choice, a wrong type, or a value outside its limits.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
 
+    from pipeline.overrides import as_typed
+
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = hydra_compose("config", overrides=[_addable(override) for override in overrides])
-        OmegaConf.resolve(config)
+            config = hydra_compose("config", overrides=[_addable(as_typed(override)) for override in overrides])
         missing = sorted(OmegaConf.missing_keys(config))
+        interpolations.resolve(config)
+        _find_home(config)
+    except UserError:
+        raise
     except Exception as error:  # Hydra answers some wrong overrides with errors of Python's own
         raise UserError(_explain(error, overrides)) from error
     if missing:
@@ -56,6 +63,16 @@ def compose(overrides: list[str]) -> DictConfig:
     check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
+
+
+def _find_home(config: DictConfig) -> None:
+    """Expand ~ at the beginning of paths, which the shell leaves as it is after "="."""
+    for path, value in list(interpolations.leaves(config)):
+        if isinstance(value, str) and value.startswith("~/") and not PATHS.isdisjoint(path) and "args" not in path:
+            interpolations.at(config, path[:-1])[path[-1]] = str(Path(value).expanduser())
 
 
 def make_command(target: str, overrides: list[str], without: str) -> str:

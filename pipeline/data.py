@@ -197,7 +197,7 @@ def _text(row: Row) -> str:
 
 def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
     """Every reply of a split within the limits of `dialogue`, with the turns before it."""
-    limits = tuple(sorted(OmegaConf.to_container(dialogue).items()))
+    limits = tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
     return _examples(_as_json(source), split, limits)
 
 

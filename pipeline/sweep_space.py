@@ -53,15 +53,11 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
 
 def parse(overrides: list[str]) -> tuple[list[str], list[Dimension]]:
     """The overrides that all runs have, and the keys that are varied; raises `UserError` for a wrong override."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from pipeline.overrides import parse as parsed_override
 
-    parser, fixed, found = OverridesParser.create(), [], []
+    fixed, found = [], []
     for text in overrides:
-        try:
-            parsed = parser.parse_override(text)
-        except HydraException as error:
-            raise UserError(f"{text}: {' '.join(str(error).split()).partition(' See https')[0]}") from error
+        parsed = parsed_override(text)
         if parsed.is_sweep_override():
             found.append(_dimension(parsed, text))
         else:
