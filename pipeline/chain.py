@@ -166,6 +166,10 @@ def check(config: DictConfig, planned: dict[str, Planned]) -> None:
         tracker_kinds.require(config.tracker)
     check_sources(config, planned)
     check_rewards(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        from pipeline import preflight  # imports torch
+
+        preflight.check(config, planned)
 
 
 def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:

@@ -5,6 +5,7 @@ Splits are made by content, not by chance: a row belongs to the test split when
 itself, and a source may have files of its own for splits.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -157,6 +158,16 @@ def _read(source: SimpleNamespace, split: str) -> list[tuple[str, int, Row]]:
         )
         return [row for file in found for row in files.read(file)]
     return [(source.path, number, row) for number, row in enumerate(_read_hub(source, split), start=1)]
+
+
+def place_of(source: DictConfig, prompt: list[Message]) -> str:
+    """File and line of the first row that says what the last message of `prompt` says, for an error message."""
+    given, wanted = SimpleNamespace(**json.loads(_as_json(source))), json.dumps(prompt[-1]["content"])[1:-1]
+    for where, line, raw in _read(given, "train"):
+        with contextlib.suppress(UnusableRowError):
+            if wanted in json.dumps(_rows_of(raw, given, Counter())):
+                return f"the row in {where}, line {line}"
+    return f"a row of {source.path}"
 
 
 def _read_chitchat(file: Path) -> list[tuple[str, int, Row]]:

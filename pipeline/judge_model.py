@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,11 @@ def check(config: Any, template_date: str) -> None:
         template.settle(tokenizer, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
+
+
+def weight_bytes(folder: str) -> int:
+    """Size of the weights in a model folder; 0 for a name on the hub."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 @contextlib.contextmanager

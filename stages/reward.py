@@ -90,6 +90,7 @@ def with_score_head(job: Job, tokenizer: Any, seed: int) -> torch.nn.Module:
     model = AutoModelForSequenceClassification.from_pretrained(
         job.inputs["sft"], num_labels=1, dtype=torch.float32, use_safetensors=True
     )
+    models.without_dropout(model)
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
