@@ -5,9 +5,7 @@ Every pair is asked twice, with the replies in both orders, since models prefer 
 sampled. P: prompts, M: models.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import chat, likelihood
+from pipeline import chat, checkpoints, likelihood
 from pipeline.columns import Message
 from pipeline.errors import UserError
 from pipeline.judge_template import question
@@ -89,28 +87,28 @@ class JudgeModel:
 
 def load(config: Any, device: Any) -> JudgeModel:
     """The judge model of `evaluate.judge_model`, in bf16 where `device` computes in it; no code of the model's runs."""
+    tokenizer = _checked_tokenizer(config)
     dtype = torch.bfloat16 if device.bf16 else torch.float32
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **options)
+    model = checkpoints.load(
+        AutoModelForCausalLM, config.path, _name(config), dtype=dtype, revision=config.revision or "main"
+    )
     return JudgeModel(model.to(device.type).eval(), tokenizer, config)
 
 
 def check(config: Any) -> None:
-    """Hold the judge's tokenizer to verdicts and template before anything is sampled; raises `UserError`."""
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
+    """Hold the judge's checkpoint to verdicts and template before anything is sampled; raises `UserError`."""
+    tokenizer = _checked_tokenizer(config)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
 
 
-@contextlib.contextmanager
-def _loading(config: Any) -> Iterator[dict[str, Any]]:
-    try:
-        yield {"revision": config.revision or "main", "trust_remote_code": False}
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"evaluate.judge_model.path={config.path}: cannot be loaded ({said})") from error
+def _checked_tokenizer(config: Any) -> Any:
+    checkpoints.check(config.path, _name(config), config.revision)
+    return chat.load_tokenizer(config.path, _name(config), revision=config.revision or "main")
+
+
+def _name(config: Any) -> str:
+    return f"evaluate.judge_model.path={config.path}"
 
 
 def _require_template(tokenizer: Any, config: Any) -> None:

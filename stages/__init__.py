@@ -41,6 +41,7 @@ STAGES = {
         parents=("tokenizer",),
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
+        version=2,
         metric="bits_per_byte",
         several_processes=True,
     ),

@@ -1,13 +1,16 @@
 """Stage `tokenizer`: byte-level BPE with special tokens and a chat template, or a checkpoint's own tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import chat, data
+from pipeline import chat, data, gguf_checkpoint
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.models import check_checkpoint
+from pipeline.sources import adapter_base
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -62,10 +65,7 @@ def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 def from_checkpoint(model: Any) -> Any:
     """The checkpoint's tokenizer, with a chat template and a pad token that is not the end token."""
-    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-    if model.gguf_file:
-        options["gguf_file"] = model.gguf_file
-    tokenizer = chat.load_tokenizer(model.checkpoint, **options)
+    tokenizer = own_tokenizer(model)
     if tokenizer.eos_token is None:
         raise UserError(f"model.checkpoint={model.checkpoint}: its tokenizer has no end token")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -75,4 +75,19 @@ def from_checkpoint(model: Any) -> Any:
         if tokenizer.bos_token is None:
             tokenizer.add_special_tokens({"bos_token": chat.BOS})
         tokenizer.chat_template = chat.TEMPLATE
+    return tokenizer
+
+
+def own_tokenizer(model: Any) -> Any:
+    """The tokenizer as the checkpoint has it. Raises `UserError` where checkpoint or tokenizer cannot be taken."""
+    name, place = f"model.checkpoint={model.checkpoint}", model.checkpoint
+    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+    check_checkpoint(model)
+    if model.gguf_file:
+        name, options["gguf_file"] = gguf_checkpoint.name_of(model), gguf_checkpoint.place(model)
+    elif not (Path(place) / "tokenizer_config.json").is_file() and (base := adapter_base(Path(place))):
+        place, options["revision"] = base, "main"
+    tokenizer = chat.load_tokenizer(place, name, **options)
+    if not type(tokenizer).__module__.startswith("transformers."):
+        raise UserError(f"{name}: its tokenizer is code of its own, which later stages do not run; save a fast one")
     return tokenizer
