@@ -5,6 +5,7 @@ unless that was asked for. `name` is what the line of a refusal begins with: the
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SHOWN = 3  # names of tensors in a message
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Make whatever transformers raises over a checkpoint one line, without its warnings and tables before it.
+    """Make whatever transformers or peft raises over a checkpoint one line, without warnings and tables before it.
 
     Those errors are of many types (a field of config.json that is no number has one of its own), and all are about
     the checkpoint.
@@ -36,7 +37,9 @@ def loading(name: str) -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -149,6 +152,8 @@ def load(kind: Any, path: str | Path, name: str, new_head: bool = False, **optio
     """
     if (Path(path) / ADAPTER).is_file():
         raise UserError(f"{name}: is an adapter ({ADAPTER}); merge it into its base model and save that")
+    if problem := problem_of_files(Path(path)):
+        raise UserError(f"{name}: {problem}")
     options = {"use_safetensors": True, "trust_remote_code": False} | options
     with loading(name):
         model, info = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)

@@ -10,9 +10,16 @@ import torch
 from helpers import composed, make_job, tiny_config, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from pipeline import chain, checkpoints, cli, judge_model, models
+from pipeline import chain, checkpoints, cli, judge_model, models, sources
 from pipeline.errors import UserError
 from stages import tokenizer as tokenizer_stage
 
@@ -30,7 +37,12 @@ def folder(base, tmp_path):
 
 
 def settings(folder, *more):
-    return composed("model=hf", f"model.checkpoint={folder}", "pretrain.tokens=0", *more).model
+    return hf(folder, *more).model
+
+
+def hf(folder, *more):
+    """The configuration of model=hf, as far as the two first stages read it."""
+    return composed("tracker=none", f"model.checkpoint={folder}", *more)
 
 
 def take(folder, *more):
@@ -39,10 +51,11 @@ def take(folder, *more):
     return models.from_checkpoint(model, tokenizer_stage.from_checkpoint(model))
 
 
-def refusal(folder, *more) -> str:
-    with pytest.raises(UserError) as caught:
-        take(folder, *more)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+def refused(line, call, *arguments, **options) -> str:
+    """What the call is refused with: one line that `line` matches."""
+    with pytest.raises(UserError, match=line) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -79,9 +92,8 @@ def cut(weights):
 )
 def test_every_tensor_is_loaded_and_none_made_up(folder, change, line):
     edit_weights(folder, lambda weights: {k: v for k, v in change(weights).items() if v is not None})
-    pytest.raises(UserError, take, folder).match(line)
-    with pytest.raises(UserError, match=line):
-        models.load_policy(folder)
+    refused(line, take, folder)
+    refused(line, models.load_policy, folder)
 
 
 def test_the_whole_of_a_checkpoint_is_taken_in_fp32(folder, base):
@@ -95,7 +107,7 @@ def test_the_whole_of_a_checkpoint_is_taken_in_fp32(folder, base):
             place = folder.parent / f"{tied}-{dtype}"
             shutil.copytree(base, place, ignore=shutil.ignore_patterns("*.safetensors"))
             model.save_pretrained(place, max_shard_size="20KB")
-            assert len(list(place.glob("model-*.safetensors"))) > 2
+            assert len(list(place.glob("model-*.safetensors"))) > 1
             taken = take(place)
             assert taken.state_dict().keys() == expected.keys()
             assert all(torch.equal(value, expected[key]) for key, value in taken.state_dict().items())
@@ -137,7 +149,7 @@ def lose_a_shard(folder):
         (remove("tokenizer.json"), "its tokenizer: cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text('{"a'), "its tokenizer: cannot be loaded"),
         (truncate, "model.safetensors is damaged"),
-        (remove("model.safetensors"), "has no model.safetensors"),
+        (remove("model.safetensors"), r"has no weights \(model.safetensors\)"),
         (lose_a_shard, "cannot be loaded .*model-00002-of"),
         (pickled, r"its weights are pickled \(pytorch_model.bin\).*convert them to safetensors"),
         (lambda folder: edit(folder, model_type="unheard"), "its architecture, unheard, is unknown to transformers 5"),
@@ -148,9 +160,8 @@ def lose_a_shard(folder):
 )
 def test_a_broken_checkpoint_is_one_line(folder, spoil, line, capfd):
     spoil(folder)
-    pytest.raises(UserError, take, folder).match(line)
-    refusal(folder)
-    assert "Traceback" not in capfd.readouterr().err
+    refused(line, take, folder)
+    assert "LOAD REPORT" not in capfd.readouterr().err  # transformers' own table
 
 
 @pytest.mark.parametrize(
@@ -160,9 +171,7 @@ def test_a_broken_checkpoint_is_one_line(folder, spoil, line, capfd):
 def test_a_broken_artifact_is_one_line(folder, spoil, line):
     spoil(folder)
     for load in (models.load_policy, models.load_reward_model, models.new_critic):
-        with pytest.raises(UserError, match=line) as caught:
-            load(folder)
-        assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+        assert refused(line, load, folder).startswith(f"{folder}: ")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +184,8 @@ def test_a_broken_artifact_is_one_line(folder, spoil, line):
     ],
 )
 def test_a_name_that_is_not_there_is_one_line(name, line):
-    pytest.raises(UserError, take, name).match(line)
-    pytest.raises(UserError, models.from_checkpoint, settings(name), tiny_tokenizer()).match(line)
+    refused(line, take, name)
+    refused(line, models.from_checkpoint, settings(name), tiny_tokenizer())
 
 
 def test_reward_models_encoders_and_encoder_decoders_are_no_policies(tmp_path, base):
@@ -189,26 +198,24 @@ def test_reward_models_encoders_and_encoder_decoders_are_no_policies(tmp_path, b
         ("t5", t5, r"is no causal language model \(T5ForConditionalGeneration\)"),
     ]:
         folder = write_model(model, tmp_path / name)
-        pytest.raises(UserError, tokenizer_stage.from_checkpoint, settings(folder)).match(line)
-        pytest.raises(UserError, models.from_checkpoint, settings(folder), tiny_tokenizer()).match(line)
+        refused(line, tokenizer_stage.from_checkpoint, settings(folder))
+        refused(line, models.from_checkpoint, settings(folder), tiny_tokenizer())
         judge = composed("evaluate.judge_model.path=" + str(folder)).evaluate.judge_model
-        pytest.raises(UserError, judge_model.check, judge).match(f"evaluate.judge_model.path=.*{line}")
+        refused(f"evaluate.judge_model.path=.*{line}", judge_model.check, judge)
 
 
 def test_what_config_json_says_nothing_of_shows_in_the_model(tmp_path):
     """A reward model without `architectures`, tied or not, and an encoder that says that it is a decoder's class."""
     for tied in (True, False):
         config = tiny_config("llama", tie_word_embeddings=tied, num_labels=1)
-        from transformers import LlamaForSequenceClassification
-
         folder = write_model(LlamaForSequenceClassification(config), tmp_path / f"reward-{tied}")
         edit(folder, architectures=None)
-        pytest.raises(UserError, take, folder).match("is a reward model or another classifier")
+        refused("is a reward model or another classifier", take, folder)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     encoder = AutoModelForCausalLM.from_config(BertConfig(vocab_size=300, initializer_range=0.2, **shape))
     folder = write_model(encoder, tmp_path / "encoder")
-    pytest.raises(UserError, take, folder).match(r"no causal language model \(BertLMHeadModel\): its tokens see later")
+    refused(r"no causal language model \(BertLMHeadModel\): its tokens see later", take, folder)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3"])
@@ -298,37 +305,44 @@ def test_an_adapter_with_tokens_of_its_own_brings_their_rows(base, tmp_path):
     torch.testing.assert_close(taken(input_ids=IDS + 99).logits, adapted.eval()(input_ids=IDS + 99).logits)
 
 
+def test_the_base_of_an_adapter_is_in_the_fingerprint(base, tmp_path):
+    def digest():
+        sources.file_digest.cache_clear()
+        return chain.fingerprint_parts(hf(tmp_path / "adapter"), "tokenizer")["model.checkpoint"]
+
+    base = shutil.copytree(base, tmp_path / "base")
+    adapter(base, tmp_path / "adapter")
+    before = digest()
+    assert digest() == before
+    edit_weights(base, lambda weights: {key: value + 1 for key, value in weights.items()})
+    assert digest() != before
+
+
 def test_an_adapter_without_its_base_or_its_weights_is_one_line(base, tmp_path):
-    gone = shutil.copytree(base, tmp_path / "gone")
-    adapter(gone, tmp_path / "adapter")
-    whole = chain.fingerprint_parts(hf(tmp_path / "adapter"), "tokenizer")["model.checkpoint"]
-    edit_weights(gone, lambda weights: {key: value + 1 for key, value in weights.items()})
-    checkpoints_of = chain.fingerprint_parts(hf(tmp_path / "adapter"), "tokenizer")["model.checkpoint"]
-    assert whole != checkpoints_of  # the base is part of what the fingerprint covers
-    edit_weights(tmp_path / "adapter", lambda weights: weights) if False else None
-    shutil.rmtree(gone)
-    assert f"its base model {gone}: no such folder" in refusal(tmp_path / "adapter")
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    assert "names no base_model_name_or_path" in refusal(tmp_path / "adapter")
-    adapter(base, tmp_path / "second")
-    file = tmp_path / "second/adapter_model.safetensors"
+    folder = tmp_path / "adapter"
+    adapter(base, folder)
+    file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({key: value for key, value in weights.items() if ".layers.1." not in key}, file)
-    assert "of the adapter does not fit its base model" in refusal(tmp_path / "second")
+    refused("and 1 more of the adapter does not fit its base model", take, folder)
     file.unlink()
-    assert "is an adapter without adapter_model.safetensors" in refusal(tmp_path / "second")
-
-
-def hf(folder):
-    return composed("model=hf", f"model.checkpoint={folder}")
+    refused("is an adapter without adapter_model.safetensors", take, folder)
+    save_file(weights, file)
+    settings_file = folder / "adapter_config.json"
+    named = json.loads(settings_file.read_text())
+    settings_file.write_text(json.dumps(named | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    refused(f"its base model {tmp_path}/gone: no such folder", take, folder)
+    settings_file.write_text(json.dumps(named | {"base_model_name_or_path": str(folder)}))
+    refused("is an adapter on another one", take, folder)
+    settings_file.write_text("{}")
+    refused("names no base_model_name_or_path", take, folder)
 
 
 def test_an_adapter_in_an_artifact_or_as_a_judge_is_refused(base, folder, tmp_path):
     adapter(base, tmp_path / "adapter")
     shutil.copy(tmp_path / "adapter/adapter_config.json", folder)
     for load in (models.load_policy, models.new_critic):
-        with pytest.raises(UserError, match="is an adapter"):
-            load(folder)
+        refused("is an adapter", load, folder)
 
 
 # --- code that a checkpoint brings along
@@ -342,6 +356,8 @@ class PlantedConfig(LlamaConfig):
 class PlantedModel(LlamaForCausalLM):
     config_class = PlantedConfig
 class PlantedTokenizer:
+    pass
+def generate(*_):
     pass
 """
 
@@ -358,14 +374,12 @@ def plant(folder, kind="planted"):
 def test_code_of_a_checkpoint_or_an_artifact_does_not_run_and_nothing_is_asked(folder, monkeypatch):
     plant(folder)
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked on standard input"))
-    assert "needs code of its own" in refusal(folder)
+    refused("needs code of its own", take, folder)
     for load in (models.load_policy, models.load_reward_model, models.new_critic, models.with_new_head):
-        with pytest.raises(UserError, match="needs code of its own"):
-            load(folder)
-    with pytest.raises(UserError, match="needs code of its own"):
-        models.load_policy(folder, "meta")
+        refused("needs code of its own", load, folder)
+    refused("needs code of its own", models.load_policy, folder, "meta")
     judge = composed(f"evaluate.judge_model.path={folder}").evaluate.judge_model
-    pytest.raises(UserError, judge_model.check, judge).match("needs code of its own")
+    refused("needs code of its own", judge_model.check, judge)
     assert not (folder / "ran").exists()
 
 
@@ -396,15 +410,14 @@ def test_code_that_was_asked_for_runs_for_pretrain_and_is_refused_at_the_start_f
     taken = take(folder, "model.trust_remote_code=true")
     assert type(taken).__name__ == "PlantedModel" and (folder / "ran").exists()
     (folder / "ran").unlink()
-    config = composed("model=hf", f"model.checkpoint={folder}", "model.trust_remote_code=true", "tracker=none")
+    config = hf(folder, "model.trust_remote_code=true")
     with pytest.raises(UserError, match="stages after pretrain run none; set target=pretrain"):
         chain.check(config, chain.plan(config, ["tokenizer", "pretrain", "sft"]))
     assert not (folder / "ran").exists()
     chain.check(config, chain.plan(config, ["tokenizer", "pretrain"]))
 
 
-@pytest.mark.parametrize("command", [["run", "target=sft"], ["run", "target=tokenizer"]])
-def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tmp_path, command):
+def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tmp_path):
     plant(folder)
     line = [
         *command,
@@ -439,8 +452,7 @@ def test_the_checks_of_a_whole_model_are_in_the_stage(folder, tmp_path):
 
     edit_weights(folder, without_layer)
     job = make_job("pretrain", tmp_path / "job", "model=hf", f"model.checkpoint={folder}")
-    with pytest.raises(UserError, match="is not in the checkpoint"):
-        pretrain.start(job, tiny_tokenizer())
+    refused("is not in the checkpoint", pretrain.start, job, tiny_tokenizer())
 
 
 def test_messages_name_three_tensors_at_most():
