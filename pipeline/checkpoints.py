@@ -64,7 +64,7 @@ def check(path: str, name: str, revision: str | None = None, trust_remote_code: 
         return check_adapter(Path(path), base, name, trust_remote_code)
     with loading(name):
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
-        problem = problem_of(config, trust_remote_code) or problem_of_files(Path(path))
+        problem = problem_of_files(Path(path)) or problem_of(config, trust_remote_code)
     if problem:
         raise UserError(f"{name}: {problem}")
     return needs_code(config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM
 
 from pipeline import checkpoints
 from pipeline.errors import UserError
@@ -42,6 +42,8 @@ def place(model: DictConfig) -> str:
 
 def load(model: DictConfig) -> nn.Module:
     """The causal language model in the file, unpacked into fp32."""
+    from transformers import GgufConfig
+
     check(model)
     name = name_of(model)
     with checkpoints.loading(name):
@@ -49,14 +51,13 @@ def load(model: DictConfig) -> nn.Module:
             model.checkpoint,
             gguf_file=place(model),
             revision=model.revision or "main",
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=GgufConfig(dequantize=True),  # without it the model cannot be saved
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
         )
         left_out = tensors_left_out(model, loaded)
     checkpoints.require_whole(loaded, info | {"unexpected_keys": left_out | set(info["unexpected_keys"])}, name)
-    loaded.hf_quantizer.remove_quantization_config(loaded)  # it is an ordinary model now, which can be saved
     checkpoints.require_causal(loaded, name)
     return loaded
 

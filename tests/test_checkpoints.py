@@ -106,7 +106,7 @@ def test_the_whole_of_a_checkpoint_is_taken_in_fp32(folder, base):
             expected = {key: value.float() for key, value in model.state_dict().items()}
             place = folder.parent / f"{tied}-{dtype}"
             shutil.copytree(base, place, ignore=shutil.ignore_patterns("*.safetensors"))
-            model.save_pretrained(place, max_shard_size="20KB")
+            model.save_pretrained(place, max_shard_size="5KB")
             assert len(list(place.glob("model-*.safetensors"))) > 1
             taken = take(place)
             assert taken.state_dict().keys() == expected.keys()
@@ -419,14 +419,7 @@ def test_code_that_was_asked_for_runs_for_pretrain_and_is_refused_at_the_start_f
 
 def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tmp_path):
     plant(folder)
-    line = [
-        *command,
-        "experiment=smoke",
-        "tracker=none",
-        "model=hf",
-        f"model.checkpoint={folder}",
-        f"runs={tmp_path}/runs",
-    ]
+    line = ["run", "target=sft", "experiment=smoke", "tracker=none", "model=hf", f"model.checkpoint={folder}"]
     done = subprocess.run([sys.executable, "-m", "pipeline", *line], input="y\ny\n", capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "needs code of its own" in done.stderr
     assert not (folder / "ran").exists() and not list(tmp_path.glob("runs/artifacts/*.work"))

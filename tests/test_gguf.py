@@ -170,7 +170,7 @@ def test_the_content_of_the_file_is_in_the_fingerprint(tmp_path, model):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("other.gguf", "model.gguf_file=other.gguf: .* has no such file; it has tiny.gguf"),
+        ("other.gguf", "model.gguf_file=other.gguf: .* has no such file; it has short.gguf, text.gguf, tiny.gguf"),
         ("../tiny.gguf", "must be the name of a file in model.checkpoint"),
         ("text.gguf", "model.gguf_file=text.gguf: .*cannot be loaded"),
         ("short.gguf", "model.gguf_file=short.gguf: .*cannot be loaded"),
@@ -189,10 +189,10 @@ def test_a_file_that_cannot_be_taken_is_one_line(tmp_path, model, file, line):
 def test_a_missing_file_is_found_before_the_first_stage(tmp_path, model):
     write(tmp_path / "tiny.gguf", model)
     config = composed("tracker=none", f"model.checkpoint={tmp_path}", "model.gguf_file=tny.gguf")
-    with pytest.raises(UserError, match="has no such file; it has tiny.gguf"):
+    with pytest.raises(UserError, match=r"has no such file; it has tiny\.gguf"):
         chain.check(config, chain.plan(config, ["tokenizer"]))
     without = composed("tracker=none", f"model.checkpoint={tmp_path}")
-    with pytest.raises(UserError, match="set model.gguf_file=tiny.gguf|has no config.json"):
+    with pytest.raises(UserError, match=r"has weights in GGUF; set model\.gguf_file=tiny\.gguf"):
         chain.check(without, chain.plan(without, ["tokenizer"]))
     as_folder = composed("tracker=none", f"model.checkpoint={tmp_path}/tiny.gguf")
     with pytest.raises(UserError, match=f"set model.checkpoint={tmp_path} and model.gguf_file=tiny.gguf"):
