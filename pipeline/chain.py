@@ -164,12 +164,29 @@ def check(config: DictConfig, planned: dict[str, Planned]) -> None:
     check_processes(config, planned)
     if not all(entry.artifact.finished for entry in planned.values()):
         tracker_kinds.require(config.tracker)
+    check_checkpoint(config, planned)
     check_sources(config, planned)
     check_rewards(config, planned)
     if not all(entry.artifact.finished for entry in planned.values()):
         from pipeline import preflight  # imports torch
 
         preflight.check(config, planned)
+
+
+def check_checkpoint(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """Look at the checkpoint of model=hf before the first stage that reads it; raises `UserError` for a bad one."""
+    if not config.model.checkpoint or all(planned[name].artifact.finished for name in planned if name in READ_IT):
+        return
+    from pipeline.models import check_checkpoint
+
+    if check_checkpoint(config.model) and not set(planned) <= READ_IT:
+        raise UserError(
+            f"model.checkpoint={config.model.checkpoint}: needs code of its own, and stages after pretrain run none; "
+            "set target=pretrain, or take a model whose architecture transformers has"
+        )
+
+
+READ_IT = {"tokenizer", "pretrain"}  # stages that read the checkpoint; later ones read what they made of it
 
 
 def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:

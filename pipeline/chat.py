@@ -27,11 +27,17 @@ TEMPLATE = (
 )
 
 
-def load_tokenizer(folder: Path | str, **options: Any) -> Any:
-    """The tokenizer of a model folder or hub name; its pad token differs from its end token."""
+def load_tokenizer(folder: Path | str, name: str | None = None, **options: Any) -> Any:
+    """The tokenizer of a model folder or hub name. Raises `UserError` that begins with `name` where it has none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **options)
+    from pipeline import checkpoints
+
+    with checkpoints.loading(f"{name or folder}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False} | options)
+        if not tokenizer.is_fast or not len(tokenizer):
+            raise UserError(f"{name or folder}: has no tokenizer.json; save its tokenizer as a fast one")
+    return tokenizer
 
 
 def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:

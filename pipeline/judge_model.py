@@ -5,9 +5,7 @@ Every pair is asked twice, with the replies in both orders, since models prefer 
 sampled. P: prompts, M: models.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import chat, likelihood, models, template
+from pipeline import chat, checkpoints, likelihood, models, template
 from pipeline.columns import Message
 from pipeline.errors import UserError
 from pipeline.judge_template import question
@@ -86,19 +84,17 @@ class JudgeModel:
 
 def load(config: Any, device: Any, template_date: str) -> JudgeModel:
     """The judge model of `evaluate.judge_model`, in bf16 where `device` computes in it; no code of the model's runs."""
+    tokenizer = _checked_tokenizer(config, template_date)
     dtype = torch.bfloat16 if device.bf16 else torch.float32
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
-        template.settle(tokenizer, template_date)
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **options)
+    model = checkpoints.load(
+        AutoModelForCausalLM, config.path, _name(config), dtype=dtype, revision=config.revision or "main"
+    )
     return JudgeModel(model.to(device.type).eval(), tokenizer, config)
 
 
 def check(config: Any, template_date: str) -> None:
-    """Hold the judge's tokenizer to verdicts and template before anything is sampled; raises `UserError`."""
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
-        template.settle(tokenizer, template_date)
+    """Hold the judge's checkpoint to verdicts and template before anything is sampled; raises `UserError`."""
+    tokenizer = _checked_tokenizer(config, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
 
@@ -108,13 +104,18 @@ def weight_bytes(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-@contextlib.contextmanager
-def _loading(config: Any) -> Iterator[dict[str, Any]]:
+def _checked_tokenizer(config: Any, template_date: str) -> Any:
+    checkpoints.check(config.path, _name(config), config.revision)
+    tokenizer = chat.load_tokenizer(config.path, _name(config), revision=config.revision or "main")
     try:
-        yield {"revision": config.revision or "main", "trust_remote_code": False}
-    except (OSError, ValueError, UserError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"evaluate.judge_model.path={config.path}: cannot be loaded ({said})") from error
+        template.settle(tokenizer, template_date)
+    except UserError as error:
+        raise UserError(f"{_name(config)}: {error}") from error
+    return tokenizer
+
+
+def _name(config: Any) -> str:
+    return f"evaluate.judge_model.path={config.path}"
 
 
 def _require_template(tokenizer: Any, config: Any) -> None:

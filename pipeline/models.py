@@ -11,9 +11,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
 )
 
+from pipeline import checkpoints, gguf_checkpoint
 from pipeline.errors import UserError, first_line
 
 
@@ -48,19 +50,49 @@ SHAPE = (
 )  # fmt: skip
 
 
+def check_checkpoint(model: DictConfig) -> bool:
+    """Whether the checkpoint of `model=hf` needs code of its own; raises `UserError` where it cannot be taken.
+
+    Reads no weights.
+    """
+    if model.gguf_file:
+        gguf_checkpoint.check(model)
+        return False
+    name = f"model.checkpoint={model.checkpoint}"
+    return checkpoints.check(model.checkpoint, name, model.revision, model.trust_remote_code)
+
+
 def from_checkpoint(model: DictConfig, tokenizer: Any) -> nn.Module:
     """The checkpoint of `model=hf`, with rows for the tokens that the tokenizer stage added."""
-    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     if model.gguf_file:
-        options["gguf_file"] = model.gguf_file
+        loaded = gguf_checkpoint.load(model)
     else:
-        options["use_safetensors"] = True
-    loaded = AutoModelForCausalLM.from_pretrained(model.checkpoint, dtype=torch.float32, **options)
-    if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
-        loaded.resize_token_embeddings(len(tokenizer))
+        options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+        loaded = checkpoints.load_causal(model.checkpoint, f"model.checkpoint={model.checkpoint}", **options)
+    add_rows(loaded, max(tokenizer.get_vocab().values()) + 1)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.eos_token_id = tokenizer.eos_token_id
+    try:
+        loaded.generation_config.validate(strict=True)
+    except ValueError:  # settings that do not go together, with which transformers loads a model and does not save it
+        loaded.generation_config = GenerationConfig.from_model_config(loaded.config)
     return without_dropout(loaded)
+
+
+@torch.no_grad()
+def add_rows(model: nn.Module, rows: int) -> None:
+    """Give the embeddings and the output layer at least `rows` rows; new ones are the mean of the others.
+
+    So nothing is drawn, and a new token's logit is no larger than others' (Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models").
+    """
+    before = model.get_input_embeddings().num_embeddings
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for values in layer.parameters():  # weight [V, D], and a bias [V] where there is one
+            values[before:] = values[:before].mean(0)
 
 
 def load_policy(folder: Path, device: str = "cpu") -> nn.Module:
@@ -81,17 +113,25 @@ def load_reward_model(folder: Path, device: str = "cpu") -> nn.Module:
 
 def new_critic(folder: Path, device: str = "cpu") -> nn.Module:
     """A critic on the trunk of a causal language model, fp32, in evaluation mode: its value of every text is 0."""
-    model = _loaded(AutoModelForSequenceClassification, folder, device, num_labels=1)
+    model = with_new_head(folder, device)
     nn.init.zeros_(model.score.weight)
     model.config.score_mean, model.config.score_std = 0.0, 1.0
     return model
 
 
-def _loaded(kind: Any, folder: Path, device: str, **options: Any) -> nn.Module:
+def with_new_head(folder: Path, device: str = "cpu") -> nn.Module:
+    """The trunk of a causal language model with a new score in place of its output layer, fp32, evaluation mode."""
+    return _loaded(AutoModelForSequenceClassification, folder, device, new_head=True, num_labels=1)
+
+
+def _loaded(kind: Any, folder: Path, device: str, new_head: bool = False, **options: Any) -> nn.Module:
+    name = f"{folder}"
     if device == "meta":
-        with torch.device("meta"):
-            return kind.from_config(AutoConfig.from_pretrained(folder, **options), dtype=torch.float32).eval()
-    loaded = kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+        with checkpoints.loading(name):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+            with torch.device("meta"):
+                return kind.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    loaded = checkpoints.load(kind, folder, name, new_head, dtype=torch.float32, **options)
     return without_dropout(loaded).to(device).eval()
 
 

@@ -36,9 +36,11 @@ def check(config: DictConfig, planned: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         if "pretrain" in unmade:
             settings = OmegaConf.to_container(OmegaConf.merge(config.sampling, {"max_new_tokens": 2, "batch_size": 1}))
-            _check_model(json.dumps(OmegaConf.to_container(config.model)), json.dumps(settings), scored)
+            model = json.dumps(OmegaConf.to_container(config.model))
+            _check_model(model, config.tokenizer.template_date, json.dumps(settings), scored)
         if "evaluate" in unmade and config.evaluate.judge_model.path:
-            _check_judge(json.dumps(OmegaConf.to_container(config.evaluate.judge_model)))
+            judge = json.dumps(OmegaConf.to_container(config.evaluate.judge_model))
+            _check_judge(judge, config.tokenizer.template_date)
     rendered = sorted({key for name in unmade for key in sources(name, config)} & {"data.replies", "data.preferences"})
     if rendered and config.model.checkpoint:  # our own template renders everything
         check_rows(config, _tokenizer(config, planned), rendered)
@@ -49,13 +51,13 @@ def _has_critic_of_its_own(ppo: DictConfig) -> bool:
 
 
 @functools.cache
-def _check_model(model_json: str, sampling_json: str, scored: bool) -> None:
+def _check_model(model_json: str, template_date: str, sampling_json: str, scored: bool) -> None:
     config, settings = OmegaConf.create(json.loads(model_json)), OmegaConf.create(json.loads(sampling_json))
     name = f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"model.model_type={config.model_type}"
     if config.checkpoint:
         tell(f"{name}: loading it for one reply, one forward pass and one decoding step")
     try:
-        tokenizer, model = start(config)
+        tokenizer, model = start(config, template_date)
         check_model(model, tokenizer, settings, scored)
     except UserError as error:
         raise error if str(error).startswith("model.") else UserError(f"{name}: {error}") from error
@@ -65,10 +67,10 @@ def _check_model(model_json: str, sampling_json: str, scored: bool) -> None:
         tell(f"{name}: its cache is of no kind that can be used here; every token takes a whole forward pass: slow")
 
 
-def start(config: DictConfig) -> tuple[Any, nn.Module]:
+def start(config: DictConfig, template_date: str) -> tuple[Any, nn.Module]:
     """Tokenizer and model that the chain starts from: the checkpoint's, or for a new model some of the same shape."""
     if config.checkpoint:
-        tokenizer = tokenizer_stage.from_checkpoint(config)
+        tokenizer = tokenizer_stage.from_checkpoint(config, template_date)
         return tokenizer, models.from_checkpoint(config, tokenizer).eval()
     tokenizer = tokenizer_stage.train([], 300)
     model = models.from_scratch(config, tokenizer, 0).eval()
@@ -107,13 +109,13 @@ def require_score(config: Any) -> None:
 
 
 @functools.cache
-def _check_judge(judge_json: str) -> None:
+def _check_judge(judge_json: str, template_date: str) -> None:
     """Have the judge model give verdicts on two pairs; of a large one, or one on the hub, ask its tokenizer alone."""
     config = OmegaConf.create(json.loads(judge_json))
-    judge_model.check(config)
+    judge_model.check(config, template_date)
     if not 0 < judge_model.weight_bytes(config.path) < LARGE:
         return
-    judge = judge_model.load(config, Device("cpu", bf16=False, threads=1))
+    judge = judge_model.load(config, Device("cpu", bf16=False, threads=1), template_date)
     questions = [judge.ids(CONVERSATION, *replies) for replies in (("Fine.", "No."), ("No.", "Fine."))]
     first, _ = judge.probabilities(questions)
     if not (first == first).all():
@@ -126,7 +128,7 @@ def _tokenizer(config: DictConfig, planned: dict[str, Any]) -> Any:
     made = planned["tokenizer"].artifact if "tokenizer" in planned else None
     if made is not None and made.finished:
         return chat.load_tokenizer(made.folder)
-    return tokenizer_stage.from_checkpoint(config.model)
+    return tokenizer_stage.from_checkpoint(config.model, config.tokenizer.template_date)
 
 
 def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:

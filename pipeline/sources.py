@@ -148,9 +148,27 @@ def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Digest of a local model folder: names and contents of its files."""
+    """Digest of a local model folder: names and contents of its files, and for an adapter those of its base model."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return hashlib.sha256("".join(f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files).encode()).hexdigest()
+    lines = [f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files]
+    base = adapter_base(folder)
+    if base and Path(base).is_dir() and not adapter_base(Path(base)):
+        lines.append(f"base {checkpoint_digest(Path(base))}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+ADAPTER = "adapter_config.json"
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model, a folder or a name on the hub, that the adapter in `folder` belongs to; None where it holds none."""
+    file = folder / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
 
 
 def model_digest(path: str, key: str) -> str:

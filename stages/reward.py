@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from pipeline import chat, checkup, checkup_views, ensemble, likelihood, lora, models, preferences, sampling, training
@@ -87,10 +87,7 @@ def with_score_head(job: Job, tokenizer: Any, seed: int) -> torch.nn.Module:
     Source of the initialisation: Huang et al. 2024, arXiv 2403.17031, detail 8. Dropout is off in every model here.
     """
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job.inputs["sft"], num_labels=1, dtype=torch.float32, use_safetensors=True
-    )
-    models.without_dropout(model)
+    model = models.with_new_head(job.inputs["sft"])
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
