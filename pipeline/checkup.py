@@ -20,7 +20,6 @@ from pipeline.preferences import Pair
 
 Score = Callable[[list[list[int]]], np.ndarray]  # token sequences → normalised scores [N]
 BINS = 10  # of the calibration, with the same number of pairs each
-PROBED = 200  # held-out prompts that probes are tried on, at most
 COMPARED = 64  # sequences that are scored in several ways
 
 
@@ -163,12 +162,13 @@ def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: int) -
     return next((reply for reply in replies if len(reply) <= room), None)
 
 
-def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: int) -> dict[str, dict[str, float]]:
+def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: int, most: int) -> dict[str, dict[str, float]]:
     """For each probe its mean score, how much it is below the chosen reply's, and how often it is preferred to that.
 
+    They are tried on the first `most` prompts.
     `positions` is the most tokens that the model can read; prompts that leave no room for a probe are left out of it.
     """
-    distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:PROBED]
+    distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:most]
     prompts = [chat.prompt_ids(tokenizer, pair.prompt) for pair in distinct]
     base = score([p + chat.reply_ids(tokenizer, pair.chosen) for p, pair in zip(prompts, distinct, strict=True)])
     found = {}

@@ -30,13 +30,13 @@ class Ensemble:
     coef: float = 0.0
     scale: tuple[float, float] = (0.0, 1.0)
 
-    def scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
-        """The score [N] of each sequence of token ids."""
-        return self.combined(self.member_scores(sequences, pad, batch_size))
+    def scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> Tensor:
+        """The score [N] of each sequence of token ids; `bar` counts those of every member."""
+        return self.combined(self.member_scores(sequences, pad, batch_size, bar))
 
-    def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
+    def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> Tensor:
         """The score of each sequence by each member [members, N]."""
-        return torch.stack([normalised_scores(member, sequences, pad, batch_size) for member in self.members])
+        return torch.stack([normalised_scores(member, sequences, pad, batch_size, bar) for member in self.members])
 
     def combined(self, scores: Tensor) -> Tensor:
         """One score [N] of the scores [members, N]."""
@@ -53,9 +53,11 @@ class Ensemble:
         return {"combine": self.combine, "coef": self.coef, "scale": list(self.scale)}
 
 
-def normalised_scores(model: Any, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
+def normalised_scores(
+    model: Any, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
+) -> Tensor:
     """The score [N] of each sequence by one reward model, on the scale that its configuration holds."""
-    return normalised(model, torch.tensor(likelihood.scores(model, sequences, pad, batch_size)))
+    return normalised(model, torch.tensor(likelihood.scores(model, sequences, pad, batch_size, bar)))
 
 
 def normalised(reward_model: Any, raw: Tensor) -> Tensor:

@@ -29,14 +29,16 @@ def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: 
     return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][:count]
 
 
-def reply_bits_per_byte(model: nn.Module, tokenizer: Any, examples: list[Example], longest: int) -> float:
+def reply_bits_per_byte(
+    model: nn.Module, tokenizer: Any, examples: list[Example], longest: int, bar: Any = None
+) -> float:
     """Bits per byte of people's replies given their rendered prompts; the end token's bits count as well.
 
-    Replies that are, with their prompt, longer than `longest` tokens are left out.
+    Replies that are, with their prompt, longer than `longest` tokens are left out. `bar` counts replies.
     """
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
     kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= longest]
-    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id).sum().item()
+    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id, bar=bar).sum().item()
     return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
 
 
@@ -46,12 +48,12 @@ def first_texts(texts: list[str], tokenizer: Any, tokens: int) -> list[str]:
     return texts[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens)))]
 
 
-def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], context: int) -> float:
+def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], context: int, bar: Any = None) -> float:
     """Bits per UTF-8 byte of texts under a causal language model, each by itself after its BOS.
 
-    Windows have `context` tokens, or as many as the model can read.
+    Windows have `context` tokens, or as many as the model can read. `bar` counts tokens.
     """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     window = min(context, models.context_length(model.config))
-    nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window)
+    nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window, bar=bar)
     return likelihood.bits_per_byte(nats, texts)

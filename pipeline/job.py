@@ -73,12 +73,13 @@ class Job:
         about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
         self.say(f"{self.device} · {mode} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
-    def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
-        """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left."""
+    def progress(self, total: int, unit: str, initial: int = 0, part: str = "") -> tqdm:
+        """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left, of a `part` of the stage."""
         quiet = not sys.stderr.isatty()
         bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]"
         return tqdm(
-            total=total, initial=initial, unit=unit, unit_scale=True, desc=self.stage, bar_format=bar,
+            total=total, initial=initial, unit=unit, unit_scale=True, bar_format=bar,
+            desc=f"{self.stage} {part}".strip(),
             leave=False, mininterval=30 if quiet else 0.5, file=sys.stderr, disable=not self.main,
         )  # fmt: skip
 
@@ -165,8 +166,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars, which know no slower pace for a log file
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars: the stage has one for each part that takes long
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ B: batch, P: prompt tokens, R: reply tokens, T: tokens, V: vocabulary, D: width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,13 @@ def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor
 
 
 @torch.no_grad()
-def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128) -> list[float]:
-    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding."""
+def scores(
+    model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
+) -> list[float]:
+    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding.
+
+    `bar` is a progress bar that counts sequences, here and below.
+    """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
@@ -80,12 +86,13 @@ def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: i
         last = states[torch.arange(len(chosen), device=ids.device), mask.sum(1) - 1]
         for i, score in zip(chosen, model.score(last)[:, 0].tolist(), strict=True):
             found[i] = score
+        advance(bar, len(chosen))
     return found
 
 
 @torch.no_grad()
 def replies_logprobs(
-    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64, bar: Any = None
 ) -> Tensor:
     """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -96,13 +103,14 @@ def replies_logprobs(
         reply, reply_mask = right_padded([pairs[i][1] for i in batch], pad, model.device)
         logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
         found[batch] = (logprobs * reply_mask).sum(1).cpu()
+        advance(bar, len(batch))
     return found
 
 
 @torch.no_grad()
 def kl(
     policy: nn.Module, reference: nn.Module, prompts: list[list[int]], replies: list[list[int]], temperature: float,
-    pad: int, batch_size: int = 64,
+    pad: int, batch_size: int = 64, bar: Any = None,
 ) -> float:  # fmt: skip
     """KL(policy, reference) in nats per reply, at `temperature`, from replies that the policy sampled.
 
@@ -118,15 +126,16 @@ def kl(
             for model in (policy, reference)
         )
         total += ((ours.exp() * (ours - theirs)).sum(-1) * mask).sum().item()
+        advance(bar, len(prompt))
     return total / len(prompts)
 
 
 @torch.no_grad()
-def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64) -> float:
+def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64, bar: Any = None) -> float:
     """Total negative log-likelihood, in nats, of tokenised texts, each after its first token.
 
     Windows of `context` tokens overlap by half, and each token counts once, with at least half a window before it
-    (but for a text's start).
+    (but for a text's start). `bar` counts tokens.
     """
     stride = context // 2
     windows = [(ids[s : s + context], s) for ids in texts for s in range(0, max(1, len(ids) - stride), stride)]
@@ -141,7 +150,14 @@ def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_siz
             row[context - stride - 1 if start else 0 :].sum().item()
             for row, (_, start) in zip(nats, batch, strict=True)
         )
+        advance(bar, sum(min(context - stride if start else context, len(ids)) for ids, start in batch))
     return total
+
+
+def advance(bar: Any, count: int) -> None:
+    """Move a progress bar on, where there is one."""
+    if bar is not None:
+        bar.update(count)
 
 
 def bits_per_byte(nats: float, texts: list[str]) -> float:

@@ -282,6 +282,8 @@ class RewardConfig:
     """Stage `reward`."""
 
     pairs: int | None = number(1)
+    eval_pairs: int | None = number(2)
+    probe_prompts: int = number(1)
     epochs: int = number(1)
     batch_size: int = number(1)
     learning_rate: float = number(0.0)
@@ -303,6 +305,8 @@ class RewardConfig:
 class DpoConfig:
     """Stage `dpo`."""
 
+    pairs: int | None = number(1)
+    eval_pairs: int | None = number(1)
     beta: float = number(0.0)
     loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
     label_smoothing: float = number(0.0, 0.5)

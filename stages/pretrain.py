@@ -23,16 +23,18 @@ def run(job: Job) -> dict[str, Any]:
         shuffled = data.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
-        job.announce(
-            f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
-        )
+        flops = models.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
+        job.announce(f"{config.batch_size * config.context:,} tokens", steps, flops)
         model = fit(job, model, PackedRows(stream, config.context, steps * config.batch_size), steps)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
+    bar = job.progress(config.eval_tokens, "tokens", part="held out")
+    bits = held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context, bar)
+    bar.close()
     return {
-        "bits_per_byte": held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context),
+        "bits_per_byte": bits,
         "eval_bytes": sum(len(text.encode()) for text in texts),
         "baselines": baselines.text_baselines(train_texts, texts),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import chat, models
+from pipeline import chat, models, preferences
 from pipeline.actors import Actors
 from pipeline.artifact import write_json
 from pipeline.config import compose
@@ -171,6 +171,22 @@ def write_model(model: nn.Module, folder: Path) -> Path:
     models.save(model, tiny_tokenizer(), folder)
     write_json(folder / "metrics.json", {"template_hash": chat.template_hash(tiny_tokenizer())})
     return folder
+
+
+def numbered_pairs(count: int) -> list[Pair]:
+    """Pairs of as many prompts; the chosen replies are the longer ones, and grow longer."""
+    prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(count)]
+    return [Pair(prompt, "yes " * (1 + i), "no", 0.5, "samples") for i, prompt in enumerate(prompts)]
+
+
+def with_comparisons(job: Job, train: list[Pair], test: list[Pair]) -> Job:
+    """The job with a tiny SFT model and these pairs as its inputs."""
+    folder = job.out.parent / "comparisons"
+    folder.mkdir()
+    preferences.write(folder / "train.jsonl", train)
+    preferences.write(folder / "test.jsonl", test)
+    job.inputs |= {"sft": write_model(tiny_policy(), job.out.parent / "sft"), "comparisons": folder}
+    return job
 
 
 composed_once = functools.cache(lambda *overrides: compose(["experiment=smoke", *overrides]))

@@ -6,14 +6,12 @@ leaves out the same rows as the one before.
 
 import numpy as np
 import pytest
-from helpers import make_job, tiny_policy, write_model
+from helpers import make_job, numbered_pairs, with_comparisons
 
-from pipeline import data, preferences, rollouts, training
-from pipeline.artifact import write_json
+from pipeline import data, rollouts, training
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.packing import PackedRows
-from pipeline.preferences import Pair
 from stages import dpo, reward, sft
 
 
@@ -176,21 +174,6 @@ def stop_before_training(*arguments):
     raise Trained(arguments)
 
 
-def pairs(count: int) -> list[Pair]:
-    prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(count)]
-    return [Pair(prompt, "yes " * (1 + i), "no", 0.5, "samples") for i, prompt in enumerate(prompts)]
-
-
-def with_comparisons(job, folder, count):
-    comparisons = folder / "comparisons"
-    comparisons.mkdir()
-    preferences.write(comparisons / "train.jsonl", pairs(count))
-    preferences.write(comparisons / "test.jsonl", pairs(4))
-    write_json(comparisons / "metrics.json", {})
-    job.inputs |= {"sft": write_model(tiny_policy(), folder / "sft"), "comparisons": comparisons}
-    return job
-
-
 @pytest.mark.parametrize(("epochs", "trained"), [(1, 16), (2, 19)])
 def test_metrics_count_what_is_trained_on(tmp_path, monkeypatch, capsys, epochs, trained):
     """19 rows in batches of 8: 3 are left out of each epoch, others in the second."""
@@ -204,12 +187,12 @@ def test_metrics_count_what_is_trained_on(tmp_path, monkeypatch, capsys, epochs,
     monkeypatch.setattr(training, "trained_on", counts)
     stages = {"reward": (reward, "member"), "dpo": (dpo, "fit"), "sft": (sft, "fit")}
     monkeypatch.setattr(reward, "sft_samples", lambda *_: [])
-    examples = [Example(pair.prompt, pair.chosen) for pair in pairs(19)]
+    examples = [Example(pair.prompt, pair.chosen) for pair in numbered_pairs(19)]
     monkeypatch.setattr(data, "training_examples", lambda *_: examples)
     monkeypatch.setattr(data, "prompts", lambda *_: examples)
     for name, (module, training_of) in stages.items():
         options = [f"{name}.epochs={epochs}", f"{name}.batch_size=8"]
-        job = with_comparisons(make_job(name, tmp_path / name, *options), tmp_path / name, 19)
+        job = with_comparisons(make_job(name, tmp_path / name, *options), numbered_pairs(19), numbered_pairs(4))
         job.inputs["pretrain"] = job.inputs["sft"]
         monkeypatch.setattr(module, training_of, stop_before_training)
         with pytest.raises(Trained):
