@@ -85,7 +85,7 @@ STAGES = {
         keys=("ppo", "reward.gate", "sampling", "data.dialogue", "precision"),
         sources=("data.replies", "data.text"),
         functions=("ppo.reward",),
-        version=2,
+        version=3,
         metric="score",
         several_processes=True,
     ),
@@ -106,7 +106,7 @@ STAGES = {
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
-        version=7,
+        version=8,
         metric="ppo_gold_mean",
     ),
 }
