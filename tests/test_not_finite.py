@@ -71,5 +71,5 @@ def test_scores_that_are_lost_do_not_normalise_a_reward_model():
     assert ensemble.mean_and_deviation(scores) == (3.0, 2.0)
     assert ensemble.mean_and_deviation(torch.ones(3)) == (1.0, 1e-6)
     for value in (math.nan, math.inf):
-        with pytest.raises(UserError, match="^reward: the scores of the SFT model's samples are not finite; lower rew"):
+        with pytest.raises(UserError, match=r"^reward: the scores of the SFT model's samples are not finite; lower"):
             ensemble.mean_and_deviation(torch.cat([scores, torch.tensor([value])]))
