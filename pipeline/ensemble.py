@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import likelihood, models
+from pipeline.errors import UserError
 
 MEMBERS = "members"  # folder of the second and all later models in the artifact of the first
 
@@ -63,6 +64,13 @@ def normalised_scores(
 def normalised(reward_model: Any, raw: Tensor) -> Tensor:
     """Raw scores on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
     return (raw - reward_model.config.score_mean) / reward_model.config.score_std
+
+
+def mean_and_deviation(scores: Tensor) -> tuple[float, float]:
+    """What scores [N] are normalised by. Raises `UserError` where one is not a finite number."""
+    if not torch.isfinite(scores).all():
+        raise UserError("reward: the scores of the SFT model's samples are not finite; lower reward.learning_rate")
+    return scores.mean().item(), max(scores.std().item(), 1e-6)
 
 
 def load(folder: Path, device: str = "cpu") -> Ensemble:

@@ -225,13 +225,24 @@ def context_length(config: Any) -> float:
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a model folder that transformers loads by itself: safetensors, tokenizer and chat template."""
+    """Write a model folder that transformers loads by itself: safetensors, tokenizer and chat template.
+
+    Raises `UserError` where a weight is not a finite number.
+    """
+    require_finite(model)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise `UserError` naming the first parameter that is not finite throughout."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{name}: has weights that are no finite numbers; lower the stage's learning rate")
 
 
 def parameter_count(model: nn.Module) -> int:

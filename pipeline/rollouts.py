@@ -64,7 +64,7 @@ class Rollout:
     logprobs: Tensor  # [B, R] under the policy, before the update
     reference_logprobs: Tensor  # [B, R] under the reference
     values: Tensor  # [B, R] of the text before each token; 0 without a critic
-    scores: Tensor  # [B] normalised, with the penalty for a missing end
+    scores: Tensor  # [B] normalised, at most the penalty where the end is missing
     ended: Tensor  # [B] 1 where the reply ended by itself
     sampled_logprobs: Tensor  # [B, R] as the sampler recorded them
 
@@ -128,7 +128,7 @@ def collect(
     ended = torch.tensor([float(r.ended) for r in replies], device=device)
     scores = torch.tensor(scored, device=device)
     if missing_end_penalty is not None:
-        scores = torch.where(ended.bool(), scores, torch.full_like(scores, missing_end_penalty))
+        scores = torch.where(ended.bool(), scores, scores.clamp(max=missing_end_penalty))  # no way to gain by it
     rollout = Rollout(
         prompt, prompt_mask, reply, mask, logprobs.clone(), torch.zeros_like(logprobs), values, scores, ended, logprobs
     )

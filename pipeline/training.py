@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from pipeline import ranks
+from pipeline import guards, ranks
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.schema import SHARDED
@@ -57,6 +57,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
         "use_cpu": job.device.type == "cpu",
         "bf16": job.device.bf16,
         "logging_steps": min(job.config.runtime.log_every, steps),
+        "logging_nan_inf_filter": False,  # it would write a loss that is no number as the mean of those before
         "train_sampling_strategy": "sequential",
         "save_strategy": "steps",
         "save_steps": max(1, steps // (job.config.runtime.checkpoints + 1)),
@@ -195,11 +196,19 @@ class Reports(TrainerCallback):
         self.bar.update(self.per_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Record the metrics of a step; the Trainer's own closing summary is left out."""
-        if logs and "train_runtime" not in logs:
-            step = self.before + state.global_step
-            axes = {OPTIMISER_STEP: step, self.unit: step * self.per_step}
-            self.job.log(step, {name: value for name, value in logs.items() if isinstance(value, int | float)}, axes)
+        """Record the metrics of a step; the Trainer's own closing summary is left out.
+
+        Raises `UserError` where one is not a finite number: the weights are lost then.
+        """
+        step = self.before + state.global_step
+        metrics = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if names := guards.broken(metrics):
+            raise UserError(
+                f"{self.job.stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower "
+                f"{self.job.stage}.learning_rate"
+            )
+        if "train_runtime" not in metrics:
+            self.job.log(step, metrics, {OPTIMISER_STEP: step, self.unit: step * self.per_step})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written, once all processes have written theirs of it."""

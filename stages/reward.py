@@ -224,7 +224,7 @@ NORMALISED_ON = 256  # prompts
 def normalise(model: torch.nn.Module, tokenizer: Any, samples: list[list[int]]) -> None:
     """Store mean and spread of the scores of the SFT model's samples in the model's configuration."""
     scores = torch.tensor(likelihood.scores(model, samples, tokenizer.pad_token_id))
-    model.config.score_mean, model.config.score_std = scores.mean().item(), max(scores.std().item(), 1e-6)
+    model.config.score_mean, model.config.score_std = ensemble.mean_and_deviation(scores)
 
 
 def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[int]]) -> Ensemble:
@@ -232,8 +232,7 @@ def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[in
     config = job.config.reward
     if len(members) > 1:
         model = Ensemble(members, config.combine, config.combine_coef)
-        scores = model.scores(samples, tokenizer.pad_token_id)
-        model.scale = scores.mean().item(), max(scores.std().item(), 1e-6)
+        model.scale = ensemble.mean_and_deviation(model.scores(samples, tokenizer.pad_token_id))
         members[0].config.ensemble = model.settings()
         models.save(members[0], tokenizer, job.out)
     return ensemble.joined(members)

@@ -34,9 +34,14 @@ def mine(tmp_path, monkeypatch):
     return write
 
 
-def config(tmp_path, *overrides, **rewards):
-    """The smoke configuration with reward functions by key, dots written as __, and no argument of theirs."""
-    changed = composed(f"runs={tmp_path / 'runs'}", "tracker=none", *overrides)
+NUMBERS = [{"prompt": f"{n} quarters?", "completion": f"{n}/4"} for n in range(1, 60)]
+
+
+def config(tmp_path, *overrides, rows=NUMBERS, **rewards):
+    """The smoke configuration on `rows` with reward functions by key, dots written as __, and no argument of theirs."""
+    source = {"path": lines(tmp_path / "rows.jsonl", rows), "format": "prompt_completion"}
+    options = [*(f"data.replies.{name}={value}" for name, value in source.items()), "data.dialogue.reply_min_chars=1"]
+    changed = composed(f"runs={tmp_path / 'runs'}", "tracker=none", *options, *overrides)
     for key, function in rewards.items():
         for name, value in {"function": function, "args": {}, "parts": {}}.items():
             OmegaConf.update(changed, f"{key.replace('__', '.')}.{name}", value, merge=False)
@@ -75,25 +80,18 @@ def test_a_function_that_fails_is_refused_before_any_stage(tmp_path, mine, key):
     name = mine("__import__('sys').exit(0)")
     made = config(tmp_path, **{key.replace(".", "__"): f"{name}:f"})
     with pytest.raises(UserError, match=rf"^{name}:f: called sys\.exit\(0\); .*; at row 1, '"):
-        chain.bring_up_to_date(made)
-    assert not list((tmp_path / "runs").glob("artifacts/*"))
-
-
-NUMBERS = [{"prompt": f"{n} quarters?", "completion": f"{n}/4"} for n in range(1, 60)]
+        chain.check(made, {stage: planned for stage, planned in chain.plan(made).items() if stage == key.split(".")[0]})
 
 
 @pytest.mark.parametrize("wrong", ["2024-01-02", "3 or 4", "no number"])
 def test_ppo_is_not_paid_for_numbers_where_an_answer_is_none(tmp_path, wrong):
-    rows = [*NUMBERS, *({"prompt": f"{n}?", "completion": wrong} for n in range(60))]
-    options = ["data.replies.format=prompt_completion", "data.dialogue.reply_min_chars=1"]
     numeric = {"ppo__reward": "rewards.numeric:numeric_match"}
-    good = config(tmp_path, f"data.replies.path={lines(tmp_path / 'good.jsonl', NUMBERS)}", *options, **numeric)
-    reward_checks.check(good, "ppo", "ppo.reward")
-    bad = config(tmp_path, f"data.replies.path={lines(tmp_path / 'bad.jsonl', rows)}", *options, **numeric)
+    reward_checks.check(config(tmp_path, **numeric), "ppo", "ppo.reward")
+    rows = [*NUMBERS, *({"prompt": f"{n}?", "completion": wrong} for n in range(60))]
     with pytest.raises(
         UserError, match=rf"^ppo\.reward: cannot check \d+ of the \d+ answers, the first '{wrong}' \(row"
     ):
-        reward_checks.check(bad, "ppo", "ppo.reward")
+        reward_checks.check(config(tmp_path / "bad", rows=rows, **numeric), "ppo", "ppo.reward")
 
 
 def test_the_check_imports_no_torch(tmp_path):
