@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import likelihood, models
+from pipeline.errors import UserError
 
 MEMBERS = "members"  # folder of the second and all later models in the artifact of the first
 
@@ -35,8 +36,12 @@ class Ensemble:
         return self.combined(self.member_scores(sequences, pad, batch_size))
 
     def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
-        """The score of each sequence by each member [members, N]."""
-        return torch.stack([normalised_scores(member, sequences, pad, batch_size) for member in self.members])
+        """The score of each sequence by each member [members, N]; `UserError` where one is not finite."""
+        found = torch.stack([normalised_scores(member, sequences, pad, batch_size) for member in self.members])
+        if not found.isfinite().all():
+            wrong = int((~found.isfinite()).any(0).sum())
+            raise UserError(f"reward model: its score of {wrong} of {found.shape[1]} replies is no finite number")
+        return found
 
     def combined(self, scores: Tensor) -> Tensor:
         """One score [N] of the scores [members, N]."""
