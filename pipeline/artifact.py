@@ -10,12 +10,16 @@ runs/<run>/<stage>                          a link to the artifact that the run 
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
 
 
 def stop_file(work: Path) -> Path:
@@ -123,8 +127,30 @@ class Artifact:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write `content` as JSON so that `file` is never seen half-written."""
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write `content` as JSON so that `file` is never seen half-written; `UserError` where a number is not finite."""
+    write_text(file, _as_json(file, content, indent=2) + "\n")
+
+
+def _as_json(file: Path, content: Any, **options: Any) -> str:
+    try:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
+    except ValueError:  # JSON has no word for what is not finite
+        for place, number in _numbers(content):
+            if not math.isfinite(number):
+                raise UserError(
+                    f"{file.name}: {place} is {number}, no finite number; look for a reward function or judge that "
+                    "gives one, or for a training that diverged"
+                ) from None
+        raise
+
+
+def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every floating-point number within `content`, with its place, as models.ppo.gold_mean."""
+    if isinstance(content, float):
+        yield place, content
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in entries:
+        yield from _numbers(value, f"{place}.{key}" if place else str(key))
 
 
 def write_text(file: Path, text: str) -> None:
@@ -148,8 +174,5 @@ def read_lines(file: Path) -> list[Any]:
 
 
 def write_lines(file: Path, rows: list[Any]) -> None:
-    """Write `rows` as JSON lines so that `file` is never seen half-written."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    with fresh.open("w") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    fresh.replace(file)
+    """Write `rows` as JSON lines so that `file` is never seen half-written; `UserError` as for `write_json`."""
+    write_text(file, "".join(_as_json(file, row) + "\n" for row in rows))

@@ -36,8 +36,12 @@ class Ensemble:
         return self.combined(self.member_scores(sequences, pad, batch_size, bar))
 
     def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> Tensor:
-        """The score of each sequence by each member [members, N]."""
-        return torch.stack([normalised_scores(member, sequences, pad, batch_size, bar) for member in self.members])
+        """The score of each sequence by each member [members, N]; `UserError` where one is not finite."""
+        scores = torch.stack([normalised_scores(member, sequences, pad, batch_size, bar) for member in self.members])
+        if not scores.isfinite().all():
+            wrong = int((~scores.isfinite()).any(0).sum())
+            raise UserError(f"reward model: its score of {wrong} of {scores.shape[1]} replies is no finite number")
+        return scores
 
     def combined(self, scores: Tensor) -> Tensor:
         """One score [N] of the scores [members, N]."""

@@ -13,7 +13,7 @@ from pipeline.packing import document_start
 
 
 def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: str = "test") -> list[Example]:
-    """At most `count` prompts of a held-out split that no training split and no comparison contains, with their replies.
+    """At most `count` prompts of a held-out split, with replies, that no training split and no comparison contains.
 
     To the test split the validation split is one of training. Prompts that leave no room for a reply in `model`'s
     context, or that the chat template refuses, are left out.

@@ -79,6 +79,8 @@ class JudgeModel:
             first[batch], both[batch] = logprobs.softmax(-1)[:, 0].cpu(), logprobs.exp().sum(-1).cpu()
             if bar is not None:
                 bar.update(len(batch))
+        if not np.isfinite(first).all():
+            raise UserError(f"evaluate.judge_model.path={self.config.path}: its probabilities are no finite numbers")
         return first, both
 
 

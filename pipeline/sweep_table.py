@@ -99,7 +99,8 @@ def lines(runs: list[dict[str, Any]], metric: str, reported: str | None = None) 
     return [
         {
             **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"], **run["repetition"],
-            "state": run["state"], metric: run["value"], **({reported: run.get("reported")} if reported else {}), "kl": run["kl"], "run": run["run"], "reason": run["reason"],
+            "state": run["state"], metric: run["value"], **({reported: run.get("reported")} if reported else {}),
+            "kl": run["kl"], "run": run["run"], "reason": run["reason"],
         }
         for run in runs
     ]  # fmt: skip

@@ -63,6 +63,8 @@ def run(job: Job) -> dict[str, Any]:
     played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
     found, by_judge = results(shared, played, judges)
+    for line in without_score(found, len(examples)):
+        job.say(line)
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
@@ -137,6 +139,16 @@ def results(
     return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
 
 
+def without_score(found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
+    """A line for each judge that gives some replies no score: how many of whose, which its means leave out."""
+    lines = []
+    for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
+        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in found.items() if metrics[key])
+        if counts:
+            lines.append(f"the {judge} judge gives no score to some of {prompts:,} replies each, left out: {counts}")
+    return lines
+
+
 def on_validation(
     shared: Shared, smallest: Any, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]],
     judges: list[RewardFunction],
@@ -206,7 +218,9 @@ def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
 def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
     """What the judges' scores of one model's replies, and the replies as text, come to."""
     return with_interval("gold", gold) | {
+        "gold_unscored": gold.count(None),
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
+        "second_judge_unscored": second.count(None),
         "length": float(np.mean([len(text) for text in replies])),
         **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
         "self_bleu": diversity.self_bleu(replies, job.config.evaluate.seed),

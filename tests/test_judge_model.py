@@ -131,6 +131,11 @@ def test_questions_beyond_the_context_are_counted_and_take_no_part():
         asked(Stub(), {"a": ["v" * 80] * 2, "b": ["w" * 80] * 2})
 
 
+def test_a_judge_whose_probabilities_are_no_numbers_is_refused():
+    with pytest.raises(UserError, match=r"evaluate\.judge_model\.path=.*: its probabilities are no finite numbers"):
+        asked(Stub(place=math.nan), REPLIES)
+
+
 def test_padding_and_batches_do_not_change_a_verdict():
     model, tokenizer = tiny_policy(seed=3), tiny_tokenizer()
     settings = SimpleNamespace(**{**vars(SETTINGS), "chat": True})

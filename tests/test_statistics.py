@@ -21,7 +21,7 @@ def coverage(intervals: list[list[float] | None], truth: float) -> float:
 
 
 def share_of(outcomes: list[float], groups: list[int]) -> tuple[float, float]:
-    """Wilson's interval at t, with the variance of the share by groups, all loops; half a group of each sort is added."""
+    """Wilson's interval at t, the variance of the share being by groups; half a group of ones and of zeros is added."""
     names = sorted(set(groups))
     size, n = len(outcomes) / len(names), len(outcomes)
     counted = [
@@ -103,7 +103,7 @@ def test_the_interval_of_a_mean_is_students_and_longer_towards_the_longer_tail()
     skewed = [0.0, 0.0, 0.0, 0.0, 0.1, 1.0]
     low, high = stats.t.interval(0.95, 5, np.mean(skewed), stats.sem(skewed))
     found = statistics.mean_interval(skewed)
-    # Johnson 1978: the t of the mean is (m - mu + k3 / 6 s2 n + k3 (m - mu)^2 / 3 s4) / (s / sqrt n), k3 the third moment
+    # Johnson 1978: t is (m - mu + k / 6 s2 n + k (m - mu)^2 / 3 s4) / (s / sqrt n), k being the third moment
     deviations = np.array(skewed) - np.mean(skewed)
     moment, square, t = 6 / (5 * 4) * (deviations**3).sum(), np.var(skewed, ddof=1), stats.t.ppf(0.975, 5)
     by_hand = high + moment / (6 * square * 6) + moment * (t**2 * square / 6) / (3 * square**2)

@@ -207,6 +207,12 @@ def caveats(run: Run) -> list[str]:
         found.append(f"PPO was ended by a guard: {stopped}.")
     if counts := contamination.counted(run):
         found.append(contamination.sentence(counts))
+    for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
+        counts = [f"{metrics[key]:,} of {said(name)}" for name, metrics in run.models.items() if metrics.get(key)]
+        if counts:
+            found.append(
+                f"The {judge} judge gives no score to some replies, which its means leave out: {', '.join(counts)}."
+            )
     if run.models and not over_seeds(run):
         found.append(
             f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
