@@ -34,6 +34,14 @@ SET_ELSEWHERE = (
 )  # fmt: skip
 
 
+def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
+    """A limit of `data.dialogue` that holds for the data set that it was chosen for, and for no other."""
+    return limit if _root_.data.replies.path == _root_.data.limits_for else None
+
+
+OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """Compose `conf/` with `overrides` (Hydra's syntax), check it, and return it read-only.
 

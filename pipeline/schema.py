@@ -146,12 +146,12 @@ class SourceConfig:
 
 @dataclass
 class DialogueConfig:
-    """How prompts and replies are cut out of conversations."""
+    """How prompts and replies are cut out of conversations; null is no limit."""
 
-    context_turns: int = number(1)
-    prompt_max_chars: int = number(1)
-    reply_min_chars: int = number(1)
-    reply_max_chars: int = number(1)
+    context_turns: int | None = number(1)
+    prompt_max_chars: int | None = number(1)
+    reply_min_chars: int | None = number(1)
+    reply_max_chars: int | None = number(1)
 
 
 @dataclass
@@ -161,6 +161,7 @@ class DataConfig:
     text: SourceConfig = field(default_factory=SourceConfig)
     replies: SourceConfig = field(default_factory=SourceConfig)
     preferences: SourceConfig = field(default_factory=SourceConfig)
+    limits_for: str = MISSING
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
 
 

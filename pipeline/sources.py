@@ -11,8 +11,7 @@ from typing import Any
 
 from pipeline import tasks
 from pipeline.errors import UserError, first_line, nearest
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+from pipeline.folders import ALL, SUFFIXES, split_files
 
 
 def is_package(path: str) -> bool:
@@ -42,22 +41,6 @@ def package_file(path: str) -> Path:
     return file
 
 
-def local_files(path: str, pattern: str | None = None) -> list[Path]:
-    """The data files of a local source: the file itself, or those in the folder that match `pattern`, sorted."""
-    root = Path(path).expanduser()
-    if root.is_file() and pattern:
-        raise UserError(f"{path}: is one file, so it cannot have splits; name its folder, or leave splits out")
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
-    found = sorted(root.glob(pattern)) if pattern else sorted(root.iterdir())
-    found = [f for f in found if f.is_file() and f.name.removesuffix(".gz").endswith(SUFFIXES)]
-    if not found:
-        raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
-    return found
-
-
 def source_parts(source: Any) -> dict[str, Any]:
     """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
 
@@ -77,9 +60,11 @@ def source_parts(source: Any) -> dict[str, Any]:
             f"{source.path}: splits names {', '.join(source.splits)} but not train; name every split you have"
         )
     if is_local(source.path):
-        patterns = source.splits.values() or [None]
-        files = sorted({f for pattern in patterns for f in local_files(source.path, pattern)})
-        return parts | {"content": [file_digest(f) for f in files]}
+        by_split = split_files(source.path, source.splits)
+        files = sorted({f for files in by_split.values() for f in files})
+        if not source.splits and ALL not in by_split:  # renaming a file can change the split of its rows
+            parts |= {"named": {split: [content_digest(f) for f in files] for split, files in by_split.items()}}
+        return parts | {"content": [content_digest(f) for f in files]}
     return parts | {key: source[key] for key in ("path", "config_name", "revision")}
 
 
@@ -169,6 +154,14 @@ def adapter_base(folder: Path) -> str | None:
         return str(json.loads(file.read_text())["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a data file, or of the tables in a folder of save_to_disk."""
+    tables = sorted(path.rglob("*.arrow")) if path.is_dir() else None
+    return (
+        file_digest(path) if tables is None else hashlib.sha256("".join(map(file_digest, tables)).encode()).hexdigest()
+    )
 
 
 def model_digest(path: str, key: str) -> str:
