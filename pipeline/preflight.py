@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -96,9 +97,11 @@ def check_model(model: nn.Module, tokenizer: Any, settings: DictConfig, scored: 
 
 def require_score(config: Any) -> None:
     """Raises `UserError` where no reward model can be made of the architecture."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
     try:
         with torch.device("meta"):
-            scorer = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), num_labels=1)
+            scorer = AutoModelForSequenceClassification.from_config(config)
     except ValueError:
         scorer = None
     if not hasattr(scorer, "score"):
@@ -118,10 +121,8 @@ def _check_judge(judge_json: str, template_date: str) -> None:
     judge = judge_model.load(config, Device("cpu", bf16=False, threads=1), template_date)
     questions = [judge.ids(CONVERSATION, *replies) for replies in (("Fine.", "No."), ("No.", "Fine."))]
     first, _ = judge.probabilities(questions)
-    if not (first == first).all():
-        raise UserError(
-            f"evaluate.judge_model.path={config.path}: its verdicts are not numbers; its weights are broken"
-        )
+    if np.isnan(first).any():
+        raise UserError(f"evaluate.judge_model.path={config.path}: its verdicts are no numbers; its weights are broken")
 
 
 def _tokenizer(config: DictConfig, planned: dict[str, Any]) -> Any:

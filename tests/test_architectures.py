@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import perturb, random_ids, tiny_tokenizer
+from helpers import make_ppo, perturb, random_ids, tiny_tokenizer, write_model
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import likelihood, sampling
+from pipeline import decoding, likelihood, models, sampling
+from pipeline.errors import UserError
+from stages import ppo
 
 PROMPTS = random_ids([3, 11, 1, 6, 20, 5], seed=1)
 PAD = tiny_tokenizer().pad_token_id
@@ -117,3 +119,70 @@ def test_reply_logprobs_are_those_of_an_unpadded_forward_pass(model):
     sums = likelihood.replies_logprobs(model, list(zip(PROMPTS, replies, strict=True)), PAD, batch_size=4)
     expected = [plain(model, p, r).sum().item() for p, r in zip(PROMPTS, replies, strict=True)]
     assert sums.tolist() == pytest.approx(expected, abs=2e-4)
+
+
+LAYERS = ["qwen3", "gemma2", "granite", "cohere", "hyperclovax", "minicpm3", "modernbert-decoder", "falcon_h1", "opt"]
+
+
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_the_output_layer_gives_the_models_own_logits_and_gradients(model_type):
+    model, ids = made(model_type), torch.tensor(random_ids([7, 7]))
+    expected = model(input_ids=ids, use_cache=False).logits
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = models.output_logits(model, states)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.allclose(models.output_logits(model, states[:, 3]), expected[:, 3], atol=1e-5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, own = (torch.autograd.grad(x.log_softmax(-1)[..., 5].sum(), parameters) for x in (logits, expected))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, own, strict=True))
+
+
+def test_another_output_layer_than_the_models_own_is_refused(tmp_path, monkeypatch):
+    model = made("granite")
+    models.require_own_logits(model)
+    monkeypatch.setattr(models, "output_logits", lambda model, states: model.get_output_embeddings()(states))
+    with pytest.raises(UserError, match="granite: its output layer, given its hidden states, gives other logits"):
+        models.require_own_logits(model)
+    folder = write_model(model, tmp_path / "model")
+    with pytest.raises(UserError, match="granite: its output layer"):
+        models.load_policy(folder)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "modernbert-decoder"])
+def test_the_loss_on_pretraining_text_is_the_models_own(model_type, tmp_path):
+    overrides = ["ppo.ptx_coef=1", "ppo.ptx_batch_size=3", "ppo.ptx_context=9"]
+    made_ppo, model = make_ppo(tmp_path, 2, *overrides), made(model_type)
+    ids = torch.tensor(random_ids([9, 9, 9]))
+    made_ppo.actors.policy, made_ppo.text = model, [{"input_ids": row} for row in ids]
+    expected = model(input_ids=ids, labels=ids).loss.item()
+    assert ppo.ptx_step(made_ppo, 0)["ptx_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_decoder_that_differs_from_a_forward_pass_is_not_used():
+    """RWKV's state is no cache that can be passed on, and it does not know padding."""
+    kinds = {name: decoding.kind_for(made(name)) for name in ("qwen3", "mamba", "lfm2", "bloom", "rwkv")}
+    assert kinds == {
+        "qwen3": decoding.FusedDecoder,
+        **dict.fromkeys(("mamba", "lfm2", "bloom"), decoding.Decoder),
+        "rwkv": decoding.RecomputingDecoder,
+    }
+
+
+def test_an_architecture_without_a_longest_sequence_has_room_for_every_prompt():
+    limits = OmegaConf.create({"max_new_tokens": 10})
+    prompts = random_ids([3, 60, 5000])
+    assert sampling.with_room(prompts, made("bloom"), limits) == [0, 1, 2]
+    assert sampling.with_room(prompts, made("mamba"), limits) == [0, 1, 2]
+    assert sampling.with_room(prompts, made("mpt"), limits) == [0]  # 64 tokens
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "mamba", "gpt2"])
+def test_what_is_saved_is_what_was_loaded(model_type, tmp_path):
+    """RWKV's layers change their weights with the mode that they run in, and would be saved like that."""
+    model = models.load_policy(write_model(made(model_type), tmp_path / "model"))
+    ids, prompt = torch.tensor(random_ids([9])), random_ids([4])[0]
+    before = plain(model, prompt, random_ids([5], seed=3)[0])
+    model.train()(input_ids=ids)
+    model.eval()(input_ids=ids)
+    again = models.load_policy(write_model(model, tmp_path / "again"))
+    assert torch.allclose(plain(again, prompt, random_ids([5], seed=3)[0]), before, atol=1e-5)

@@ -78,7 +78,6 @@ NAMES = {
     "phi": ("resid_pdrop", "embd_pdrop", "attention_dropout"),
     "falcon": ("hidden_dropout", "attention_dropout"),
     "mixtral": ("attention_dropout",),
-    "mpt": ("resid_pdrop", "emb_pdrop"),
 }
 
 
@@ -87,8 +86,6 @@ def test_every_name_that_an_architecture_has_for_it_is_0(model_type):
     from test_architectures import SHAPES
 
     options = SHAPES[model_type] | dict.fromkeys(NAMES[model_type], 0.5) | {"vocab_size": 32, "pad_token_id": 0}
-    if model_type == "mpt":
-        options |= {"attn_config": {"attn_pdrop": 0.5}}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).train()
     ids = torch.arange(8)[None]
