@@ -219,7 +219,8 @@ def merged(model: nn.Module, folder: Path, name: str) -> nn.Module:
         if rows is not None and len(rows) != model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(rows), mean_resizing=False)  # the adapter's own rows replace all
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-        differing = get_peft_model_state_dict(adapted).keys() ^ saved.keys()
+        trained = get_peft_model_state_dict(adapted).keys()
+        differing = (trained - saved.keys()) | (saved.keys() - trained - adapted.state_dict().keys())
         if differing:
             raise UserError(f"{name}: {listed(differing)} of the adapter does not fit its base model")
         return adapted.merge_and_unload()

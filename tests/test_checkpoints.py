@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from pipeline import chain, checkpoints, cli, judge_model, models, sources
+from pipeline import chain, chat, checkpoints, cli, judge_model, models, sources
 from pipeline.errors import UserError
 from stages import tokenizer as tokenizer_stage
 
@@ -192,9 +194,12 @@ def test_reward_models_encoders_and_encoder_decoders_are_no_policies(tmp_path, b
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     bert = AutoModelForMaskedLM.from_config(BertConfig(vocab_size=300, initializer_range=0.2, **shape))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=300, d_model=16, **small))
     for name, model, line in [
         ("reward", tiny_reward_model("llama"), r"a reward model or another classifier \(LlamaForSequenceC"),
         ("bert", bert, r"is no causal language model \(BertForMaskedLM\)"),
+        ("bart", bart, r"is no causal language model \(BartForConditionalGeneration\)"),
         ("t5", t5, r"is no causal language model \(T5ForConditionalGeneration\)"),
     ]:
         folder = write_model(model, tmp_path / name)
@@ -385,15 +390,15 @@ def test_code_of_a_checkpoint_or_an_artifact_does_not_run_and_nothing_is_asked(f
 
 def test_code_of_a_tokenizer_does_not_run(folder, monkeypatch):
     plant(folder, kind="llama")
-    (folder / "ran").unlink(missing_ok=True)
-    file = folder / "tokenizer_config.json"
-    planted = {"tokenizer_class": "PlantedTokenizer", "auto_map": {"AutoTokenizer": ["planted.PlantedTokenizer", None]}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | planted))
+    file, text = folder / "tokenizer_config.json", "The weather is nice, thank you"
+    planted = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["planted.PlantedTokenizer", None]}}
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked on standard input"))
-    try:
-        tokenizer_stage.from_checkpoint(settings(folder))
-    except UserError as error:
-        assert "needs code of its own" in str(error)
+    file.write_text(json.dumps(planted))  # beside a class that transformers has
+    taken = tokenizer_stage.from_checkpoint(settings(folder))
+    assert taken(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+    file.write_text(json.dumps(planted | {"tokenizer_class": "PlantedTokenizer"}))
+    refused("its tokenizer: needs code of its own", take, folder)
+    refused("its tokenizer: needs code of its own", chat.load_tokenizer, folder)
     assert not (folder / "ran").exists()
 
 
@@ -433,8 +438,8 @@ def test_chat_does_not_run_code_planted_in_an_artifact(borrowed, tmp_path):
     line = ["experiment=smoke", "tracker=none", f"runs={borrowed}"]
     cli.main(["run", *line])
     plant(artifact)
-    chat = [sys.executable, "-m", "pipeline", "chat", *line, "chat.model=ppo"]
-    done = subprocess.run(chat, input="y\ny\nhi\n", capture_output=True, text=True)
+    command = [sys.executable, "-m", "pipeline", "chat", *line, "chat.model=ppo"]
+    done = subprocess.run(command, input="y\ny\nhi\n", capture_output=True, text=True)
     assert done.returncode == 2 and not (artifact / "ran").exists()
     assert done.stderr.count("\n") == 1 and "needs code of its own" in done.stderr
 
