@@ -9,36 +9,29 @@ from pathlib import Path
 
 import pytest
 from helpers import composed
-from omegaconf import OmegaConf
 
 from pipeline import chain, imports, precision, sources
-from pipeline.config import compose
 
 
 def fingerprint(stage, *overrides):
-    """The fingerprint of a stage, with files and packages read anew."""
+    """All that the fingerprint of a stage covers, with files and packages read anew."""
     for cached in (sources.file_digest, imports.package_version, imports._installed_in, precision.computes_in_bf16):
         cached.cache_clear()
     importlib.invalidate_caches()
-    config = composed(*overrides)
-    return imports_free(chain.fingerprint_parts(config, stage))
-
-
-def imports_free(parts):
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps(chain.fingerprint_parts(composed(*overrides), stage), sort_keys=True)
 
 
 def texts(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
+        (folder / ".".join(name.rsplit("__", 1))).write_text(text)
 
 
 def splits_change_places(folder, monkeypatch):
     rows = {"a": '{"text": "one"}\n', "b": '{"text": "two"}\n'}
     texts(folder, train__jsonl=rows["a"], test__jsonl=rows["b"])
-    options = [f"data.text.path={folder}", "data.text.format=text", "data.text.splits.train=train*.jsonl"]
-    ask = ("tokenizer", *options, "data.text.splits.test=test*.jsonl")
+    options = [f"data.text.path={folder}", "data.text.format=text", "+data.text.splits.train=train*.jsonl"]
+    ask = ("tokenizer", *options, "+data.text.splits.test=test*.jsonl")
     return ask, lambda: texts(folder, train__jsonl=rows["b"], test__jsonl=rows["a"]), ask
 
 
@@ -128,12 +121,9 @@ def auto_on_another_machine(folder, monkeypatch):
 
 
 def a_value_of_the_environment(folder, monkeypatch):
-    monkeypatch.setenv("KL", "0.1")
-    config = OmegaConf.create({"kl": "${oc.env:KL}"})
-    monkeypatch.setattr(
-        sys.modules[__name__], "composed", lambda: compose(["experiment=smoke", "ppo.kl_coef=${oc.env:KL}"])
-    )
-    return ("ppo",), lambda: monkeypatch.setenv("KL", "0.2") or config, ("ppo",)
+    monkeypatch.setenv("THREEFOLD_DATA", "org/one")
+    ask = ("tokenizer", "+data.text.revision=${oc.env:THREEFOLD_DATA}", "data.text.path=org/name")
+    return ask, lambda: monkeypatch.setenv("THREEFOLD_DATA", "org/two"), ask
 
 
 CHANGES = {
