@@ -121,8 +121,7 @@ def check_together(config: DictConfig) -> None:
     if preferences.path is not None and preferences.format not in PREFERENCE_FORMATS:
         known = ", ".join(PREFERENCE_FORMATS)
         raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
-    if not all(part.strip(".") for part in config.run.split("/")) or config.run.split("/")[0] == "artifacts":
-        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another")
+    _check_run(config.run.split("/"))
     for key in REWARDS:
         _check_reward(key, OmegaConf.select(config, key))
     for key in JUDGES:
@@ -156,6 +155,17 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size")
     if (model.num_attention_heads or 1) % (model.num_key_value_heads or 1):
         raise UserError(f"model.num_key_value_heads={model.num_key_value_heads}: must divide num_attention_heads")
+
+
+def _check_run(names: list[str]) -> None:
+    """The name of a run is that of a folder below `runs` which is neither the store nor within a stage of a run."""
+    run = "/".join(names)
+    if not all(name.strip(".") for name in names) or names[0] == "artifacts":
+        raise UserError(f"run={run}: is the name of a folder below runs/; choose another")
+    for depth, name in enumerate(names):
+        if depth and name in STAGES:
+            stage_of = "/".join(names[:depth])
+            raise UserError(f"run={run}: {stage_of}/{name} is a stage of run {stage_of}; choose another name")
 
 
 def _check_reward_model(reward: DictConfig) -> None:
