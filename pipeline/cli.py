@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, nearest, public_traceback
+from pipeline.errors import UserError, nearest, public, public_traceback
 from pipeline.surroundings import leave_launchers
 
 COMMANDS = {
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
             leave_launchers()
         globals()[f"_{command}"](overrides, **options)
