@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 
 def stop_file(work: Path) -> Path:
@@ -161,16 +161,35 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(file.read_text())
+    """The content of a JSON file. Raises `UserError` for a damaged one, naming what to remove."""
+    try:
+        content = json.loads(file.read_text())
+        if file.name in ("manifest.json", "metrics.json") and not isinstance(content, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is damaged ({first_line(error)}); {_remedy(file)}") from error
+    return content
 
 
 def read_lines(file: Path) -> list[Any]:
-    """The rows of a JSON-lines file; empty when there is none."""
+    """The rows of a JSON-lines file; empty when there is none. Raises `UserError` naming the line of a damaged one."""
     if not file.is_file():
         return []
-    with file.open() as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    rows: list[Any] = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: line {number} is damaged ({first_line(error)}); {_remedy(file)}") from error
+    return rows
+
+
+def _remedy(file: Path) -> str:
+    """What to remove where `file` is damaged: of an artifact all of it."""
+    folder = file.parent.resolve()
+    if folder.parent.name == "artifacts":
+        return f"remove the folder {folder}, the same command makes it again"
+    return "remove the file, or mend it"
 
 
 def write_lines(file: Path, rows: list[Any]) -> None:

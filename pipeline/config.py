@@ -130,8 +130,7 @@ def check_together(config: DictConfig) -> None:
     if preferences.path is not None and preferences.format not in PREFERENCE_FORMATS:
         known = ", ".join(PREFERENCE_FORMATS)
         raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
-    if not all(part.strip(".") for part in config.run.split("/")) or config.run.split("/")[0] == "artifacts":
-        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another")
+    _check_run(config.run.split("/"))
     for key in REWARDS:
         _check_reward(key, OmegaConf.select(config, key))
     for key in JUDGES:
@@ -175,6 +174,17 @@ def _check_date(key: str, value: str) -> None:
         datetime.date.fromisoformat(value)
     except ValueError as error:
         raise UserError(f"{key}={value}: is no day of the calendar") from error
+
+
+def _check_run(names: list[str]) -> None:
+    """The name of a run is that of a folder below `runs` which is neither the store nor within a stage of a run."""
+    run = "/".join(names)
+    if not all(name.strip(".") for name in names) or names[0] == "artifacts":
+        raise UserError(f"run={run}: is the name of a folder below runs/; choose another")
+    for depth, name in enumerate(names):
+        if depth and name in STAGES:
+            stage_of = "/".join(names[:depth])
+            raise UserError(f"run={run}: {stage_of}/{name} is a stage of run {stage_of}; choose another name")
 
 
 def _check_reward_model(reward: DictConfig) -> None:

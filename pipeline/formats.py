@@ -19,7 +19,7 @@ from typing import Any
 from pipeline import instructions
 from pipeline.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.sources import package_file
+from pipeline.sources import WORD_LIST, package_file
 
 
 def text(raw: Row, dropped: Counter) -> list[Row]:
@@ -105,7 +105,7 @@ WORD = re.compile(r"[a-z0-9$@*!'-]+")
 @functools.cache
 def _profanity() -> tuple[frozenset[str], tuple[str, ...]]:
     """Words, and phrases of several words, of the list in the package better-profanity (MIT)."""
-    lines = Path(package_file("package:better_profanity/profanity_wordlist.txt")).read_text().lower().split("\n")
+    lines = Path(package_file(WORD_LIST)).read_text().lower().split("\n")
     entries = {line.strip() for line in lines if line.strip()}
     return frozenset(e for e in entries if " " not in e), tuple(e for e in sorted(entries) if " " in e)
 

@@ -17,14 +17,13 @@ from tqdm import tqdm
 from pipeline import device
 from pipeline.artifact import asked_to_stop, read_json, write_json
 from pipeline.errors import UserError, queued_again
+from pipeline.imports import VERSIONED
 from pipeline.tracked import OPTIMISER_STEP, About
 from pipeline.tracking import StepLog, Trackers
 
 # TRL, transformers and datasets then send nothing about their use
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-VERSIONED = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
 
 
 class Job:

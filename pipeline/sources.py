@@ -4,14 +4,16 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import tasks
-from pipeline.errors import UserError, first_line, nearest
-from pipeline.folders import ALL, SUFFIXES, split_files
+from pipeline.artifact import read_json
+from pipeline.errors import UserError, nearest
+from pipeline.folders import SUFFIXES, split_files
+
+WORD_LIST = "package:better_profanity/profanity_wordlist.txt"  # by which format chitchat leaves messages out
 
 
 def is_package(path: str) -> bool:
@@ -44,9 +46,12 @@ def package_file(path: str) -> Path:
 def source_parts(source: Any) -> dict[str, Any]:
     """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
 
-    The path of a local file is no part of it: the same content elsewhere is the same data.
+    The path of a local file is no part of it: the same content elsewhere is the same data. How a file is read, by its
+    suffix, and which split it is counts.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
+    if source.format == "chitchat":
+        parts["word_list"] = file_digest(package_file(WORD_LIST))
     if source.splits and (is_package(source.path) or is_task(source.path) or source.format == "chitchat"):
         kind = "generated" if is_task(source.path) else "one file"
         raise UserError(f"{source.path}: is {kind}, so it cannot have splits; leave splits out")
@@ -54,27 +59,34 @@ def source_parts(source: Any) -> dict[str, Any]:
         tasks.generator(source.path)  # refuses an unknown name
         return parts | {"path": source.path, "content": file_digest(Path(tasks.__file__))}
     if is_package(source.path):
-        return parts | {"content": file_digest(package_file(source.path))}
+        return parts | {"content": content_digest([package_file(source.path)])}
     if source.splits and "train" not in source.splits:
         raise UserError(
             f"{source.path}: splits names {', '.join(source.splits)} but not train; name every split you have"
         )
-    if is_local(source.path):
-        by_split = split_files(source.path, source.splits)
-        files = sorted({f for files in by_split.values() for f in files})
-        if not source.splits and ALL not in by_split:  # renaming a file can change the split of its rows
-            parts |= {"named": {split: [content_digest(f) for f in files] for split, files in by_split.items()}}
-        return parts | {"content": [content_digest(f) for f in files]}
-    return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+    if not is_local(source.path):
+        return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+    by_split = split_files(source.path, source.splits)
+    return parts | {"content": {split: content_digest(files) for split, files in by_split.items()}}
 
 
-def function_digest(path: str) -> str:
-    """Digest of the source code of the module behind `module:function`."""
-    return file_digest(function_file(path))
+def content_digest(files: list[Path]) -> str:
+    """Digest of what `files` hold, in their order, and of their suffixes, by which they are read.
+
+    Of a folder that datasets.save_to_disk left, the tables count.
+    """
+    tables = [table for file in files for table in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])]
+    read_as = [(Path(table.name.removesuffix(".gz")).suffix, file_digest(table)) for table in tables]
+    return hashlib.sha256("".join(f"{suffix} {digest}\n" for suffix, digest in read_as).encode()).hexdigest()
 
 
 def function_file(path: str) -> Path:
     """The source file of `module:function`. Raises `UserError` when there is no such file, or no such name in it."""
+    return defined_in(path)[1]
+
+
+def defined_in(path: str) -> tuple[str, Path]:
+    """The module that defines `module:function`, and its file, found through relative imports of packages."""
     module, _, name = path.partition(":")
     try:
         spec = importlib.util.find_spec(module) if module and name else None
@@ -89,8 +101,17 @@ def function_file(path: str) -> Path:
         raise UserError(f"{path}: {module} defines no {name}{nearest(name, defined)}")
     if defined[name]:
         package = module if spec.submodule_search_locations else module.rpartition(".")[0]
-        return function_file(importlib.util.resolve_name(defined[name], package))
-    return Path(spec.origin)
+        return defined_in(importlib.util.resolve_name(defined[name], package))
+    return module, Path(spec.origin)
+
+
+def parsed(file: Path) -> ast.Module:
+    """A Python file as its syntax tree. Raises `UserError` naming the line that is no Python."""
+    try:
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{file}: line {line} is no Python ({reason}); mend it") from error
 
 
 def _names_defined(file: Path) -> dict[str, str]:
@@ -99,11 +120,7 @@ def _names_defined(file: Path) -> dict[str, str]:
     With each stands where a relative import has it from, as ".module:name", or an empty string.
     """
     names: dict[str, str] = {}
-    try:
-        body = ast.parse(file.read_bytes()).body
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file}: line {getattr(error, 'lineno', 1)} is no Python: {first_line(error)}") from error
-    for node in _statements(body):
+    for node in _statements(parsed(file).body):
         names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
@@ -126,7 +143,7 @@ def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"{key}: {path} is no finished stage; name its folder, for example runs/demo/{stages[-1]}")
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     if manifest["stage"] not in stages:
         raise UserError(f"{key}: {path} was made by stage {manifest['stage']}; must be of {', '.join(stages)}")
     return manifest["fingerprint"]
@@ -156,14 +173,6 @@ def adapter_base(folder: Path) -> str | None:
         raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
 
 
-def content_digest(path: Path) -> str:
-    """Digest of a data file, or of the tables in a folder of save_to_disk."""
-    tables = sorted(path.rglob("*.arrow")) if path.is_dir() else None
-    return (
-        file_digest(path) if tables is None else hashlib.sha256("".join(map(file_digest, tables)).encode()).hexdigest()
-    )
-
-
 def model_digest(path: str, key: str) -> str:
     """What identifies a model: the fingerprint of an artifact, the content of another folder, or its name on the hub.
 
@@ -171,7 +180,7 @@ def model_digest(path: str, key: str) -> str:
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
-        return json.loads((folder / "manifest.json").read_text())["fingerprint"]
+        return read_json(folder / "manifest.json")["fingerprint"]
     if folder.is_dir():
         return checkpoint_digest(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.artifact import read_json
@@ -197,16 +196,16 @@ def setting(values: dict[str, Any]) -> str:
 
 def print_result(found: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
     heading, *rows = table(found)
     drawn = Table(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        drawn.add_row(*map(escape, row))
+        drawn.add_row(*row)
     console.print(drawn)
     for line in [*sentences(found), *failures(found)]:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
-    console.print(escape(files), highlight=False, soft_wrap=True)
+    console.print(files, highlight=False, soft_wrap=True)
 
 
 def failures(found: dict[str, Any]) -> list[str]:

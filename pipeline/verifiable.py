@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pipeline import data, instructions
 from pipeline.columns import Message
 from pipeline.errors import UserError
-from pipeline.sources import function_digest
+from pipeline.imports import function_parts
 from rewards.exact import exact_match
 from rewards.numeric import numeric_match
 
@@ -20,9 +20,9 @@ CHECKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def digest(check: str) -> str:
-    """Digest of the source code of a check."""
-    return function_digest(f"{CHECKS[check].__module__}:{CHECKS[check].__name__}")
+def parts(check: str) -> dict[str, str]:
+    """What counts of a check: its source code, and the packages that it uses."""
+    return function_parts(f"{CHECKS[check].__module__}:{CHECKS[check].__name__}")
 
 
 @dataclass(frozen=True)

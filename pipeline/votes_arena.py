@@ -9,7 +9,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from pipeline import arena, evaluated_pairs, statistics
-from pipeline.artifact import read_lines
 from pipeline.votes import Vote, read_votes
 
 SHARES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}  # what the winner of a vote is worth to its first model
@@ -21,7 +20,8 @@ def of_run(config: DictConfig) -> dict[str, Any] | None:
     `arena` is as that of a judge, and `votes`, `left_out`, `ties`, `labellers` and `judges` say what it rests on: votes
     on pairs that this evaluation does not have are left out and counted. Raises `UserError` for a malformed file.
     """
-    votes, rows = read_votes(evaluated_pairs.votes_file(config)), read_lines(evaluated_pairs.samples_file(config))
+    votes = read_votes(evaluated_pairs.votes_file(config))
+    rows = evaluated_pairs.read_samples(evaluated_pairs.samples_file(config))
     known = {(c.pair, c.model_a, c.model_b) for c in evaluated_pairs.pool(rows)}
     good = [vote for vote in votes if (vote.pair, vote.model_a, vote.model_b) in known]
     if not good:
