@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
