@@ -93,7 +93,7 @@ def _adapted(base: nn.Module, config: Any, inputs: dict[str, Path], device: str)
 
 def _adapted_reward_model(base: nn.Module, folder: Path, fresh: tuple[int, float, int], device: str) -> lora.Adapted:
     """The first reward model of an artifact: an adapter on the base, or a model of its own, with one for a critic."""
-    saved = AutoConfig.from_pretrained(folder)
+    saved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if (folder / lora.SAVED).is_file():
         found = lora.Adapted(base, "reward", lora.load_adapter(base, "reward", folder), (0.0, 1.0))
     else:

@@ -31,13 +31,13 @@ def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Ten
     }
     if config.advantage == "gae":
         metrics["explained_variance"] = estimators.explained_variance(rollout.values, returns, mask).item()
-    if config.sampler != "own":
+    if config.sampler != "own" or not rollout.logprobs.equal(rollout.sampled_logprobs):  # computed again
         metrics |= engine_ratio(rollout)
     return advantages, returns, metrics
 
 
 def engine_ratio(rollout: Rollout) -> dict[str, float]:
-    """How far the policy's probabilities of the reply tokens are from those of the engine that sampled them.
+    """How far the policy's probabilities of the reply tokens are from those of the sampler that drew them.
 
     Mean and maximum of |ratio - 1| over all reply tokens, raw: nothing is truncated or left out.
     """

@@ -11,9 +11,11 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 
+from pipeline.statistics import students_t
+
 POINTS = 400 / np.log(10)  # Elo points of one unit of the Bradley-Terry model's log-strength
 ANCHOR = 1000.0  # Elo of the model that the others are measured against
-PRIOR = 0.5  # ties that each two models that met are given beforehand: who never lost stays finite
+PRIOR = 0.5  # wins that each of two models that met is given against the other beforehand: who never lost stays finite
 STEPS = 50  # of Newton's method, at most; it needs fewer than ten
 
 
@@ -23,7 +25,7 @@ class Standing:
 
     model: str
     elo: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     votes: int
     rank: int
 
@@ -47,50 +49,78 @@ def connected(wins: np.ndarray, models: list[str], anchor: str) -> list[str]:
     return [name for name, group in zip(models, groups, strict=True) if group == groups[models.index(anchor)]]
 
 
-def strengths(wins: np.ndarray, prior: float = PRIOR, met: np.ndarray | None = None) -> np.ndarray:
-    """Log-strengths [.., M] of the Bradley-Terry model, of mean 0, that are most likely given wins [.., M, M].
+def strengths(wins: np.ndarray, prior: float = PRIOR) -> np.ndarray:
+    """Log-strengths [M] of the Bradley-Terry model, of mean 0, that are most likely given wins [M, M].
 
-    `prior` ties are added for each two models that met (Bradley and Terry 1952; Newton's method on the log-likelihood):
-    in `wins`, or for a resample of few votes in all of them, as `met` [M, M] says.
+    Each of two models that met has `prior` wins against the other added (Bradley and Terry 1952; Newton's method on the
+    log-likelihood).
     """
-    met = wins + np.swapaxes(wins, -1, -2) > 0 if met is None else met
-    wins = wins + prior * 0.5 * met
-    met = wins + np.swapaxes(wins, -1, -2)
-    theta, count = np.zeros(wins.shape[:-1]), wins.shape[-1]
+    wins = wins + prior * (wins + wins.T > 0)
+    met, theta = wins + wins.T, np.zeros(len(wins))
     for _ in range(STEPS):
-        chance = 1 / (1 + np.exp(theta[..., None, :] - theta[..., :, None]))  # that row wins against column
-        gradient = (wins - met * chance).sum(-1)
-        curvature = -met * chance * (1 - chance)
-        curvature[..., np.arange(count), np.arange(count)] = -curvature.sum(-1)
-        # strengths are free up to a constant: 1 / M everywhere takes that direction out
-        step = np.linalg.solve(curvature + 1 / count, gradient[..., None])[..., 0]
+        gradient = (wins - met * _chances(theta)).sum(-1)
+        step = np.linalg.solve(_information(met, theta), gradient)
         theta = theta + step
         if np.abs(step).max() < 1e-10:
             break
-    return theta - theta.mean(-1, keepdims=True)
+    return theta - theta.mean()
 
 
-def standings(wins: np.ndarray, models: list[str], anchor: str, resamples: int, seed: int) -> list[Standing]:
-    """The table of an arena, best first, from wins [P, M, M]; `anchor` has 1000 points and no interval.
+def _chances(theta: np.ndarray) -> np.ndarray:
+    """The chance [M, M] that the model of the row wins against that of the column."""
+    return 1 / (1 + np.exp(theta[None, :] - theta[:, None]))
 
-    Intervals are percentile bootstrap 95 % intervals over prompts. A model's rank is 1 and the number of models whose
-    whole interval is above its own.
+
+def _information(met: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """The negative second derivative [M, M] of the log-likelihood of meetings [M, M], made invertible.
+
+    Strengths are free up to a constant: 1 / M everywhere takes that direction out.
     """
-    at, total = models.index(anchor), wins.sum(0)
-    elo = _elo(strengths(total), at)
-    drawn = np.random.default_rng(seed).multinomial(len(wins), np.full(len(wins), 1 / len(wins)), size=resamples)
-    resampled = np.einsum("rp,pij->rij", drawn.astype(float), wins)
-    low, high = np.quantile(_elo(strengths(resampled, met=total + total.T > 0), at), [0.025, 0.975], axis=0)
+    chance = _chances(theta)
+    found = -met * chance * (1 - chance)
+    np.fill_diagonal(found, -found.sum(-1) + found.diagonal())
+    return found + 1 / len(met)
+
+
+def covariance(wins: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """The covariance [M, M] of the log-strengths `theta` that wins [P, M, M] give, by the spread between prompts.
+
+    All votes at one prompt are one observation (Liang and Zeger 1986, the sandwich of an M-estimator); the wins that
+    are added beforehand are observations as well, so that votes which all go one way leave no width of 0.
+    """
+    total, prompts, chance = wins.sum(0), len(wins), _chances(theta)
+    met = total + total.T > 0
+    scores = (wins - (wins + np.swapaxes(wins, 1, 2)) * chance).sum(-1)
+    added = -(PRIOR**2) * met * (chance**2 + chance.T**2)
+    np.fill_diagonal(added, -added.sum(-1) + added.diagonal())
+    inverse = np.linalg.inv(_information(total + total.T + 2 * PRIOR * met, theta))
+    return inverse @ (prompts / (prompts - 1) * scores.T @ scores + added) @ inverse
+
+
+def standings(wins: np.ndarray, models: list[str], anchor: str) -> list[Standing]:
+    """The table of an arena, best first, from wins [P, M, M]; `anchor` has 1000 points.
+
+    Intervals are 95 % intervals by Student's t over prompts, of the difference to the anchor; of one prompt there are
+    none. A model's rank is 1 and the number of models whose whole interval is above its own.
+    """
+    at, theta = models.index(anchor), strengths(wins.sum(0))
+    elo = ANCHOR + POINTS * (theta - theta[at])
+    half = np.full(len(models), np.inf)
+    half[at] = 0.0
+    if len(wins) > 1:
+        spread = covariance(wins, theta)
+        variance = spread.diagonal() + spread[at, at] - 2 * spread[at]
+        half = students_t(len(wins)) * POINTS * np.sqrt(np.maximum(variance, 0.0))
+    low, high = elo - half, elo + half
     votes = (wins + np.swapaxes(wins, -1, -2)).sum((0, 2))
     found = [
-        Standing(name, float(elo[i]), (float(low[i]), float(high[i])), round(votes[i]), 1 + int((low > high[i]).sum()))
+        Standing(
+            name, float(elo[i]), (float(low[i]), float(high[i])) if np.isfinite(half[i]) else None, round(votes[i]),
+            1 + int((low > high[i]).sum()),
+        )
         for i, name in enumerate(models)
-    ]
+    ]  # fmt: skip
     return sorted(found, key=lambda standing: -standing.elo)
-
-
-def _elo(theta: np.ndarray, anchor: int) -> np.ndarray:
-    return ANCHOR + POINTS * (theta - theta[..., anchor : anchor + 1])
 
 
 def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]]:
@@ -123,9 +153,7 @@ def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarra
     return float(model.predict_proba(np.zeros((1, 1)))[0, 1])
 
 
-def summary(
-    wins: np.ndarray, models: list[str], lengths: dict[str, list[int]], anchor: str, resamples: int, seed: int
-) -> dict[str, Any]:
+def summary(wins: np.ndarray, models: list[str], lengths: dict[str, list[int]], anchor: str) -> dict[str, Any]:
     """The arena of one judge as metrics: standings, win rates, and the rate against `anchor` at equal lengths.
 
     `wins` [P, M, M] are in the order of `models`; `lengths` are those of each model's reply to each prompt, in
@@ -136,12 +164,10 @@ def summary(
     wins = wins[voted][:, kept][:, :, kept]
     lengths = {name: np.array(lengths[name], dtype=float)[voted] for name in linked}
     missing = [name for name in models if name not in linked]
-    return _summary(wins, linked, lengths, anchor, resamples, seed) | ({"not_linked": missing} if missing else {})
+    return _summary(wins, linked, lengths, anchor) | ({"not_linked": missing} if missing else {})
 
 
-def _summary(
-    wins: np.ndarray, models: list[str], lengths: dict[str, np.ndarray], anchor: str, resamples: int, seed: int
-) -> dict[str, Any]:
+def _summary(wins: np.ndarray, models: list[str], lengths: dict[str, np.ndarray], anchor: str) -> dict[str, Any]:
     at, controlled = models.index(anchor), {}
     for i, name in enumerate(models):
         won, lost = wins[:, i, at], wins[:, at, i]
@@ -151,7 +177,7 @@ def _summary(
             controlled[name] = length_controlled_rate(won[met], lost[met], longer)
     return {
         "anchor": anchor,
-        "standings": [asdict(s) for s in standings(wins, models, anchor, resamples, seed)],
+        "standings": [asdict(s) for s in standings(wins, models, anchor)],
         "win_rates": win_rates(wins, models),
         "length_controlled": controlled,
     }

@@ -1,7 +1,9 @@
 """The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
 
+import hashlib
+import json
+import re
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import launch, model_card, nodes, tracker_kinds
+from pipeline import interpolations, launch, model_card, nodes, precision, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
 from pipeline.config import check_shares
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, public_traceback
+from pipeline.imports import VERSIONED, function_parts, version_of
 from pipeline.players import policy_name
-from pipeline.sources import artifact_digest, checkpoint_digest, function_digest, model_digest, source_parts
+from pipeline.sources import artifact_digest, checkpoint_digest, model_digest, source_parts
 from stages import STAGES, depending_on, needed_by, parents, sources
 
 LOCATION = ("path", "config_name", "revision")  # of a source: its content counts, and these for one from the hub
 TASKS = "evaluate.tasks."
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -50,32 +54,58 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     stage = STAGES[name]
     parts: dict[str, Any] = {"version": stage.version}
     for key in stage.keys:
-        parts |= _flatten(key, OmegaConf.select(config, key))
+        parts |= _flatten(key, *_placed(config, key))
     parts = {key: value for key, value in parts.items() if not _below(key, stage.without)}
+    if "precision" in parts:
+        parts |= {"precision": precision.resolved(config, name)}
     for key, made_by in stage.folders:
         folders = _listed(OmegaConf.select(config, key))
-        parts[key] = [artifact_digest(folder, key, made_by) for folder in folders]
+        parts = _replaced(parts, key, [artifact_digest(folder, key, made_by) for folder in folders])
         if key in stage.named:
             parts[f"{key}.names"] = [policy_name(folder) for folder in folders]
     for key in stage.models:
-        if parts[key] is not None:
-            parts[key] = model_digest(parts[key], key)
+        if (model := OmegaConf.select(config, key)) is not None and (digest := model_digest(model, key)) != model:
+            parts = _replaced(parts, key, digest)
     for key in sources(name, config):
-        source = OmegaConf.select(config, key)
-        parts = {known: value for known, value in parts.items() if known not in [f"{key}.{part}" for part in LOCATION]}
-        parts |= _flatten(key, OmegaConf.create(source_parts(source)) if source.path else None)
+        parts = _without_location(parts, key) | _source_parts(config, key)
         if key.startswith(TASKS):
             from pipeline import verifiable
 
-            parts[f"{key}.source"] = verifiable.digest(source.check)
+            parts |= _prefixed(key, verifiable.parts(OmegaConf.select(config, key).check))
     for key in stage.functions:
         for place, function in rewards.functions(OmegaConf.select(config, key)).items():
             if function is not None:
-                parts[f"{key}.{place}source"] = function_digest(function)
-    checkpoint = parts.get("model.checkpoint")
+                parts |= _prefixed(f"{key}.{place}".rstrip("."), function_parts(function))
+    checkpoint = config.model.checkpoint if "model.checkpoint" in parts else None
     if checkpoint and Path(checkpoint).is_dir():
-        parts["model.checkpoint"] = checkpoint_digest(Path(checkpoint))
+        parts = _replaced(parts, "model.checkpoint", checkpoint_digest(Path(checkpoint)))
     return parts
+
+
+def _source_parts(config: DictConfig, key: str) -> dict[str, Any]:
+    """What counts of a data source; a name on the hub that the environment gives stays an interpolation."""
+    source = OmegaConf.select(config, key)
+    if not source.path:
+        return {key: None}
+    counted = OmegaConf.create(source_parts(source))
+    return {
+        part: value
+        for name in counted
+        for part, value in _flatten(f"{key}.{name}", source if name in source else counted, name).items()
+    }
+
+
+def _without_location(parts: dict[str, Any], key: str) -> dict[str, Any]:
+    return {part: value for part, value in parts.items() if not _below(part, tuple(f"{key}.{n}" for n in LOCATION))}
+
+
+def _replaced(parts: dict[str, Any], key: str, digest: str) -> dict[str, Any]:
+    """`parts` with a digest of the content that a key names, in place of the name."""
+    return {part: value for part, value in parts.items() if not _below(part, (key,))} | {key: digest}
+
+
+def _prefixed(key: str, parts: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}.{name}": value for name, value in parts.items()}
 
 
 def view(config: DictConfig, name: str) -> DictConfig:
@@ -86,7 +116,9 @@ def view(config: DictConfig, name: str) -> DictConfig:
     stage = STAGES[name]
     seen = OmegaConf.create({})
     for key in (*stage.keys, *sources(name, config), "runtime", "tracker", "run"):
-        value = OmegaConf.select(config, key)
+        value = interpolations.as_written(*_placed(config, key))
+        if key == "precision":
+            value = precision.resolved(config, name)
         if hidden := [name.removeprefix(f"{key}.") for name in stage.without if name.startswith(f"{key}.")]:
             value = OmegaConf.masked_copy(value, [name for name in value if name not in hidden])
         OmegaConf.update(seen, key, value, force_add=True)
@@ -110,6 +142,7 @@ def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
         value = read_json(artifact.folder / "metrics.json").get(metric)
         return row | {
             "state": "fresh",
+            "reason": made_with(manifest),
             "made": manifest["created"],
             "metric": f"{metric} {value:.4g}" if value is not None else "",
         }
@@ -124,11 +157,18 @@ def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
     return row | {"state": "missing"}
 
 
+def made_with(manifest: dict[str, Any]) -> str:
+    """The libraries of an artifact that are installed in other versions now; they make it no less fresh."""
+    made = manifest.get("environment", {})
+    other = [f"{name} {made[name]}" for name in VERSIONED if name in made and made[name] != version_of(name)]
+    return f"made with {', '.join(other)}" if other else ""
+
+
 def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     """The keys in which `planned` differs from the artifact that `manifest` describes."""
     old, new = manifest["parts"], planned.parts
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    own = [f"{key} {_short(old.get(key))} → {_short(new.get(key))}" for key in changed if not key.startswith("parent.")]
+    own = [_difference(key, old.get(key), new.get(key)) for key in changed if not key.startswith("parent.")]
     return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
@@ -152,7 +192,7 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
     check(config, planned)
-    with nodes.gathered(config.launch) as others:
+    with nodes.gathered(config.launch, Path(config.runs) / "artifacts") as others:
         for entry in planned.values():
             if not entry.artifact.finished and make(config, entry, planned, others):
                 ran.append(entry.stage)
@@ -165,8 +205,29 @@ def check(config: DictConfig, planned: dict[str, Planned]) -> None:
     check_processes(config, planned)
     if not all(entry.artifact.finished for entry in planned.values()):
         tracker_kinds.require(config.tracker)
+    check_checkpoint(config, planned)
     check_sources(config, planned)
     check_rewards(config, planned)
+    if not all(entry.artifact.finished for entry in planned.values()):
+        from pipeline import preflight  # imports torch
+
+        preflight.check(config, planned)
+
+
+def check_checkpoint(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """Look at the checkpoint of model=hf before the first stage that reads it; raises `UserError` for a bad one."""
+    if not config.model.checkpoint or all(planned[name].artifact.finished for name in planned if name in READ_IT):
+        return
+    from pipeline.models import check_checkpoint
+
+    if check_checkpoint(config.model) and not set(planned) <= READ_IT:
+        raise UserError(
+            f"model.checkpoint={config.model.checkpoint}: needs code of its own, and stages after pretrain run none; "
+            "set target=pretrain, or take a model whose architecture transformers has"
+        )
+
+
+READ_IT = {"tokenizer", "pretrain"}  # stages that read the checkpoint; later ones read what they made of it
 
 
 def check_processes(config: DictConfig, planned: dict[str, Planned]) -> None:
@@ -196,10 +257,13 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
 
 
 def check_rewards(config: DictConfig, planned: dict[str, Planned]) -> None:
-    """Load the reward functions of the stages to be made before the first of them starts; raises `UserError`."""
+    """Try the reward functions of the stages to be made before the first of them starts; raises `UserError`."""
+    from pipeline import reward_checks
+
     for entry in planned.values():
         for key in STAGES[entry.stage].functions if not entry.artifact.finished else ():
             rewards.load(OmegaConf.select(config, key), rewards.GIVEN[entry.stage])
+            reward_checks.check(config, entry.stage, key)
 
 
 def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others: nodes.Nodes | None = None) -> bool:
@@ -218,7 +282,7 @@ def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others
             _run(config, entry, inputs, others)
         except Exception as error:
             artifact.note_failure(first_line(error))
-            (artifact.work / "traceback.txt").write_text(traceback.format_exc())
+            (artifact.work / "traceback.txt").write_text(public_traceback(error))
             raise
     return True
 
@@ -263,12 +327,37 @@ def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _flatten(key: str, value: Any) -> dict[str, Any]:
+def _placed(config: DictConfig, key: str) -> tuple[DictConfig, str]:
+    """The section that a key is in, and its name there."""
+    section, _, name = key.rpartition(".")
+    return (OmegaConf.select(config, section) if section else config), name
+
+
+def _flatten(key: str, section: DictConfig, name: str) -> dict[str, Any]:
+    """What is called `name` in `section`, as flat dotted keys below `key`.
+
+    A value that the environment gives stays an interpolation. A digest of it stands beside it, but for arguments of
+    functions: these may be secrets, and a weak one could be found from its digest.
+    """
+    value = section[name]
     if OmegaConf.is_dict(value):
-        return {k: v for name in value for k, v in _flatten(f"{key}.{name}", value[name]).items()}
-    return {key: OmegaConf.to_container(value) if OmegaConf.is_list(value) else value}
+        return {part: v for below in value for part, v in _flatten(f"{key}.{below}", value, below).items()}
+    if OmegaConf.is_list(value):
+        written, value = OmegaConf.to_container(value), OmegaConf.to_container(value, resolve=True)
+    else:
+        written = interpolations.as_written(section, name)
+    if written == value or ".args." in key:
+        return {key: written}
+    return {key: written, f"{key}.value": hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """How one part differs, in words for people: digests have no values to show."""
+    if isinstance(old, str) and isinstance(new, str) and all(DIGEST.fullmatch(value) for value in (old, new)):
+        return f"{key} changed"
+    return f"{key} {_short(old)} → {_short(new)}"

@@ -30,11 +30,16 @@ TEMPLATE = (
 def load_tokenizer(folder: Path | str, name: str | None = None, **options: Any) -> Any:
     """The tokenizer of a model folder or hub name, with one chat template whose clock stands (`template.settle`).
 
-    Raises `UserError` that begins with `name`, or the folder, where the template cannot be settled.
+    Raises `UserError` that begins with `name` where there is no tokenizer, or no template of it can be taken.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    from pipeline import checkpoints
+
+    with checkpoints.loading(f"{name or folder}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False} | options)
+        if not tokenizer.is_fast or not len(tokenizer):
+            raise UserError(f"{name or folder}: has no tokenizer.json; save its tokenizer as a fast one")
     try:
         template.settle(tokenizer)
     except UserError as error:

@@ -13,12 +13,13 @@ from scipy import stats
 
 from pipeline import baselines, chat, statistics
 from pipeline.artifact import read_json
+from pipeline.columns import Message
 from pipeline.errors import UserError
+from pipeline.overlap import overlapping
 from pipeline.preferences import Pair
 
 Score = Callable[[list[list[int]]], np.ndarray]  # token sequences → normalised scores [N]
 BINS = 10  # of the calibration, with the same number of pairs each
-PROBED = 200  # held-out prompts that probes are tried on, at most
 COMPARED = 64  # sequences that are scored in several ways
 
 
@@ -31,11 +32,11 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: 
         "accuracy": float(outcomes.mean()),
         "accuracy_ci95": statistics.share_interval(outcomes.tolist(), prompts),
         "accuracy_length_only": float(by_length.mean()),
-        "over_length_ci95": statistics.grouped_mean_interval(outcomes - by_length, prompts),
+        "over_length_ci95": statistics.mean_interval(outcomes - by_length, prompts),
         "accuracy_bag_of_words": float(by_words.mean()),
-        "over_bag_of_words_ci95": statistics.grouped_mean_interval(outcomes - by_words, prompts),
+        "over_bag_of_words_ci95": statistics.mean_interval(outcomes - by_words, prompts),
         "test_pairs": len(test),
-        "train_overlap": len(_all_prompts(train) & _all_prompts(test)),
+        "train_overlap": sum(overlapping(_all_prompts(test), _all_prompts(train))),
         "chosen_score_mean": float(chosen.mean()),
         "rejected_score_mean": float(rejected.mean()),
     }
@@ -79,14 +80,14 @@ def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[st
     }
 
 
-def calibration(raw_difference: np.ndarray) -> dict[str, Any]:
+def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
     """Expected calibration error and the reliability table behind it (Guo et al. 2017, arXiv 1706.04599).
 
     `raw_difference` [pairs] is the raw score of the chosen reply less that of the rejected one. The model's confidence
     in the reply that it prefers is the logistic function of the size of the difference; pairs are put into ten bins of
     equal number by it. `calibration_noise` is the error that so few pairs show where there is none.
     """
-    confidence = 1 / (1 + np.exp(-np.abs(raw_difference)))
+    confidence, prompts = 1 / (1 + np.exp(-np.abs(raw_difference))), _prompts(pairs)
     outcomes = (raw_difference > 0) + 0.5 * (raw_difference == 0)
     rows = []
     for part in np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(confidence))):
@@ -95,7 +96,7 @@ def calibration(raw_difference: np.ndarray) -> dict[str, Any]:
                 "pairs": len(part),
                 "confidence": float(confidence[part].mean()),
                 "accuracy": float(outcomes[part].mean()),
-                "ci95": statistics.share_interval(outcomes[part].tolist()),
+                "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
             }
         )
     return {
@@ -161,12 +162,13 @@ def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: int) -
     return next((reply for reply in replies if len(reply) <= room), None)
 
 
-def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: int) -> dict[str, dict[str, float]]:
+def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: int, most: int) -> dict[str, dict[str, float]]:
     """For each probe its mean score, how much it is below the chosen reply's, and how often it is preferred to that.
 
+    They are tried on the first `most` prompts.
     `positions` is the most tokens that the model can read; prompts that leave no room for a probe are left out of it.
     """
-    distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:PROBED]
+    distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:most]
     prompts = [chat.prompt_ids(tokenizer, pair.prompt) for pair in distinct]
     base = score([p + chat.reply_ids(tokenizer, pair.chosen) for p, pair in zip(prompts, distinct, strict=True)])
     found = {}
@@ -200,8 +202,9 @@ def _prompts(pairs: list[Pair]) -> list[str]:
     return [str(pair.prompt) for pair in pairs]
 
 
-def _all_prompts(pairs: list[Pair]) -> set[str]:
-    return {str(prompt) for pair in pairs for prompt in pair.prompts()}
+def _all_prompts(pairs: list[Pair]) -> list[list[Message]]:
+    """The different prompts of pairs, those of rejected replies included."""
+    return list({str(prompt): prompt for pair in pairs for prompt in pair.prompts()}.values())
 
 
 # Gate and verdict
@@ -219,11 +222,13 @@ def require(folder: Path, gate: Any) -> None:
 def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
     """What keeps a reward model out of PPO: failed checks with figure and limit; a limit of null checks nothing.
 
+    An interval that could not be had is no certainty: the check of its lower end fails.
     `metrics` are those of stage `reward`, `gate` is `reward.gate` of the configuration.
     """
-    over_length, overfit = metrics["over_length_ci95"][0], metrics["calibration_error"] - metrics["calibration_noise"]
+    accuracy, over_length = (statistics.ends(metrics[f"{key}_ci95"])[0] for key in ("accuracy", "over_length"))
+    overfit = metrics["calibration_error"] - metrics["calibration_noise"]
     checks = [
-        ("min_accuracy", "lower end of the accuracy's 95 % interval", metrics["accuracy_ci95"][0]),
+        ("min_accuracy", "lower end of the accuracy's 95 % interval", accuracy),
         ("min_over_length", "lower end of the 95 % interval of accuracy above that of length", over_length),
         ("max_length_correlation", "correlation of score and length", abs(metrics["length_correlation"])),
         ("max_calibration_error", "calibration error above chance", overfit),
@@ -236,10 +241,13 @@ def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
             said = f"share of prompts where {PROBE_NAMES[name]} beats the chosen reply"
             checks.append((f"probes.{name}", limit, said, metrics["probes"][name]["preferred_share"]))
     return [
-        f"{said} is {value:.3g} (reward.gate.{key}={limit:g})"
+        f"{said} is {UNKNOWN if value is None else format(value, '.3g')} (reward.gate.{key}={limit:g})"
         for key, limit, said, value in checks
-        if limit is not None and not (value > limit if key.startswith("min_") else value <= limit)  # nan fails as well
+        if limit is not None and (value is None or not (value > limit if key.startswith("min_") else value <= limit))
     ]
+
+
+UNKNOWN = "unknown, as there are too few held-out prompts or all their pairs come out alike"
 
 
 PROBE_NAMES = {
@@ -256,16 +264,15 @@ PROBE_NAMES = {
 
 def verdict(metrics: dict[str, Any], gate: Any) -> list[str]:
     """The check-up in plain words, one sentence each; the first says whether PPO may use the model."""
-    failed, low = failures(metrics, gate), metrics["accuracy_ci95"][0]
-    interval = f"[{low:.1%}, {metrics['accuracy_ci95'][1]:.1%}]"
+    failed, (low, high) = failures(metrics, gate), statistics.ends(metrics["accuracy_ci95"])
+    interval = statistics.shown(metrics["accuracy_ci95"], ".1%")
     lines = [f"Fails: {reason}." for reason in failed] or ["Passes every limit of reward.gate."]
-    high = metrics["accuracy_ci95"][1]
-    chance = "better than chance" if low > 0.5 else "not distinguishable from chance"
-    if high < 0.5:
+    chance = "better than chance" if low is not None and low > 0.5 else "not distinguishable from chance"
+    if high is not None and high < 0.5:
         chance = "worse than chance; are the labels exchanged?"
     lines.append(f"Right on {metrics['accuracy']:.1%} {interval} of {metrics['test_pairs']} held-out pairs: {chance}.")
     for key, said in (("length_only", "length alone"), ("bag_of_words", "a bag of words")):
-        over = metrics[f"over_{key.removesuffix('_only')}_ci95"]
+        over = metrics[f"over_{key.removesuffix('_only')}_ci95"] or (0.0, 0.0)
         word = "more than" if over[0] > 0 else "less than" if over[1] < 0 else "not distinguishable from what"
         lines.append(f"That is {word} {said} reaches on the same pairs ({metrics[f'accuracy_{key}']:.1%}).")
     lines.append(

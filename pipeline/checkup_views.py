@@ -4,14 +4,14 @@ from typing import Any
 
 from plotly import graph_objects
 
-from pipeline import checkup
+from pipeline import checkup, statistics
 from pipeline.report import figures
 from pipeline.tracked import Table
 
 
 def reliability(rows: list[dict[str, Any]]) -> graph_objects.Figure:
     """How often the model is right against how sure it is, on held-out pairs."""
-    data = [row | {"low": row["ci95"][0], "high": row["ci95"][1]} for row in rows]
+    data = [row | dict(zip(("low", "high"), statistics.ends(row["ci95"]), strict=True)) for row in rows]
     return graph_objects.Figure(**figures.reliability("reliability", "", "", data).drawing)
 
 
@@ -21,8 +21,9 @@ def accuracy_by_gap(metrics: dict[str, Any]) -> Any:
     for key, said in (("accuracy_by_score_gap", "the model's score gap"), ("accuracy_by_gap", "the gap of the labels")):
         if rows := metrics.get(key):
             bars = {"type": "data", "symmetric": False}
-            bars["array"] = [row["ci95"][1] - row["accuracy"] for row in rows]
-            bars["arrayminus"] = [row["accuracy"] - row["ci95"][0] for row in rows]
+            ends = [statistics.ends(row["ci95"]) for row in rows]
+            bars["array"] = [figures.reach(high, row["accuracy"]) for (_, high), row in zip(ends, rows, strict=True)]
+            bars["arrayminus"] = [figures.reach(low, row["accuracy"]) for (low, _), row in zip(ends, rows, strict=True)]
             quarters, shares = list(range(1, len(rows) + 1)), [row["accuracy"] for row in rows]
             figure.add_bar(x=quarters, y=shares, error_y=bars, name=said)
     title = {"text": "reward: share right by quarters of the gap, held-out pairs", "font": {"size": 14}}
@@ -47,6 +48,7 @@ def views(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(row: dict[str, Any]) -> list[float]:
-    """The numbers of a row, an interval being two of them."""
-    return [number for value in row.values() for number in (value if isinstance(value, list) else [value])]
+def _numbers(row: dict[str, Any]) -> list[float | None]:
+    """The numbers of a row, an interval being two of them; neither is known where there is none."""
+    spread = [statistics.ends(value) if name == "ci95" else (value,) for name, value in row.items()]
+    return [number for values in spread for number in values]

@@ -1,11 +1,12 @@
 """The command line: `threefold COMMAND [overrides]`. It answers help, status and mistakes without importing torch."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, public, public_traceback
+from pipeline.surroundings import leave_launchers
 
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
@@ -23,11 +24,18 @@ COMMANDS = {
 }
 
 
+WORKING = ("run", "submit", "frontier", "sweep", "chat")  # commands that use models, or send jobs that do
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 2 after a line on bad input, 130 when interrupted, 1 where runs of a sweep failed."""
+    sys.excepthook = lambda kind, error, trace: print(public_traceback(error), file=sys.stderr, end="")
     try:
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
+        if command in WORKING:
+            leave_launchers()
         globals()[f"_{command}"](overrides, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,11 +91,9 @@ def _run(overrides: list[str]) -> None:
     from pipeline.launch import take_part
     from pipeline.nodes import help_out
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("started by a multi-process launcher: one process makes a run; start threefold by itself")
     config = compose(overrides)
     if config.launch.node_rank > 0:
-        return help_out(config.launch, take_part)
+        return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
     if config.seeds is not None:
         from pipeline import seeds
 
@@ -138,13 +144,13 @@ def _cancel(overrides: list[str]) -> None:
 
 def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*heading, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*map(escape, row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(*row)
+    # names are people's: their brackets are no markup and their colons no emoji
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:

@@ -8,12 +8,13 @@ import math
 import re
 import shlex
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import judge_template
+from pipeline import interpolations, judge_template
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
@@ -33,21 +34,35 @@ SET_ELSEWHERE = (
 )  # fmt: skip
 
 
+def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
+    """A limit of `data.dialogue` that holds for the data set that it was chosen for, and for no other."""
+    return limit if _root_.data.replies.path == _root_.data.limits_for else None
+
+
+OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """Compose `conf/` with `overrides` (Hydra's syntax), check it, and return it read-only.
 
+    Values of the environment stay interpolations, so that what is saved of it holds no secret.
     Raises `UserError`, one line, for an unknown key, group or choice, a wrong type, or a value outside its limits.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
 
+    from pipeline.overrides import as_typed
+
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = hydra_compose("config", overrides=[_addable(override) for override in overrides])
-        OmegaConf.resolve(config)
+            config = hydra_compose("config", overrides=[_addable(as_typed(override)) for override in overrides])
         missing = sorted(OmegaConf.missing_keys(config))
+        interpolations.resolve(config)
+        _find_home(config)
+    except UserError:
+        raise
     except Exception as error:  # Hydra answers some wrong overrides with errors of Python's own
         raise UserError(_explain(error, overrides)) from error
     if missing:
@@ -56,6 +71,16 @@ def compose(overrides: list[str]) -> DictConfig:
     check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
+
+
+def _find_home(config: DictConfig) -> None:
+    """Expand ~ at the beginning of paths, which the shell leaves as it is after "="."""
+    for path, value in list(interpolations.leaves(config)):
+        if isinstance(value, str) and value.startswith("~/") and not PATHS.isdisjoint(path) and "args" not in path:
+            interpolations.at(config, path[:-1])[path[-1]] = str(Path(value).expanduser())
 
 
 def make_command(target: str, overrides: list[str], without: str) -> str:
@@ -105,8 +130,7 @@ def check_together(config: DictConfig) -> None:
     if preferences.path is not None and preferences.format not in PREFERENCE_FORMATS:
         known = ", ".join(PREFERENCE_FORMATS)
         raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
-    if not all(part.strip(".") for part in config.run.split("/")) or config.run.split("/")[0] == "artifacts":
-        raise UserError(f"run={config.run}: is the name of a folder below runs/; choose another")
+    _check_run(config.run.split("/"))
     for key in REWARDS:
         _check_reward(key, OmegaConf.select(config, key))
     for key in JUDGES:
@@ -150,6 +174,17 @@ def _check_date(key: str, value: str) -> None:
         datetime.date.fromisoformat(value)
     except ValueError as error:
         raise UserError(f"{key}={value}: is no day of the calendar") from error
+
+
+def _check_run(names: list[str]) -> None:
+    """The name of a run is that of a folder below `runs` which is neither the store nor within a stage of a run."""
+    run = "/".join(names)
+    if not all(name.strip(".") for name in names) or names[0] == "artifacts":
+        raise UserError(f"run={run}: is the name of a folder below runs/; choose another")
+    for depth, name in enumerate(names):
+        if depth and name in STAGES:
+            stage_of = "/".join(names[:depth])
+            raise UserError(f"run={run}: {stage_of}/{name} is a stage of run {stage_of}; choose another name")
 
 
 def _check_reward_model(reward: DictConfig) -> None:

@@ -1,6 +1,9 @@
 """Whether texts of the evaluation occur in what was trained on: word n-grams in common, whatever the formatting."""
 
+import functools
 import re
+import sys
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,12 @@ def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
     """The share of each evaluated text's different word 8-grams that occur in a trained text.
 
     Case, punctuation and white space do not count, so a reformatted copy is a copy. A text without an 8-gram has 1
-    where a trained text is the same as a whole, but for case and white space, and otherwise nan.
+    where a trained text is the same as a whole by `plain`, and otherwise nan.
     """
     grams = HashingVectorizer(
-        token_pattern=r"\w+", ngram_range=(WORDS, WORDS), n_features=SLOTS, binary=True, norm=None, alternate_sign=False
-    )
+        preprocessor=_folded, token_pattern=r"\w+", ngram_range=(WORDS, WORDS), n_features=SLOTS, binary=True,
+        norm=None, alternate_sign=False,
+    )  # fmt: skip
     if not evaluated or not trained:
         return np.full(len(evaluated), np.nan)
     # sorted and looked up: numpy's unique, and isin by it, hash millions of values far more slowly
@@ -27,8 +31,7 @@ def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
     found = known[np.searchsorted(known, own.indices)] == own.indices
     counts = np.diff(own.indptr)
     sums = np.add.reduceat(np.append(found, 0), np.minimum(own.indptr[:-1], len(found)))
-    whole = {_plain(text) for text in trained}
-    short = [1.0 if _plain(text) in whole else np.nan for text in evaluated]
+    short = np.where(same(evaluated, trained), 1.0, np.nan)
     return np.where(counts > 0, sums / np.maximum(counts, 1), short)
 
 
@@ -37,8 +40,35 @@ def long_enough(text: str) -> bool:
     return len(re.findall(r"\w+", text)) >= WORDS
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def same(evaluated: list[str | None], trained: list[str]) -> np.ndarray:
+    """Which evaluated texts are, as a whole and by `plain`, a trained text; None is none."""
+    whole = {plain(text) for text in trained}
+    return np.array([text is not None and plain(text) in whole for text in evaluated], dtype=bool)
+
+
+OPERATOR = re.compile(r"(?<=\d)(\s*)([-*/%])|([-*/%])(?=\s*\d)")  # beside a number: 7-5 and 7*5 are two texts
+KEPT = dict(zip("-*/%", "\ue000\ue001\ue002\ue003", strict=True))  # what stands for an operator: no punctuation
+
+
+def plain(text: str) -> str:
+    """A text without what a copy may change: case, forms of a letter, white space and punctuation.
+
+    Operators beside a number stay, and so do other symbols (+ and =). A text of punctuation alone stays as it is.
+    """
+    folded = _folded(text)
+    marked = OPERATOR.sub(lambda found: f" {KEPT[found[2] or found[3]]} ", folded)
+    return " ".join(marked.translate(_punctuation()).split()) or " ".join(folded.split())
+
+
+@functools.cache
+def _punctuation() -> dict[int, str]:
+    """A space for every character of punctuation."""
+    characters = range(sys.maxunicode + 1)
+    return {i: " " for i in characters if unicodedata.category(chr(i)).startswith("P")} | {ord("`"): " "}
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def counts(found: np.ndarray) -> dict[str, int]:
@@ -58,15 +88,23 @@ def flagged(found: np.ndarray) -> np.ndarray:
 
 
 def against(
-    evaluated: dict[str, list[str]], trained: dict[str, list[str]]
+    evaluated: dict[str, list[str]],
+    trained: dict[str, list[str]],
+    asked: dict[str, list[str]] | None = None,
+    answered: dict[str, list[str]] | None = None,
 ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """Of each evaluated set the counts for each training stage (name → its texts), and which texts any of them flags.
 
-    What was trained on is read once for all sets.
+    What was trained on is read once for all sets. `asked` has the prompts of evaluated texts (of all of a set, in their
+    order), `answered` those of training stages: where a prompt is the same, the text is a copy, whatever its reply.
     """
     together = [text for texts in evaluated.values() for text in texts]
     ends = np.cumsum([len(texts) for texts in evaluated.values()])[:-1]
     by_stage = {stage: np.split(shares(together, texts), ends) for stage, texts in trained.items()}
+    prompts = [prompt for name in evaluated for prompt in (asked or {}).get(name, [None] * len(evaluated[name]))]
+    for stage, texts in (answered or {}).items():
+        flags = np.split(same(prompts, texts), ends)
+        by_stage[stage] = [np.where(flag, 1.0, share) for flag, share in zip(flags, by_stage[stage], strict=True)]
     return {
         name: (
             {stage: counts(found[place]) for stage, found in by_stage.items()},

@@ -30,7 +30,7 @@ class Speaker:
 
     def tokens_over(self, messages: list[Message]) -> int:
         """By how many tokens the messages leave too little room for a reply; 0 or less is enough room."""
-        room = self.policy.config.max_position_embeddings - self.sampling.max_new_tokens
+        room = models.context_length(self.policy.config) - self.sampling.max_new_tokens
         return len(chat.prompt_ids(self.tokenizer, messages)) - room
 
     def reply(self, messages: list[Message], seed: int) -> str:

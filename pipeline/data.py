@@ -5,6 +5,7 @@ Splits are made by content, not by chance: a row belongs to the test split when
 itself, and a source may have files of its own for splits.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,9 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline import files, tasks
 from pipeline.columns import Message, Row, UnusableRowError
 from pipeline.errors import UserError
+from pipeline.folders import ALL, local_files, split_files
 from pipeline.formats import FORMATS, alternating
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.sources import is_local, is_package, is_task, local_files, package_file
+from pipeline.sources import is_local, is_package, is_task, package_file
 
 BUCKETS = {"test": range(0, 5), "validation": range(5, 10), "train": range(10, 100)}
 
@@ -48,7 +50,10 @@ def load(source: DictConfig, split: str) -> Rows:
 
     Raises `UserError` when too many rows are unusable, naming the first.
     """
-    return _parse(_as_json(source), "train") if split == "all" else _load(_as_json(source), split)
+    given = _as_json(source)
+    if split == "all" and (named := json.loads(given)["splits"]):
+        raise UserError(f"{source.path}: has files for {', '.join(named)}, which are kept apart; set split=test")
+    return _parse(given, "train") if split == "all" else _load(given, split)
 
 
 def check(source: DictConfig) -> None:
@@ -56,8 +61,12 @@ def check(source: DictConfig) -> None:
 
     Raises `UserError` as `load` does, and for preferences of which none is for training or none is held out.
     """
-    for split in source.splits or ("train",):
+    given = json.loads(_as_json(source))
+    for split in given["splits"] or ("train",):
         _parse(_as_json(source), split)
+    if given["splits"].keys() - source.splits:
+        counts = ", ".join(f"{split} {len(files)}" for split, files in given["files"].items())
+        print(f"{source.path}: splits by the names of its files ({counts})", flush=True)
     for split in ("train", "test") if source.format in PREFERENCE_FORMATS else ():
         rows = load(source, split).rows
         if rows and len({row.get("label") for row in rows}) == 1 and "label" in rows[0]:
@@ -70,7 +79,15 @@ def check(source: DictConfig) -> None:
 
 
 def _as_json(source: DictConfig) -> str:
-    return json.dumps(OmegaConf.to_container(source, resolve=True), sort_keys=True)
+    """A source with the `files` of each of its splits where it is local; those that its files name are in `splits`."""
+    given = OmegaConf.to_container(source, resolve=True)
+    if is_package(source.path):
+        given["files"] = {ALL: [str(package_file(source.path))]}
+    elif not is_task(source.path) and is_local(source.path):
+        by_split = split_files(source.path, given["splits"])
+        given["files"] = {split: [str(file) for file in files] for split, files in by_split.items()}
+        given["splits"] = {split: given["splits"].get(split, split) for split in by_split if split != ALL}
+    return json.dumps(given, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=32)  # three sources of three splits, and the tasks of the evaluation
@@ -135,7 +152,8 @@ def _refuse_bad_source(
     if reason.startswith("no column"):
         raw = next(raw for where, line, raw in raws if (where, line) == (worst["file"], worst["first_line"]))
         reason += f" beside {', '.join(str(name)[:30] for name in list(raw)[:8])}"
-    unit = "row" if ".parquet" in worst["file"] or worst["file"] == source.path else "line"
+    by_number = worst["file"] == source.path or Path(worst["file"].removesuffix(".gz")).suffix in ("", ".parquet")
+    unit = "row" if by_number else "line"
     remedy = f"max_unusable_share > {bad / len(raws):.3f}" if bad < len(raws) else "format or columns to what it holds"
     raise UserError(
         f"{source.path}: {bad} of {len(raws)} rows cannot be used as format={source.format}, most often because "
@@ -145,18 +163,25 @@ def _refuse_bad_source(
 
 def _read(source: SimpleNamespace, split: str) -> list[tuple[str, int, Row]]:
     """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
+    of_split = getattr(source, "files", {})
+    local = [Path(file) for file in of_split.get(split) or of_split.get(ALL, ())]
     if source.format == "chitchat":
-        return _read_chitchat(package_file(source.path) if is_package(source.path) else local_files(source.path)[0])
+        return [row for file in local or local_files(source.path) for row in _read_chitchat(file)]
     if is_task(source.path):
         return [(source.path, number, row) for number, row in enumerate(tasks.generator(source.path)(), start=1)]
-    if is_package(source.path) or is_local(source.path):
-        found = (
-            [package_file(source.path)]
-            if is_package(source.path)
-            else local_files(source.path, source.splits.get(split))
-        )
-        return [row for file in found for row in files.read(file)]
+    if local:
+        return [row for file in local for row in files.read(file)]
     return [(source.path, number, row) for number, row in enumerate(_read_hub(source, split), start=1)]
+
+
+def place_of(source: DictConfig, prompt: list[Message]) -> str:
+    """File and line of the first row that says what the last message of `prompt` says, for an error message."""
+    given, wanted = SimpleNamespace(**json.loads(_as_json(source))), json.dumps(prompt[-1]["content"])[1:-1]
+    for where, line, raw in _read(given, "train"):
+        with contextlib.suppress(UnusableRowError):
+            if wanted in json.dumps(_rows_of(raw, given, Counter())):
+                return f"the row in {where}, line {line}"
+    return f"a row of {source.path}"
 
 
 def _read_chitchat(file: Path) -> list[tuple[str, int, Row]]:
@@ -197,7 +222,7 @@ def _text(row: Row) -> str:
 
 def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
     """Every reply of a split within the limits of `dialogue`, with the turns before it."""
-    limits = tuple(sorted(OmegaConf.to_container(dialogue).items()))
+    limits = tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
     return _examples(_as_json(source), split, limits)
 
 

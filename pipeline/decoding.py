@@ -4,15 +4,22 @@ B: rows, P: prompt tokens, T: room of the cache in tokens, H: heads, G: key and 
 D: width.
 """
 
+import inspect
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from pipeline import lora
-from pipeline.likelihood import positions
+from pipeline import likelihood, lora, models
+from pipeline.errors import UserError
 
 # rows leave the batch when this share or less of it is alive: leaving copies the cache, staying costs work
 KEEP_ABOVE = 0.875
@@ -57,29 +64,39 @@ class RoomyLayer(CacheLayerMixin):
         """Tokens there is room for."""
         return self.room
 
-    def keep(self, rows: Tensor) -> None:
-        """Only the rows [n] stay."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
 
 class Decoder:
-    """Any causal language model of transformers, by its own forward pass."""
+    """A causal language model of transformers by its own forward pass, with its own kind of cache.
+
+    That may hold keys and values, or the states of a recurrent model, which a step reads without a mask.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
+        accepted = inspect.signature(model.base_model.forward).parameters
+        self.recurrent = "past_key_values" not in accepted
+        self.cache_name = "cache_params" if self.recurrent else "past_key_values"
+        self.has_positions = "position_ids" in accepted
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [B, V] of states [B, D]."""
+        return models.output_logits(self.model, states)
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""
-        layers = self.model.config.num_hidden_layers
-        self.cache = Cache(layers=[RoomyLayer(ids.size(1) + room) for _ in range(layers)])
-        self.mask, self.position = mask, positions(mask)
-        return self._forward(ids, self.position)
+        self.cache = DynamicCache(config=self.model.config)
+        self.cache.layers = [
+            RoomyLayer(ids.size(1) + room) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+            for layer in self.cache.layers
+        ]
+        self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)  # positions count real tokens only
+        return self._forward(ids, self.mask)
 
     def step(self, tokens: Tensor) -> Tensor:
         """States [B, D] after one more token [B] for each row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         self.position = self.position[:, -1:] + 1
-        return self._forward(tokens[:, None], self.position)
+        return self._forward(tokens[:, None], None if self.recurrent else self.mask)
 
     def staying(self, rows: int, alive: int) -> int:
         """How many of the `rows` to keep when `alive` of them have not finished."""
@@ -88,14 +105,36 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Only the rows [n] go on."""
         self.mask, self.position = self.mask[rows], self.position[rows]
-        for layer in self.cache.layers:
-            layer.keep(rows)
+        self.cache.reorder_cache(rows)
 
-    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        outputs = self.model.base_model(
-            input_ids=ids, attention_mask=self.mask, position_ids=position, past_key_values=self.cache, use_cache=True
-        )
+    def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        options = {self.cache_name: self.cache} | ({"position_ids": self.position} if self.has_positions else {})
+        outputs = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
         return outputs.last_hidden_state[:, -1]
+
+
+class RecomputingDecoder(Decoder):
+    """Any causal language model, without a cache: all tokens again for each new one, which is slow and always right."""
+
+    def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+        """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""
+        self.ids, self.mask = likelihood.tokens_first(ids, mask)
+        return self._last_states()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """States [B, D] after one more token [B] for each row."""
+        self.ids, self.mask = F.pad(self.ids, (0, 1)), F.pad(self.mask, (0, 1))
+        end = self.mask.sum(1, keepdim=True)
+        self.ids, self.mask = self.ids.scatter(1, end, tokens[:, None]), self.mask.scatter(1, end, 1)
+        return self._last_states()
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the rows [n] go on."""
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+    def _last_states(self) -> Tensor:
+        states = self.model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
+        return states[torch.arange(len(states), device=states.device), self.mask.sum(1) - 1]
 
 
 class FusedDecoder(Decoder):
@@ -113,6 +152,10 @@ class FusedDecoder(Decoder):
         self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.layers = [_fused(layer, config) for layer in model.base_model.layers]
         self.last_norm = _norm(model.base_model.norm.weight, config)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [B, V] of states [B, D]; the output layer of these architectures is a matrix alone."""
+        return self.model.get_output_embeddings()(states)
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""
@@ -221,3 +264,44 @@ def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
     """What is added to attention scores [B, 1, 1, T]: minus infinity on padding, 0 on tokens."""
     seen = F.pad(mask, (0, room), value=1)[:, None, None].to(dtype)
     return torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
+
+
+_KINDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models that were tried
+
+
+def kind_for(model: Any) -> type[Decoder]:
+    """The fastest decoder whose steps give what one forward pass gives; a model is tried once.
+
+    Raises `UserError` where none does.
+    """
+    if model not in _KINDS:
+        candidates = [FusedDecoder] if fusible(model) else []
+        kinds = (kind for kind in (*candidates, Decoder, RecomputingDecoder) if _agrees(kind, model))
+        _KINDS[model] = next(kinds, None)
+    if _KINDS[model] is None:
+        raise UserError(
+            f"{model.config.model_type}: its states after each token are not those of a forward pass over all of them, "
+            "so nothing can be sampled from it; choose another model"
+        )
+    return _KINDS[model]
+
+
+@torch.no_grad()
+def _agrees(kind: type[Decoder], model: Any) -> bool:
+    """Whether a prompt and two steps, with padding and a row that leaves, give states and logits of a plain pass."""
+    ids = torch.arange(1, 9, device=model.device).view(2, 4)
+    mask, kept = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=model.device), torch.tensor([1], device=model.device)
+    with torch.autocast(model.device.type, enabled=False):
+        whole = torch.cat([ids[1, 2:], ids[0, :2]])[None]
+        expected = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, 1:]
+        try:
+            decoder = kind(model)
+            states = [decoder.prefill(ids, mask, 2)[kept], decoder.step(ids[[1, 0], 0])[kept]]
+            decoder.keep(kept)
+            states = torch.cat([*states, decoder.step(ids[0, 1:2])])
+            logits = decoder.logits(states)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+            return False  # a cache of another kind than the decoder knows
+        return models.close(states, expected) and models.close(logits, models.output_logits(model, expected))

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from pipeline.errors import UserError
+from pipeline.precision import of_device
 from pipeline.schema import SHARDED
 
 # parameters of glibc's mallopt(3), from malloc.h
@@ -65,7 +66,7 @@ def set_up(runtime: DictConfig, precision: str, group: Group = ALONE) -> Device:
     threads = max(1, threads // group.on_this_machine)
     torch.set_num_threads(threads)
     _manage_freed_memory(runtime.keep_freed_memory)
-    bf16 = precision == "bf16" or (precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = precision == "bf16" or (precision == "auto" and of_device(kind) == "bf16")
     return Device(kind, bf16, threads, group.processes, group.mode)
 
 

@@ -10,43 +10,44 @@ from typing import Any
 import numpy as np
 
 from pipeline import statistics
+from pipeline.statistics import shown
 
 
 def drift(change: dict[str, list[float]], prompts: list[str]) -> dict[str, Any]:
     """Mean change of log-probability of chosen and rejected replies, nats per reply, with 95 % intervals over prompts.
 
-    `chosen_falls` is true where the whole interval of chosen replies is below 0.
+    `chosen_falls` is true where the whole interval of chosen replies is below 0; where there is none it is false.
     """
     found: dict[str, Any] = {}
     for side, values in change.items():
         found[f"{side}_logprob_change"] = float(np.mean(values))
-        found[f"{side}_logprob_change_ci95"] = statistics.grouped_mean_interval(values, prompts)
-    return found | {"chosen_falls": found["chosen_logprob_change_ci95"][1] < 0}
+        found[f"{side}_logprob_change_ci95"] = statistics.mean_interval(values, prompts)
+    interval = found["chosen_logprob_change_ci95"]
+    return found | {"chosen_falls": interval is not None and interval[1] < 0}
 
 
-def alarm(dpo: dict[str, Any], replies: list[str], before: list[str], resamples: int, seed: int) -> dict[str, Any]:
+def alarm(dpo: dict[str, Any], replies: list[str], before: list[str]) -> dict[str, Any]:
     """What became of chosen replies and of length, and whether both went the wrong way (`alarm`).
 
     `dpo` are the metrics of stage dpo, `replies` DPO's to held-out prompts and `before` those of its reference.
     Lengths are in characters; that they grow means that the whole 95 % interval of the paired change is above 0.
     """
     longer = [float(len(now) - len(then)) for now, then in zip(replies, before, strict=True)]
-    interval = statistics.mean_interval(longer, resamples, seed)
+    interval = statistics.mean_interval(longer)
     kept = {key: dpo[key] for key in ("chosen_logprob_change", "chosen_logprob_change_ci95", "rejected_logprob_change")}
     return kept | {
         "length_change": float(np.mean(longer)),
         "length_change_ci95": interval,
-        "alarm": bool(dpo["chosen_falls"] and interval[0] > 0),
+        "alarm": bool(dpo["chosen_falls"] and interval is not None and interval[0] > 0),
     }
 
 
 def in_words(found: dict[str, Any]) -> str:
     """One line for the terminal and the report."""
-    low, high = found["chosen_logprob_change_ci95"]
     said = (
-        f"chosen replies changed by {found['chosen_logprob_change']:+.1f} nats [{low:+.1f}, {high:+.1f}], "
-        f"replies by {found['length_change']:+.0f} characters "
-        f"[{found['length_change_ci95'][0]:+.0f}, {found['length_change_ci95'][1]:+.0f}]"
+        f"chosen replies changed by {found['chosen_logprob_change']:+.1f} nats "
+        f"{shown(found['chosen_logprob_change_ci95'], '+.1f')}, replies by {found['length_change']:+.0f} characters "
+        f"{shown(found['length_change_ci95'], '+.0f')}"
     )
     if not found["alarm"]:
         return f"DPO: {said}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import likelihood, models
+from pipeline.errors import UserError
 
 MEMBERS = "members"  # folder of the second and all later models in the artifact of the first
 
@@ -30,13 +31,17 @@ class Ensemble:
     coef: float = 0.0
     scale: tuple[float, float] = (0.0, 1.0)
 
-    def scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
-        """The score [N] of each sequence of token ids."""
-        return self.combined(self.member_scores(sequences, pad, batch_size))
+    def scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> Tensor:
+        """The score [N] of each sequence of token ids; `bar` counts those of every member."""
+        return self.combined(self.member_scores(sequences, pad, batch_size, bar))
 
-    def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
-        """The score of each sequence by each member [members, N]."""
-        return torch.stack([normalised_scores(member, sequences, pad, batch_size) for member in self.members])
+    def member_scores(self, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> Tensor:
+        """The score of each sequence by each member [members, N]; `UserError` where one is not finite."""
+        scores = torch.stack([normalised_scores(member, sequences, pad, batch_size, bar) for member in self.members])
+        if not scores.isfinite().all():
+            wrong = int((~scores.isfinite()).any(0).sum())
+            raise UserError(f"reward model: its score of {wrong} of {scores.shape[1]} replies is no finite number")
+        return scores
 
     def combined(self, scores: Tensor) -> Tensor:
         """One score [N] of the scores [members, N]."""
@@ -53,14 +58,23 @@ class Ensemble:
         return {"combine": self.combine, "coef": self.coef, "scale": list(self.scale)}
 
 
-def normalised_scores(model: Any, sequences: list[list[int]], pad: int, batch_size: int = 128) -> Tensor:
+def normalised_scores(
+    model: Any, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
+) -> Tensor:
     """The score [N] of each sequence by one reward model, on the scale that its configuration holds."""
-    return normalised(model, torch.tensor(likelihood.scores(model, sequences, pad, batch_size)))
+    return normalised(model, torch.tensor(likelihood.scores(model, sequences, pad, batch_size, bar)))
 
 
 def normalised(reward_model: Any, raw: Tensor) -> Tensor:
     """Raw scores on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
     return (raw - reward_model.config.score_mean) / reward_model.config.score_std
+
+
+def mean_and_deviation(scores: Tensor) -> tuple[float, float]:
+    """What scores [N] are normalised by. Raises `UserError` where one is not a finite number."""
+    if not torch.isfinite(scores).all():
+        raise UserError("reward: the scores of the SFT model's samples are not finite; lower reward.learning_rate")
+    return scores.mean().item(), max(scores.std().item(), 1e-6)
 
 
 def load(folder: Path, device: str = "cpu") -> Ensemble:

@@ -1,11 +1,33 @@
 """The one error that people see: what is wrong, where, and what to do, on one line."""
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable
+
+# an address before its user, and the user with the password: all up to the last @ of the authority (RFC 3986, 3.2), or
+# what a password with unescaped signs makes of it
+URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"<>]+:(?![0-9]*[/?#])[^\s\"<>]*|[^\s/?#\"<>]*)@")
+SECRETS: dict[str, str] = {}  # value that the environment gives → the interpolation that stands for it
 
 
 class UserError(Exception):
     """Bad input or configuration. The command line prints its message on one line and exits with status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(public(message))
+
+
+def public(text: str) -> str:
+    """`text` as it may be shown and kept: URLs without user and password, secrets by the names of their variables."""
+    for value, written in SECRETS.items():
+        text = text.replace(value, written)
+    return URL_USER.sub(r"\1", text)
+
+
+def public_traceback(error: BaseException) -> str:
+    """The traceback of an error as it may be shown and kept."""
+    return public("".join(traceback.format_exception(error)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -16,4 +38,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return public((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def queued_again(error: SystemExit) -> bool:
+    """Whether Python ends because Slurm signalled and submitit, in its signal handler, has queued the job again."""
+    return any("submitit" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])

@@ -95,6 +95,18 @@ def policy_losses(
     return torch.maximum(free, clipped), (clipped > free).float()
 
 
+def reply_weights(lengths: Tensor, average: str) -> Tensor:
+    """Factors [B] of the losses of each reply's tokens, so that their sum over N tokens, divided by N, is an average.
+
+    `lengths` [B] are those of a minibatch's replies, N tokens together. Over tokens: the mean of all (factor 1); over
+    replies: the mean of each reply's mean (GRPO); sums: the mean of each reply's sum (REINFORCE, RLOO).
+    """
+    tokens_per_reply = lengths.sum() / len(lengths)
+    if average == "replies":
+        return tokens_per_reply / lengths
+    return tokens_per_reply.expand(len(lengths)) if average == "sums" else torch.ones_like(lengths)
+
+
 def value_losses(
     values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
 ) -> tuple[Tensor, Tensor]:

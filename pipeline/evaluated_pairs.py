@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from pipeline.artifact import read_lines
+from pipeline.errors import UserError
 from pipeline.votes import Comparison
 
 NAME = "evaluate"  # value of label.pairs that asks for these pairs
@@ -16,6 +18,16 @@ NAME = "evaluate"  # value of label.pairs that asks for these pairs
 def samples_file(config: DictConfig) -> Path:
     """Where the replies of the run's evaluation are."""
     return Path(config.runs) / config.run / "evaluate" / "samples.jsonl"
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of samples. Raises `UserError` naming the line of one that holds no replies to a prompt."""
+    rows = read_lines(file)
+    for number, row in enumerate(rows, start=1):
+        good = isinstance(row, dict) and isinstance(row.get("prompt"), list) and len(row) > 1
+        if not good or not all(isinstance(row[n], dict) and isinstance(row[n].get("reply"), str) for n in models(row)):
+            raise UserError(f"{file}: row {number} is not a prompt with replies; make it with target=evaluate")
+    return rows
 
 
 def votes_file(config: DictConfig) -> Path:

@@ -17,8 +17,13 @@ Numbered = Iterator[tuple[int, Row]]
 
 
 def read(file: Path) -> list[tuple[str, int, Row]]:
-    """The rows of a file, each with the file's name and its first line. Raises `UserError` when one cannot be read."""
-    reader = READERS[Path(file.name.removesuffix(".gz")).suffix]
+    """The rows of a file, each with the file's name and its first line. Raises `UserError` when one cannot be read.
+
+    A folder of save_to_disk is read as one file.
+    """
+    reader = _saved if file.is_dir() else READERS.get(Path(file.name.removesuffix(".gz")).suffix)
+    if reader is None:
+        raise UserError(f"{file}: must be {', '.join(READERS)}, each also with .gz; convert or rename it")
     rows = [(file.name, line, row) for line, row in reader(file)]
     if not rows:
         raise UserError(f"{file}: is empty; give it rows, or take it out of the source")
@@ -142,6 +147,20 @@ def _parquet(file: Path) -> Numbered:
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file}: cannot be read as parquet ({reason}); copy it again") from error
+    yield from enumerate(rows, start=1)
+
+
+def _saved(folder: Path) -> Numbered:
+    """A data set as datasets.save_to_disk leaves it: Arrow tables, from which no code is run."""
+    from datasets import load_from_disk
+
+    try:
+        rows = load_from_disk(str(folder)).to_list()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: is a folder of datasets.save_to_disk that cannot be read ({reason}); export it with to_parquet"
+        ) from error
     yield from enumerate(rows, start=1)
 
 

@@ -14,11 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline import instructions
 from pipeline.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from pipeline.preference_formats import PREFERENCE_FORMATS
-from pipeline.sources import package_file
+from pipeline.sources import WORD_LIST, package_file
 
 
 def text(raw: Row, dropped: Counter) -> list[Row]:
@@ -38,8 +39,7 @@ def messages(raw: Row, dropped: Counter) -> list[Row]:
     found = messages_of(raw, "messages")
     if not any(m["role"] == "assistant" for m in found):
         raise UnusableRowError("no assistant turn")
-    opening = next(m for m in found if m["role"] != "system")
-    return [{"key": opening["content"], "messages": found, "symmetric": False}]
+    return [{"key": key_of(found), "messages": found, "symmetric": False}]
 
 
 def ifeval(raw: Row, dropped: Counter) -> list[Row]:
@@ -54,8 +54,10 @@ def chitchat(raw: Row, dropped: Counter) -> list[Row]:
     Messages with an address, markup or profanity are left out and counted; where a whole turn falls away the
     conversation is cut, so that no reply follows a context that it did not follow.
     """
-    if not {"id", "messages"} <= raw.keys():
+    if not {"id", "messages"} <= raw.keys() or not _turns_of_senders(raw["messages"]):
         raise UnusableRowError("not a conversation of chitchat-dataset")
+    if not isinstance(raw.get("prompt") or "", str):
+        raise UnusableRowError("prompt is not text")
     topic = [{"role": "system", "content": raw["prompt"]}] if raw.get("prompt") else []
     segments: list[list[str]] = [[]]
     sender = None
@@ -73,6 +75,14 @@ def chitchat(raw: Row, dropped: Counter) -> list[Row]:
         for turns in segments
         if len(turns) > 1
     ]
+
+
+def _turns_of_senders(turns: Any) -> bool:
+    """Whether these are turns of chitchat-dataset: lists of messages, each with its sender and its text."""
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and turn for turn in turns):
+        return False
+    messages = [message for turn in turns for message in turn]
+    return all(isinstance(m, dict) and isinstance(m.get("text"), str) and "sender" in m for m in messages)
 
 
 FORMATS: dict[str, Callable[[Row, Counter], list[Row]]] = {
@@ -95,7 +105,7 @@ WORD = re.compile(r"[a-z0-9$@*!'-]+")
 @functools.cache
 def _profanity() -> tuple[frozenset[str], tuple[str, ...]]:
     """Words, and phrases of several words, of the list in the package better-profanity (MIT)."""
-    lines = Path(package_file("package:better_profanity/profanity_wordlist.txt")).read_text().lower().split("\n")
+    lines = Path(package_file(WORD_LIST)).read_text().lower().split("\n")
     entries = {line.strip() for line in lines if line.strip()}
     return frozenset(e for e in entries if " " not in e), tuple(e for e in sorted(entries) if " " in e)
 

@@ -18,7 +18,7 @@ from pipeline.variants import Variant
 
 FORMS = {"best_of_n": "best_of_n", "dpo": "rl", "ppo": "rl"}  # DPO as RL: Rafailov et al. 2024, arXiv 2406.02900
 SCORES = ("gold", "second", "proxy")
-FORM = 1  # of frontier.json
+FORM = 2  # of frontier.json
 SETTINGS = 3  # with fewer, a law of two parameters says nothing
 SURE = 0.95  # share of resamples with a peak from which the advice says that there is one
 NAMES = {"best_of_n": "Best-of-n", "dpo": "DPO", "ppo": "PPO"}
@@ -98,10 +98,19 @@ def read_points(folder: Path) -> list[dict[str, Any]]:
 
 
 def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]:
-    """What frontier.json holds: points by their means, laws by method and score, and advice."""
+    """What frontier.json holds: points by their means, laws by method and score, and advice.
+
+    Every second prompt is for choosing: laws are fitted to these, and advice goes by them. The means of points are of
+    the others, so that what is said of the point that was chosen is not too good; `gold_chosen_by` is of the former.
+    """
+    if len(points[0]["gold"]) < 2:
+        raise UserError(
+            "frontier: one held-out prompt is too few to choose by some and to report others; give more data"
+        )
+    choosing, reported = ([_every_second(point, first) for point in points] for first in (0, 1))
     laws = {}
     for method in dict.fromkeys(point["method"] for point in points):
-        own = [point for point in points if point["method"] == method and point["kl"] > 0]
+        own = [point for point in choosing if point["method"] == method and point["kl"] > 0]
         if len({_setting(point | {"seed": 0}) for point in own}) >= SETTINGS:
             laws[method] = {
                 score: overoptimisation.summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
@@ -109,9 +118,17 @@ def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]
             }
     means = [
         {key: float(np.mean(value)) if key in SCORES else value for key, value in point.items() if key != "gains"}
-        for point in points
+        | {"gold_chosen_by": float(np.mean(chosen_by["gold"]))}
+        for point, chosen_by in zip(reported, choosing, strict=True)
     ]
-    return {"points": means, "laws": laws, "advice": advice(means, laws), "prompts": len(points[0]["gold"])}
+    prompts = {"prompts": len(reported[0]["gold"]), "chosen_by_prompts": len(choosing[0]["gold"])}
+    return {"points": means, "laws": laws, "advice": advice(means, laws)} | prompts
+
+
+def _every_second(point: dict[str, Any], first: int) -> dict[str, Any]:
+    """A point with the scores and gains of every second prompt from number `first` on."""
+    scores = {name: point[name][first::2] for name in SCORES}
+    return point | scores | {"gains": {name: gains[first::2] for name, gains in point["gains"].items()}}
 
 
 def judges(evaluate: DictConfig) -> dict[str, str]:
@@ -140,8 +157,11 @@ def advice(points: list[dict[str, Any]], laws: dict[str, Any]) -> list[str]:
 
 
 def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | None) -> str:
-    best = max((point for point in points if point["method"] == method), key=lambda point: point["gold"])
-    seen = f"The highest that was measured is {best['gold']:.3f} at KL {best['kl']:.1f} ({_setting(best)})."
+    best = max((point for point in points if point["method"] == method), key=lambda point: point["gold_chosen_by"])
+    seen = (
+        f"Chosen by one half of the prompts, the point at KL {best['kl']:.1f} ({_setting(best)}) has "
+        f"{best['gold']:.3f} on the other half."
+    )
     if law is None:
         return f"{NAMES[method]}: fewer than {SETTINGS} settings, so no law is fitted. {seen}"
     sure, share = law["trend_share"] >= SURE, f"in {law['trend_share']:.0%} of resamples"

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 def broken(metrics: dict[str, float]) -> list[str]:
     """Names of the metrics that are not finite numbers."""
@@ -25,3 +27,17 @@ def tripped(metrics: dict[str, float], config: Any) -> str | None:
             if limit is not None and (size > limit if side == "above" else size < limit):
                 return f"{name} {size:.3g} is {side} ppo.{key}={limit}"
     return None
+
+
+def require_one_distribution(name: str, error: float, config: Any) -> None:
+    """Raise `UserError` where the policy's own probabilities of sampled tokens are too far from the sampler's.
+
+    Before a step both are of the same weights. A ratio other than 1 means that one of the two computes something else
+    than the model does, and then every figure of the training is wrong. `error` is the metric `name`.
+    """
+    key = {"first_ratio_error": "max_first_ratio_error", "engine_ratio_mean": "max_engine_ratio"}[name]
+    if config[key] is not None and error > config[key]:
+        raise UserError(
+            f"ppo: sampled and recomputed log-probabilities differ: {name} {error:.3g} is above "
+            f"ppo.{key}={config[key]:g}; this model is sampled from wrongly, or raise the limit"
+        )

@@ -5,38 +5,40 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pipeline import chat, data, likelihood, sampling
+from pipeline import chat, data, likelihood, models, sampling
 from pipeline.artifact import read_lines
 from pipeline.data import Example
 from pipeline.job import Job
 from pipeline.packing import document_start
 
 
-def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int) -> list[Example]:
-    """At most `count` prompts of the test split that no training split and no comparison contains, with their replies.
+def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: str = "test") -> list[Example]:
+    """At most `count` prompts of a held-out split, with replies, that no training split and no comparison contains.
 
-    Prompts that leave no room for a reply in `model`'s context, or that the chat template refuses, are left out.
+    To the test split the validation split is one of training. Prompts that leave no room for a reply in `model`'s
+    context, or that the chat template refuses, are left out.
     """
     source, dialogue = job.config.data.replies, job.config.data.dialogue
-    trained_on = {
-        data.prompt_key(e.prompt) for split in ("train", "validation") for e in data.examples(source, split, dialogue)
-    }
+    earlier = ("train", "validation") if split == "test" else ("train",)
+    trained_on = {data.prompt_key(e.prompt) for name in earlier for e in data.examples(source, name, dialogue)}
     if "comparisons" in job.inputs:
         trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
-    found = [e for e in data.prompts(source, "test", dialogue) if data.prompt_key(e.prompt) not in trained_on]
+    found = [e for e in data.prompts(source, split, dialogue) if data.prompt_key(e.prompt) not in trained_on]
     drawn, _ = chat.accepted(tokenizer, data.draw(found, 2 * count, seed), source)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
     return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][:count]
 
 
-def reply_bits_per_byte(model: nn.Module, tokenizer: Any, examples: list[Example], longest: int) -> float:
+def reply_bits_per_byte(
+    model: nn.Module, tokenizer: Any, examples: list[Example], longest: int, bar: Any = None
+) -> float:
     """Bits per byte of people's replies given their rendered prompts; the end token's bits count as well.
 
-    Replies that are, with their prompt, longer than `longest` tokens are left out.
+    Replies that are, with their prompt, longer than `longest` tokens are left out. `bar` counts replies.
     """
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
     kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= longest]
-    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id).sum().item()
+    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id, bar=bar).sum().item()
     return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
 
 
@@ -46,12 +48,12 @@ def first_texts(texts: list[str], tokenizer: Any, tokens: int) -> list[str]:
     return texts[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens)))]
 
 
-def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], context: int) -> float:
+def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], context: int, bar: Any = None) -> float:
     """Bits per UTF-8 byte of texts under a causal language model, each by itself after its BOS.
 
-    Windows have `context` tokens, or as many as the model can read.
+    Windows have `context` tokens, or as many as the model can read. `bar` counts tokens.
     """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    window = min(context, model.config.max_position_embeddings)
-    nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window)
+    window = min(context, models.context_length(model.config))
+    nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window, bar=bar)
     return likelihood.bits_per_byte(nats, texts)

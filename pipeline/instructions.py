@@ -4,6 +4,7 @@ The package holds Google's own checkers. It is an extra, so it is imported where
 """
 
 import functools
+import re
 from typing import Any
 
 from pipeline.columns import Row, UnusableRowError
@@ -66,6 +67,8 @@ def _try(id: str, kwargs: dict[str, Any]) -> None:
         checker.check_following(SAMPLE)
     except (TypeError, ValueError, AttributeError) as error:
         raise UnusableRowError(f"{id} does not take its kwargs") from error
+    except re.error as error:
+        raise UnusableRowError(f"{id} has kwargs that are no regular expression") from error
     except LookupError as error:  # as nltk says that it lacks its data
         raise UnusableRowError(f"{id} needs data of nltk (python -m nltk.downloader punkt_tab)") from error
 

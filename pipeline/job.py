@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from pipeline import device
 from pipeline.artifact import asked_to_stop, read_json, write_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, queued_again
+from pipeline.imports import VERSIONED
 from pipeline.tracked import OPTIMISER_STEP, About
 from pipeline.tracking import StepLog, Trackers
 
 # TRL, transformers and datasets then send nothing about their use
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-VERSIONED = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
 
 
 class Job:
@@ -73,12 +72,13 @@ class Job:
         about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
         self.say(f"{self.device} · {mode} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
-    def progress(self, total: int, unit: str, initial: int = 0) -> tqdm:
-        """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left."""
+    def progress(self, total: int, unit: str, initial: int = 0, part: str = "") -> tqdm:
+        """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left, of a `part` of the stage."""
         quiet = not sys.stderr.isatty()
         bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]"
         return tqdm(
-            total=total, initial=initial, unit=unit, unit_scale=True, desc=self.stage, bar_format=bar,
+            total=total, initial=initial, unit=unit, unit_scale=True, bar_format=bar,
+            desc=f"{self.stage} {part}".strip(),
             leave=False, mininterval=30 if quiet else 0.5, file=sys.stderr, disable=not self.main,
         )  # fmt: skip
 
@@ -135,6 +135,10 @@ def execute(job: Job, fingerprint: str) -> dict[str, Any]:
         job.start(fingerprint)
         metrics = importlib.import_module(f"stages.{job.stage}").run(job)
         return job.finish(metrics, fingerprint)
+    except SystemExit as error:  # of a library, or of people's own code: nothing was made
+        if queued_again(error):
+            raise
+        raise UserError(f"{job.stage}: something that it called ended with sys.exit({error.code!r})") from error
     finally:
         job.close()
 
@@ -161,8 +165,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars, which know no slower pace for a log file
+    os.environ["TQDM_DISABLE"] = "1"  # TRL's own bars: the stage has one for each part that takes long
 
 
 def _duration(seconds: float) -> str:

@@ -5,10 +5,9 @@ Every pair is asked twice, with the replies in both orders, since models prefer 
 sampled. P: prompts, M: models.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline import chat, likelihood, template
+from pipeline import chat, checkpoints, likelihood, models, template
 from pipeline.columns import Message
 from pipeline.errors import UserError
 from pipeline.judge_template import question
@@ -75,44 +74,47 @@ class JudgeModel:
         first, both = np.zeros(len(questions)), np.zeros(len(questions))
         for start in range(0, len(order), self.config.batch_size):
             batch = order[start : start + self.config.batch_size]
-            ids, mask = likelihood.left_padded([questions[i] for i in batch], self.verdicts[0], self.model.device)
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=likelihood.positions(mask), logits_to_keep=1,
-                use_cache=False,
-            ).logits  # fmt: skip
-            logprobs = logits[:, -1].float().log_softmax(-1)[:, self.verdicts]
+            logits = likelihood.next_logits(self.model, [questions[i] for i in batch], self.verdicts[0])
+            logprobs = logits.log_softmax(-1)[:, self.verdicts]
             first[batch], both[batch] = logprobs.softmax(-1)[:, 0].cpu(), logprobs.exp().sum(-1).cpu()
             if bar is not None:
                 bar.update(len(batch))
+        if not np.isfinite(first).all():
+            raise UserError(f"evaluate.judge_model.path={self.config.path}: its probabilities are no finite numbers")
         return first, both
 
 
 def load(config: Any, device: Any, template_date: str) -> JudgeModel:
     """The judge model of `evaluate.judge_model`, in bf16 where `device` computes in it; no code of the model's runs."""
+    tokenizer = _checked_tokenizer(config, template_date)
     dtype = torch.bfloat16 if device.bf16 else torch.float32
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
-        template.settle(tokenizer, template_date)
-        model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, use_safetensors=True, **options)
+    model = checkpoints.load(
+        AutoModelForCausalLM, config.path, _name(config), dtype=dtype, revision=config.revision or "main"
+    )
     return JudgeModel(model.to(device.type).eval(), tokenizer, config)
 
 
 def check(config: Any, template_date: str) -> None:
-    """Hold the judge's tokenizer to verdicts and template before anything is sampled; raises `UserError`."""
-    with _loading(config) as options:
-        tokenizer = chat.load_tokenizer(config.path, **options)
-        template.settle(tokenizer, template_date)
+    """Hold the judge's checkpoint to verdicts and template before anything is sampled; raises `UserError`."""
+    tokenizer = _checked_tokenizer(config, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
 
 
-@contextlib.contextmanager
-def _loading(config: Any) -> Iterator[dict[str, Any]]:
-    try:
-        yield {"revision": config.revision or "main", "trust_remote_code": False}
-    except (OSError, ValueError, UserError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"evaluate.judge_model.path={config.path}: cannot be loaded ({said})") from error
+def weight_bytes(folder: str) -> int:
+    """Size of the weights in a model folder; 0 for a name on the hub."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def _checked_tokenizer(config: Any, template_date: str) -> Any:
+    checkpoints.check(config.path, _name(config), config.revision)
+    tokenizer = chat.load_tokenizer(config.path, _name(config), revision=config.revision or "main")
+    template.settle(tokenizer, template_date)
+    return tokenizer
+
+
+def _name(config: Any) -> str:
+    return f"evaluate.judge_model.path={config.path}"
 
 
 def _require_template(tokenizer: Any, config: Any) -> None:
@@ -152,7 +154,7 @@ def judge(
     """
     sides = [(prompts[p.prompt], replies[p.one][p.prompt], replies[p.other][p.prompt]) for p in asked]
     questions = [(model.ids(prompt, a, b), model.ids(prompt, b, a)) for prompt, a, b in sides]
-    longest = getattr(model.model.config, "max_position_embeddings", None) or np.inf
+    longest = models.context_length(model.model.config)
     fits = [i for i, both in enumerate(questions) if max(map(len, both)) <= longest]
     if asked and not fits:
         raise UserError(f"evaluate.judge_model: every question is longer than the model's context of {longest} tokens")

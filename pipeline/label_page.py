@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from werkzeug.serving import make_server
 
 from pipeline import agreement, evaluated_pairs
-from pipeline.artifact import read_lines
 from pipeline.config import make_command
 from pipeline.errors import UserError
 from pipeline.labelling import CHOICES, Labelling
@@ -48,7 +47,7 @@ def serve(config: DictConfig, overrides: list[str]) -> None:
         raise UserError(
             f"{pairs}: no such file of pairs; make it with threefold run target={stage}, or set label.pairs"
         )
-    pool = evaluated_pairs.pool(read_lines(pairs)) if evaluated else read_pool(pairs)
+    pool = evaluated_pairs.pool(evaluated_pairs.read_samples(pairs)) if evaluated else read_pool(pairs)
     with only_writer(votes), _listening(config.label.port) as listening:
         labelling = Labelling(pool, votes, config.label.seed)
         command = report_command(overrides) if evaluated else next_command(votes, overrides)

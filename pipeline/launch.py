@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.artifact import read_json, write_json
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public, public_traceback
 from pipeline.nodes import Nodes, address
 from pipeline.schema import SHARDED
 
@@ -99,8 +98,8 @@ def read(file: Path) -> Task:
 
 def report(error: Exception, work: Path) -> None:
     """Leave `error` for the driver, unless another process failed before; called where `error` is handled."""
-    message = str(error) or type(error).__name__
-    said = {"message": message, "user": isinstance(error, UserError), "traceback": traceback.format_exc()}
+    message = public(str(error)) or type(error).__name__
+    said = {"message": message, "user": isinstance(error, UserError), "traceback": public_traceback(error)}
     with contextlib.suppress(FileExistsError), (work / "error.json").open("x") as stream:
         json.dump(said, stream)
 

@@ -4,10 +4,13 @@ B: batch, P: prompt tokens, R: reply tokens, T: tokens, V: vocabulary, D: width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline import models
 
 
 def left_padded(sequences: list[list[int]], pad: int, device: str) -> tuple[Tensor, Tensor]:
@@ -31,16 +34,33 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def tokens_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] with padding anywhere, and their mask, with all padding moved to the right.
+
+    There no causal model sees it, be its positions learned, rotary or ALiBi, or its state recurrent.
+    """
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
 def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Hidden states [B, R, D] of the text before each reply token; prompts [B, P] are padded left, replies right."""
-    ids, mask = torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1)
-    outputs = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return outputs.last_hidden_state[:, prompt.size(1) - 1 :]
+    ids, mask = tokens_first(torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1))
+    states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    rows, last = torch.arange(len(ids), device=ids.device)[:, None], prompt_mask.sum(1, keepdim=True) - 1
+    return states[rows, last + torch.arange(reply.size(1), device=ids.device)]
 
 
 def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Logits [B, R, V] that predict each reply token."""
-    return model.get_output_embeddings()(reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
+    return models.output_logits(model, reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
+
+
+def next_logits(model: nn.Module, sequences: list[list[int]], pad: int) -> Tensor:
+    """Logits [B, V] of the token after each sequence."""
+    ids, mask = right_padded(sequences, pad, model.device)
+    states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return models.output_logits(model, states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]).float()
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -50,8 +70,13 @@ def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor
 
 
 @torch.no_grad()
-def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128) -> list[float]:
-    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding."""
+def scores(
+    model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
+) -> list[float]:
+    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding.
+
+    `bar` is a progress bar that counts sequences, here and below.
+    """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
@@ -61,12 +86,13 @@ def scores(model: nn.Module, sequences: list[list[int]], pad: int, batch_size: i
         last = states[torch.arange(len(chosen), device=ids.device), mask.sum(1) - 1]
         for i, score in zip(chosen, model.score(last)[:, 0].tolist(), strict=True):
             found[i] = score
+        advance(bar, len(chosen))
     return found
 
 
 @torch.no_grad()
 def replies_logprobs(
-    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64, bar: Any = None
 ) -> Tensor:
     """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -77,13 +103,14 @@ def replies_logprobs(
         reply, reply_mask = right_padded([pairs[i][1] for i in batch], pad, model.device)
         logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
         found[batch] = (logprobs * reply_mask).sum(1).cpu()
+        advance(bar, len(batch))
     return found
 
 
 @torch.no_grad()
 def kl(
     policy: nn.Module, reference: nn.Module, prompts: list[list[int]], replies: list[list[int]], temperature: float,
-    pad: int, batch_size: int = 64,
+    pad: int, batch_size: int = 64, bar: Any = None,
 ) -> float:  # fmt: skip
     """KL(policy, reference) in nats per reply, at `temperature`, from replies that the policy sampled.
 
@@ -99,15 +126,16 @@ def kl(
             for model in (policy, reference)
         )
         total += ((ours.exp() * (ours - theirs)).sum(-1) * mask).sum().item()
+        advance(bar, len(prompt))
     return total / len(prompts)
 
 
 @torch.no_grad()
-def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64) -> float:
+def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64, bar: Any = None) -> float:
     """Total negative log-likelihood, in nats, of tokenised texts, each after its first token.
 
     Windows of `context` tokens overlap by half, and each token counts once, with at least half a window before it
-    (but for a text's start).
+    (but for a text's start). `bar` counts tokens.
     """
     stride = context // 2
     windows = [(ids[s : s + context], s) for ids in texts for s in range(0, max(1, len(ids) - stride), stride)]
@@ -122,7 +150,14 @@ def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_siz
             row[context - stride - 1 if start else 0 :].sum().item()
             for row, (_, start) in zip(nats, batch, strict=True)
         )
+        advance(bar, sum(min(context - stride if start else context, len(ids)) for ids, start in batch))
     return total
+
+
+def advance(bar: Any, count: int) -> None:
+    """Move a progress bar on, where there is one."""
+    if bar is not None:
+        bar.update(count)
 
 
 def bits_per_byte(nats: float, texts: list[str]) -> float:

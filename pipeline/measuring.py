@@ -99,13 +99,15 @@ def played(
 def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str, float]:
     """What is measured of a model itself, in part from its sampled replies (token ids)."""
     config, tokenizer, reference = shared.job.config, shared.tokenizer, shared.reference
-    temperature, longest = config.sampling.temperature, policy.config.max_position_embeddings
-    return {
+    temperature, longest = config.sampling.temperature, models.context_length(policy.config)
+    found = {
         "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, tokenizer.pad_token_id),
         "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, tokenizer, shared.examples, longest),
-        # as pretraining measures it: what alignment took from the language model
-        "text_bits_per_byte": held_out.text_bits_per_byte(policy, tokenizer, shared.texts, config.pretrain.context),
     }
+    if shared.texts:  # as pretraining measures it: what alignment took from the language model
+        bits = held_out.text_bits_per_byte(policy, tokenizer, shared.texts, config.pretrain.context)
+        found["text_bits_per_byte"] = bits
+    return found
 
 
 def ways(config: Any) -> dict[str, Any]:

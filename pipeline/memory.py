@@ -27,8 +27,9 @@ def statement(actors: Actors, tokens: int, sampled: int, micro: int) -> dict[str
         if trained is not None:
             size = FLOAT * sum(p.numel() for p in trained.parameters())
             found[f"{name} gradient and Adam"] = 3 * size
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = getattr(config, "num_attention_heads", None)  # None for recurrent models, whose states do not grow
+    heads = getattr(config, "num_key_value_heads", None) or attention or 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // (attention or 1)
     if config.model_type in FUSED:
         found["sampler's copies"] = found["policy weights"]
     found["cache"] = 2 * FLOAT * config.num_hidden_layers * sampled * tokens * heads * width

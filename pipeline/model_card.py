@@ -41,7 +41,7 @@ def card(part: Path, out: Path, manifest: dict[str, Any], store: Path) -> str:
         library_name="transformers",
         license="unknown",
         pipeline_tag="text-classification" if scored else "text-generation",
-        base_model=base if base and not is_local(base) else None,
+        base_model=base if base and not is_local(base) and "${" not in base else None,
         datasets=[name for name, hub in data_names(configs).items() if hub] or None,
         tags=["threefold", stage],
     )
@@ -95,15 +95,15 @@ def lineage(out: Path, manifest: dict[str, Any], store: Path) -> dict[str, DictC
 
 def base_model(configs: dict[str, DictConfig]) -> str | None:
     """The checkpoint that training started from; None where it started from nothing."""
-    return OmegaConf.select(configs["pretrain"], "model.checkpoint") if "pretrain" in configs else None
+    return OmegaConf.to_container(configs["pretrain"])["model"]["checkpoint"] if "pretrain" in configs else None
 
 
 def data_names(configs: dict[str, DictConfig]) -> dict[str, bool]:
     """Names of the data sources behind the model, and whether each is on the hub; of local ones the last part alone."""
     found = {}
     for config in configs.values():
-        for source in (OmegaConf.select(config, "data") or {}).values():
+        for source in OmegaConf.to_container(config).get("data", {}).values():
             if path := source.get("path"):
-                packaged = is_package(path) or is_task(path)
-                found[Path(path).name if is_local(path) and not packaged else path] = not (packaged or is_local(path))
+                packaged, local = is_package(path) or is_task(path), is_local(path) or "${" in path
+                found[Path(path).name if local and not packaged else path] = not (packaged or local)
     return found

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline import fused
+
 # coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, "Muon")
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -38,14 +40,15 @@ def shared_as(p: Tensor, update: Tensor) -> Tensor:
     """This process's part of an update that all have, where `p` is shared out; otherwise the update."""
     if not isinstance(p, DTensor):
         return update
-    return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(update.contiguous(), p.device_mesh, p.placements, src_data_rank=None)
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon on the matrices of the blocks, AdamW on embeddings, output layer, norms and biases.
 
     Both learning rates are scaled by the same schedule. Muon: Nesterov momentum 0.95, updates scaled by
-    sqrt(max(1, rows / columns)). AdamW: betas (0.8, 0.95), eps 1e-10, no weight decay (nanochat's values).
+    sqrt(max(1, outputs / inputs)), matrices that are stored as one (query, key and value) each by itself. AdamW: betas
+    (0.8, 0.95), eps 1e-10, no weight decay (nanochat's values).
     """
 
     def __init__(self, model: nn.Module, matrix_lr: float, lr: float, bf16: bool):
@@ -53,28 +56,32 @@ class MuonAdamW(torch.optim.Optimizer):
         muon = {"params": matrices, "lr": matrix_lr, "muon": True}
         adamw = {"params": others, "lr": lr, "muon": False, "fused": True}  # fused: its state is loaded beside it
         super().__init__([muon, adamw], {})
+        layouts = fused.layouts(model)
+        self.layouts = [layouts[p] for p in matrices]
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                self._muon(parameters, group["lr"])
-            else:
-                self._adamw(parameters, group["lr"])
+        muon, adamw = self.param_groups
+        self._muon(muon["params"], muon["lr"])
+        self._adamw([p for p in adamw["params"] if p.grad is not None], adamw["lr"])
 
     def _muon(self, parameters: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        by_shape = defaultdict(list)
-        for p in parameters:
-            by_shape[p.shape].append(p)
-        for shape, members in by_shape.items():
+        alike = defaultdict(list)
+        for p, layout in zip(parameters, self.layouts, strict=True):
+            if p.grad is not None:
+                alike[p.shape, layout].append(p)
+        for (_, layout), members in alike.items():
             updates = torch.stack([whole(self._nesterov(p, momentum)) for p in members])
-            updates = orthogonalise(updates.to(self.dtype)).to(members[0].dtype)
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            updates = fused.each_part(updates, layout, self._scaled)
             for p, update in zip(members, updates, strict=True):
-                p.add_(shared_as(p, update), alpha=-lr * scale)
+                p.add_(shared_as(p, update), alpha=-lr)
+
+    def _scaled(self, updates: Tensor) -> Tensor:
+        """Updates [N, outputs, inputs] orthogonalised, so that outputs change alike whatever the shape."""
+        scale = max(1.0, updates.size(1) / updates.size(2)) ** 0.5
+        return orthogonalise(updates.to(self.dtype)).to(updates.dtype) * scale
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -98,9 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Matrices inside the blocks, and all other parameters (embeddings, output layer, norms, biases)."""
-    outer = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
-    positions = {id(p) for name, p in model.named_parameters() if "wpe" in name}
+    outer = [*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()]
+    inner = fused.layouts(model).keys() - {p for m in outer if m for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    inner = [p.ndim == 2 and id(p) not in outer | positions for p in trained]
-    matrices = [p for p, m in zip(trained, inner, strict=True) if m]
-    return matrices, [p for p, m in zip(trained, inner, strict=True) if not m]
+    return [p for p in trained if p in inner], [p for p in trained if p not in inner]

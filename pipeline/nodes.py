@@ -1,12 +1,12 @@
 """Several machines for one run: machine 0 makes it, and tells the others by TCP which stage to take part in.
 
-The machines share the folder that the command is given in. All say a JSON object per line. A helper: {"node_rank",
-"nodes", "processes"} once, and {"status"} after each job, null or what went wrong. Machine 0: {"job": file}, and at the
-end {"end": line, "failed": whether}. A connection that closes ends what both sides are doing.
+The machines share the folder that the command is given in, and in its artifact store a secret that each proves to the
+other (pipeline/peer.py). A helper says {"node_rank", "nodes", "processes"} once, and {"status"} after each job, null or
+what went wrong. Machine 0: {"welcome": true}, {"job": name of the work folder in the store}, and at the end
+{"end": line, "failed": whether}. A connection that closes ends what both sides are doing.
 """
 
 import contextlib
-import json
 import os
 import re
 import select
@@ -20,103 +20,74 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pipeline.errors import UserError, first_line
+from pipeline.peer import HELPER, MACHINE_0, SECRET, Peer, made_secret, read_secret
 
 HELLO = ("node_rank", "nodes", "processes")  # what a helper says first, keys of `launch`
 MEETING = 1800  # seconds that machines wait for each other at the start
 ENDING = 60  # seconds in which the processes of all machines end once those of machine 0 have
 VISIBLE = 60  # seconds after which a file that machine 0 wrote is seen everywhere
-
-
-class Peer:
-    """One connection, read line by line without ever waiting for a line that is not there."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection, self.buffer, self.closed = connection, b"", False
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):  # a machine that lost its power is noticed within about two minutes
-            for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
-
-    def say(self, **message: Any) -> None:
-        """Send a message; a closed connection shows at the next `heard`."""
-        try:
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.closed = True
-
-    def heard(self, seconds: float = 0.0) -> dict[str, Any] | None:
-        """The next message, or None when none came in so many seconds or the connection is `closed`."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self.buffer and not self.closed:
-            if not select.select([self.connection], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return None
-            self._receive()
-        line, found, rest = self.buffer.partition(b"\n")
-        if not found:
-            return None
-        self.buffer = rest
-        return json.loads(line)
-
-    def gone(self) -> bool:
-        """Whether the other side has closed the connection; what it said before is kept for `heard`."""
-        while not self.closed and select.select([self.connection], [], [], 0)[0]:
-            self._receive()
-        return self.closed
-
-    def _receive(self) -> None:
-        try:
-            received = self.connection.recv(65536)
-        except OSError:
-            received = b""
-        self.closed, self.buffer = not received, self.buffer + received
+STRANGERS = 32  # connections that may wait to prove that they are helpers, and for how many seconds
+PATIENCE = 10
+WORK = re.compile(r"[a-z_]+-[0-9a-f]+\.work")  # the folder in the store where an artifact is being made
 
 
 class Nodes:
     """The other machines, as machine 0 sees them."""
 
-    def __init__(self, launch: DictConfig):
+    def __init__(self, launch: DictConfig, store: Path):
         self.peers: dict[int, Peer] = {}
         self.statuses: dict[int, str | None] = {}
+        self.launch, self.missing = launch, set(range(1, launch.nodes))
+        secret = made_secret(store)
         with _listening(launch.main_port) as door:
-            missing = set(range(1, launch.nodes))
-            print(f"waits for {len(missing)} more machines at {address(launch)}:{launch.main_port}", flush=True)
-            deadline = time.monotonic() + MEETING
-            while missing:
-                if time.monotonic() > deadline:
-                    raise UserError(f"launch.nodes={launch.nodes}: machines {sorted(missing)} did not come")
-                door.settimeout(max(0.1, deadline - time.monotonic()))
-                try:
-                    self._admit(Peer(door.accept()[0]), launch, missing)
-                except TimeoutError:
-                    continue
+            print(f"waits for {len(self.missing)} more machines at {address(launch)}:{launch.main_port}", flush=True)
+            self._meet(door, secret)
 
-    def _admit(self, peer: Peer, launch: DictConfig, missing: set[int]) -> None:
-        try:
-            said = peer.heard(10) or {}
-        except ValueError:  # whoever this is, it is none of ours
-            said = {}
-        rank, *shape = (said.get(name) if isinstance(said, dict) else None for name in HELLO)
-        same = shape == [launch.nodes, launch.processes]
-        if same and (rank in missing or (rank in self.peers and self.peers[rank].gone())):
-            missing.discard(rank)
+    def _meet(self, door: socket.socket, secret: bytes) -> None:
+        """Wait until all machines are here; whoever does not prove to be one is left waiting, and then sent away."""
+        deadline, strangers = time.monotonic() + MEETING, dict[Peer, float]()
+        while self.missing:
+            if time.monotonic() > deadline:
+                raise UserError(f"launch.nodes={self.launch.nodes}: machines {sorted(self.missing)} did not come")
+            sockets = [door, *(peer.connection for peer in strangers)]
+            if door in select.select(sockets, [], [], min(1, MEETING))[0]:
+                with contextlib.suppress(OSError):
+                    strangers[Peer(door.accept()[0], secret, MACHINE_0)] = time.monotonic() + PATIENCE
+            for peer, until in list(strangers.items()):
+                if hello := peer.heard():
+                    self._admit(peer, hello)
+                elif not peer.closed and time.monotonic() < until and len(strangers) <= STRANGERS:
+                    continue
+                else:
+                    peer.close()
+                del strangers[peer]
+        for peer in strangers:
+            peer.close()
+
+    def _admit(self, peer: Peer, hello: dict[str, Any]) -> None:
+        rank, *shape = (hello.get(name) for name in HELLO)
+        same = shape == [self.launch.nodes, self.launch.processes] and type(rank) is int
+        if same and (rank in self.missing or (rank in self.peers and self.peers[rank].gone())):
+            self.missing.discard(rank)
             self.peers[rank] = peer
+            peer.say(welcome=True)
             return
         reason = "that machine is here already" if same else "machine 0 has other values"
         given = " ".join(f"launch.{name}={value}" for name, value in zip(HELLO, (rank, *shape), strict=True))
         peer.say(end=f"{given}: {reason}", failed=True)
-        peer.connection.close()
+        peer.close()
 
     def start(self, file: Path) -> None:
-        """Have all take part in the job of `file`."""
+        """Have all take part in the job of `file`, which is in a work folder of the store."""
         self.statuses = {}
         for peer in self.peers.values():
-            peer.say(job=str(file))
+            peer.say(job=file.parent.name)
 
     def trouble(self, seconds: float = 0.0) -> str | None:
         """What keeps a machine from taking part in the job, or None; waits so long for each that has not ended."""
         for rank, peer in self.peers.items():
-            if rank not in self.statuses and (said := peer.heard(seconds)):
-                self.statuses[rank] = said["status"]
+            if rank not in self.statuses and (message := peer.heard(seconds)):
+                self.statuses[rank] = _one_line(message.get("status", "says no status"))
             if self.statuses.get(rank):
                 return f"machine {rank}: {self.statuses[rank]}"
             if rank not in self.statuses and peer.closed:
@@ -132,16 +103,23 @@ class Nodes:
         """Send the others home."""
         for peer in self.peers.values():
             peer.say(end=line, failed=failed)
-            peer.connection.close()
+            peer.close()
+
+
+def _one_line(status: Any) -> str | None:
+    """What a helper says of its part, as it can be shown; None where that ended well."""
+    return (
+        None if status is None else " ".join("".join(c if c.isprintable() else " " for c in str(status)).split())[:500]
+    )
 
 
 @contextlib.contextmanager
-def gathered(launch: DictConfig) -> Iterator[Nodes | None]:
+def gathered(launch: DictConfig, store: Path) -> Iterator[Nodes | None]:
     """The other machines once all are here, or None where there are none; at the end they are told how it went."""
     if launch.nodes == 1:
         yield None
         return
-    others = Nodes(launch)
+    others = Nodes(launch, store)
     try:
         yield others
     except BaseException as error:
@@ -153,31 +131,54 @@ def gathered(launch: DictConfig) -> Iterator[Nodes | None]:
 Part = Callable[[Path, int, Callable[[], str | None]], int]
 
 
-def help_out(launch: DictConfig, take_part: Part) -> None:
+def help_out(launch: DictConfig, store: Path, take_part: Part) -> None:
     """Take part, as machine `launch.node_rank`, in all that machine 0 says; returns when that is at its end.
 
-    `take_part` runs this machine's processes for a job file and returns their status. Raises `UserError` where machine
-    0 is not found, goes, or fails.
+    `take_part` runs this machine's processes for a job file in `store` and returns their status. Raises `UserError`
+    where machine 0 is not found, does not know the secret of the store, goes, or fails.
     """
-    peer = _met(address(launch), launch.main_port)
-    peer.say(**{name: launch[name] for name in HELLO})
-    while (said := peer.heard(3600)) or not peer.closed:
-        if said and "end" in said:
-            if said["failed"]:
-                raise UserError(f"machine 0 ended: {said['end']}")
+    peer = _introduced(launch, store)
+    while (message := peer.heard(3600 if peer.trusted else PATIENCE)) or (peer.trusted and not peer.closed):
+        if message and "end" in message:
+            if message["failed"]:
+                raise UserError(f"machine 0 ended: {message['end']}")
             return
-        if said:
-            peer.say(status=_taken_part(Path(said["job"]), launch.node_rank, peer, take_part))
+        if message and "job" in message:
+            peer.say(status=_taken_part(message["job"], store, launch.node_rank, peer, take_part))
+    if not peer.trusted:
+        raise UserError(
+            f"launch.main_address={address(launch)} launch.main_port={launch.main_port}: who answers there does not "
+            f"share {store / SECRET}; give the command in the folder that all machines share"
+        )
     raise UserError("machine 0 is gone; the same command on every machine continues from the last checkpoint")
 
 
-def _taken_part(file: Path, rank: int, peer: Peer, take_part: Part) -> str | None:
-    """None, or what went wrong with this machine's part of the job of `file`."""
-    deadline = time.monotonic() + VISIBLE
+def _introduced(launch: DictConfig, store: Path) -> Peer:
+    """The connection to machine 0, to which this machine has said who it is."""
+    connection, deadline = _met(address(launch), launch.main_port), time.monotonic() + VISIBLE
+    while not (store / SECRET).is_file():  # machine 0 writes it before it listens
+        if time.monotonic() > deadline:
+            raise UserError(f"sees no {store / SECRET}; give the command in the folder that all machines share")
+        time.sleep(0.2)
+    peer = Peer(connection, read_secret(store), HELPER)
+    if peer.greeted(PATIENCE):
+        peer.say(**{name: launch[name] for name in HELLO})
+    else:
+        peer.close()
+    return peer
+
+
+def _taken_part(work: Any, store: Path, rank: int, peer: Peer, take_part: Part) -> str | None:
+    """None, or what went wrong with this machine's part of the job in the folder `work` of the store."""
+    if not isinstance(work, str) or not WORK.fullmatch(work):
+        return "takes jobs from the work folders of its artifact store alone"
+    file, deadline = store / work / "job.json", time.monotonic() + VISIBLE
     while not file.exists():
         if time.monotonic() > deadline:
             return f"sees no {file.absolute()}; give the command in the folder that all machines share"
         time.sleep(0.2)
+    if file.resolve() != store.resolve() / work / "job.json":
+        return f"{file} is a link to elsewhere; jobs are taken from the artifact store alone"
     print(f"{file.parent.stem}: takes part as machine {rank}", flush=True)
     status = take_part(file, rank, lambda: "machine 0 is gone" if peer.gone() else None)
     return None if status == 0 else f"its processes ended with status {status}, see launch-{rank}.txt in {file.parent}"
@@ -214,13 +215,11 @@ def _listening(port: int) -> socket.socket:
         raise UserError(f"launch.main_port={port}: {error.strerror}; choose another") from error
 
 
-def _met(host: str, port: int) -> Peer:
+def _met(host: str, port: int) -> socket.socket:
     deadline = time.monotonic() + MEETING
     while True:
         try:
-            connection = socket.create_connection((host, port), timeout=10)
-            connection.settimeout(None)
-            return Peer(connection)
+            return socket.create_connection((host, port), timeout=10)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(

@@ -32,16 +32,24 @@ def document_start(tokenizer: Any) -> int:
 
 
 class PackedRows(Dataset):
-    """Rows of `context` tokens cut one after the other from a token stream."""
+    """Rows of `context` tokens cut one after the other from a token stream; with `count` so many, from its start again.
 
-    def __init__(self, stream: np.ndarray, context: int):
-        self.stream, self.context = stream, context
+    A trainer that went over the rows several times by itself would have a batch that is not full at each end.
+    Raises `UserError` where the stream does not fill a row.
+    """
+
+    def __init__(self, stream: np.ndarray, context: int, count: int | None = None):
+        self.stream, self.context, self.distinct = stream, context, len(stream) // context
+        if not self.distinct:
+            raise UserError(f"data.text: {len(stream)} tokens, which do not fill a row of {context}; give more text")
+        self.count = self.distinct if count is None else count
 
     def __len__(self) -> int:
-        return len(self.stream) // self.context
+        return self.count
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.stream[i * self.context : (i + 1) * self.context].astype(np.int64))
+        start = i % self.distinct * self.context
+        ids = torch.from_numpy(self.stream[start : start + self.context].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
 
@@ -63,10 +71,7 @@ class EvenedRows(Dataset):
 
 
 def shuffled_rows(job: Job, tokenizer: Any, context: int, seed: int) -> PackedRows:
-    """Rows of the pretraining text in an order that the seed decides. Raises `UserError` where it does not fill one."""
+    """Rows of the pretraining text in an order that the seed decides."""
     texts = data.texts(data.load(job.config.data.text, "train").rows)
     stream = packed(data.draw(texts, len(texts), seed), tokenizer, job.checkpoints / "tokens.bin")
-    rows = PackedRows(stream, context)
-    if not len(rows):
-        raise UserError(f"data.text: {len(stream)} tokens in all, which do not fill a row of {context}; give more text")
-    return rows
+    return PackedRows(stream, context)

@@ -10,12 +10,13 @@ from pipeline import statistics
 RESAMPLES = 9999  # sign flips that are drawn where there are too many to try all: no p is below 2 / 10,000
 
 
-def compare(ours: list[float | None], theirs: list[float | None], resamples: int, seed: int) -> dict[str, Any] | None:
+def compare(ours: list[float | None], theirs: list[float | None], seed: int) -> dict[str, Any] | None:
     """The mean difference of paired scores: `difference`, `ci95`, `p` and `pairs`; None where nothing is paired.
 
-    Pairs of which one has no score are left out. `ci95` is the percentile bootstrap interval over pairs. `p` is
-    two-sided, of the paired permutation test (Fisher 1935): were both the same, each difference could as well have the
-    other sign. All 2^n signs are tried where these are fewer than 10,000; n pairs can give no p below 2 / 2^n.
+    Pairs of which one has no score are left out. `ci95` is `statistics.mean_interval`, None where all differences are
+    the same. `p` is two-sided, of the paired permutation test (Fisher 1935): were both the same, each difference could
+    as well have the other sign. All 2^n signs are tried where these are fewer than 10,000; n pairs can give no p below
+    2 / 2^n.
     """
     found = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     if not found:
@@ -23,7 +24,7 @@ def compare(ours: list[float | None], theirs: list[float | None], resamples: int
     differences = [a - b for a, b in found]
     return {
         "difference": float(np.mean(differences)),
-        "ci95": statistics.mean_interval(differences, resamples, seed),
+        "ci95": statistics.mean_interval(differences),
         "p": sign_flip_p(differences, seed),
         "pairs": len(found),
     }
@@ -66,12 +67,12 @@ def planned(models: list[str]) -> list[tuple[str, str]]:
     return with_sft + with_each_other + [(name, best) for name in aligned for best in best_of] + earlier
 
 
-def tests(by_judge: dict[str, dict[str, list[float | None]]], resamples: int, seed: int) -> list[dict[str, Any]]:
+def tests(by_judge: dict[str, dict[str, list[float | None]]], seed: int) -> list[dict[str, Any]]:
     """The planned comparisons of models by every judge (judge → model → scores); `p_holm` is corrected for all."""
     found = []
     for judge, scores in by_judge.items():
         for model, against in planned(list(scores)):
-            if result := compare(scores[model], scores[against], resamples, seed):
+            if result := compare(scores[model], scores[against], seed):
                 prompts = result.pop("pairs")
                 found.append({"model": model, "against": against, "judge": judge, **result, "prompts": prompts})
     corrected = holm([row["p"] for row in found])

@@ -91,6 +91,16 @@ class TokenisedPairs:
         """The pairs numbered in `order`, in that order."""
         return TokenisedPairs([self.rows[i] for i in order], [self.pairs[i] for i in order], self.dropped)
 
+    def drawn(self, count: int | None, seed: int) -> "TokenisedPairs":
+        """`count` of the pairs, which the seed decides; null is all, in their order."""
+        if count is None:
+            return self
+        return self.take(np.random.default_rng(seed).permutation(len(self.rows))[:count].tolist())
+
+    def tokens(self) -> int:
+        """Tokens of both replies with their prompts, over all pairs."""
+        return sum(len(ids) for row in self.rows for ids in sequences(row))
+
     def lengths(self) -> list[int]:
         """Tokens of the longer reply with its prompt, for each pair."""
         return [max(map(len, sequences(row))) for row in self.rows]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import chat, data, ensemble, likelihood, sampling
+from pipeline import chat, data, ensemble, likelihood, models, sampling
 from pipeline.actors import Actors
 from pipeline.errors import UserError
 from pipeline.formats import Message
@@ -64,7 +64,7 @@ class Rollout:
     logprobs: Tensor  # [B, R] under the policy, before the update
     reference_logprobs: Tensor  # [B, R] under the reference
     values: Tensor  # [B, R] of the text before each token; 0 without a critic
-    scores: Tensor  # [B] normalised, with the penalty for a missing end
+    scores: Tensor  # [B] normalised, at most the penalty where the end is missing
     ended: Tensor  # [B] 1 where the reply ended by itself
     sampled_logprobs: Tensor  # [B, R] as the sampler recorded them
 
@@ -128,7 +128,7 @@ def collect(
     ended = torch.tensor([float(r.ended) for r in replies], device=device)
     scores = torch.tensor(scored, device=device)
     if missing_end_penalty is not None:
-        scores = torch.where(ended.bool(), scores, torch.full_like(scores, missing_end_penalty))
+        scores = torch.where(ended.bool(), scores, scores.clamp(max=missing_end_penalty))  # no way to gain by it
     rollout = Rollout(
         prompt, prompt_mask, reply, mask, logprobs.clone(), torch.zeros_like(logprobs), values, scores, ended, logprobs
     )
@@ -177,7 +177,7 @@ def token_states(model: Any, part: Rollout) -> Tensor:
 
 def reply_logprobs(model: Any, part: Rollout, states: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [N] of the reply tokens at the sampling temperature, from `token_states` of a policy."""
-    logits = model.get_output_embeddings()(states).float()
+    logits = models.output_logits(model, states).float()
     return likelihood.log_probabilities(logits, part.reply[part.mask.bool()], temperature)
 
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from pipeline import decoding
+from pipeline import decoding, models
 from pipeline.decoding import Decoder, FusedDecoder
 from pipeline.errors import UserError
 from pipeline.likelihood import left_padded
@@ -48,13 +48,13 @@ def sample(
     sampled in. `bar` is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
     """
     uniforms, decoder = uniforms.to(model.device), decoder_for(model, sampling)
-    heads = model.get_output_embeddings(), value_head
+    how = sampling.temperature, tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: list[Reply | None] = [None] * len(prompts)
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
         ids, mask = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
-        drawn = _sample_batch(decoder, heads, ids, mask, uniforms[batch], sampling.temperature, tokenizer.eos_token_id)
+        drawn = _sample_batch(decoder, value_head, ids, mask, uniforms[batch], *how)
         for i, *row in zip(batch, *(tensor.tolist() for tensor in drawn), strict=True):
             replies[i] = _reply(*row, tokenizer.eos_token_id)
         if bar is not None:
@@ -63,21 +63,19 @@ def sample(
 
 
 def decoder_for(model: nn.Module, sampling: DictConfig) -> Decoder:
-    """The fastest decoder that knows the model, or the one with a static cache where that is asked for."""
-    fusible = decoding.fusible(model)
-    if sampling.static_cache and not fusible:
+    """The fastest decoder that is right for the model, or the one with a static cache where that is asked for."""
+    if sampling.static_cache and not decoding.fusible(model):
         raise UserError(
             f"sampling.static_cache=true: not for {model.config.model_type} of this form; set it to false "
             f"(known: {', '.join(decoding.FUSED)}, with full attention and SiLU)"
         )
-    if sampling.static_cache:
-        return StaticDecoder(model)
-    return FusedDecoder(model) if fusible else Decoder(model)
+    kind = decoding.kind_for(model)
+    return StaticDecoder(model) if sampling.static_cache and kind is FusedDecoder else kind(model)
 
 
 def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) -> list[int]:
     """Numbers of the prompts (token ids) that leave room for a reply. Raises `UserError` when none does."""
-    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    room = models.context_length(model.config) - sampling.max_new_tokens
     found = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not found:
         raise UserError(f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for any prompt")
@@ -85,8 +83,8 @@ def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) 
 
 
 def _sample_batch(
-    decoder: Decoder, heads: tuple[nn.Module, nn.Module | None], ids: Tensor, mask: Tensor, uniforms: Tensor,
-    temperature: float, end: int,
+    decoder: Decoder, value_head: nn.Module | None, ids: Tensor, mask: Tensor, uniforms: Tensor, temperature: float,
+    end: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Tokens, log-probabilities and values, all [B, R]; what follows a reply's end token means nothing."""
     most, rows = uniforms.size(1), torch.arange(len(ids), device=ids.device)
@@ -95,10 +93,10 @@ def _sample_batch(
     alive = torch.ones_like(rows, dtype=torch.bool)
     states = decoder.prefill(ids, mask, most - 1)
     for t in range(most):
-        drawn, logprobs[rows, t] = draw(heads[0](states), temperature, uniforms[rows, t])
+        drawn, logprobs[rows, t] = draw(decoder.logits(states), temperature, uniforms[rows, t])
         tokens[rows, t] = drawn
-        if heads[1] is not None:
-            values[rows, t] = heads[1](states)[:, 0].float()
+        if value_head is not None:
+            values[rows, t] = value_head(states)[:, 0].float()
         alive &= drawn != end
         left = int(alive.sum())
         if left == 0 or t + 1 == most:

@@ -146,12 +146,12 @@ class SourceConfig:
 
 @dataclass
 class DialogueConfig:
-    """How prompts and replies are cut out of conversations."""
+    """How prompts and replies are cut out of conversations; null is no limit."""
 
-    context_turns: int = number(1)
-    prompt_max_chars: int = number(1)
-    reply_min_chars: int = number(1)
-    reply_max_chars: int = number(1)
+    context_turns: int | None = number(1)
+    prompt_max_chars: int | None = number(1)
+    reply_min_chars: int | None = number(1)
+    reply_max_chars: int | None = number(1)
 
 
 @dataclass
@@ -161,6 +161,7 @@ class DataConfig:
     text: SourceConfig = field(default_factory=SourceConfig)
     replies: SourceConfig = field(default_factory=SourceConfig)
     preferences: SourceConfig = field(default_factory=SourceConfig)
+    limits_for: str = MISSING
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
 
 
@@ -282,6 +283,8 @@ class RewardConfig:
     """Stage `reward`."""
 
     pairs: int | None = number(1)
+    eval_pairs: int | None = number(2)
+    probe_prompts: int = number(1)
     epochs: int = number(1)
     batch_size: int = number(1)
     learning_rate: float = number(0.0)
@@ -303,6 +306,8 @@ class RewardConfig:
 class DpoConfig:
     """Stage `dpo`."""
 
+    pairs: int | None = number(1)
+    eval_pairs: int | None = number(1)
     beta: float = number(0.0)
     loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
     label_smoothing: float = number(0.0, 0.5)
@@ -329,6 +334,7 @@ class PpoConfig:
     adam_eps: float = number(0.0)
     max_grad_norm: float = number(0.0)
     advantage: str = one_of("gae", "rloo", "grpo", "reinforce++")
+    average: str = one_of("tokens", "replies", "sums")
     critic: str = one_of("separate", "shared")
     sampler: str = one_of("own", "vllm")
     vllm_memory_share: float = number(0.01, 1.0)
@@ -349,6 +355,8 @@ class PpoConfig:
     max_loss: float | None = number(0.0)
     min_entropy: float | None = number(0.0)
     min_score_std: float | None = number(0.0)
+    max_first_ratio_error: float | None = number(0.0)
+    max_engine_ratio: float | None = number(0.0)
     on_trip: str = one_of("stop", "rollback")
     reference_sync_every: int | None = number(1)
     snapshots: int = number(0)
@@ -393,12 +401,12 @@ class EvaluateConfig:
     models: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
     prompts: int = number(2)
+    validation_prompts: int = number(0)
     text_tokens: int = number(1)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
-    bootstrap: int = number(100)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     judge_model: JudgeModelConfig = field(default_factory=JudgeModelConfig)

@@ -86,7 +86,7 @@ def check(config: DictConfig, stage: str) -> None:
 def parameters(config: DictConfig, stage: str, name: str, after: Iterable[str]) -> dict[str, Any]:
     """submitit's parameters for a job called `name` that makes `stage` once the jobs `after` have ended well."""
     needs, cluster, launcher = resources(config, stage), config.cluster, config.launcher
-    more = dict(OmegaConf.to_container(cluster.parameters))
+    more = dict(OmegaConf.to_container(cluster.parameters, resolve=True))
     more |= {"requeue": True} if launcher.requeue else {"no-requeue": True}
     found = {
         "job_name": name, "time": needs["minutes"], "nodes": needs["nodes"], "ntasks_per_node": 1,

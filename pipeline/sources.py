@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tasks
+from pipeline.artifact import read_json
 from pipeline.errors import UserError, nearest
+from pipeline.folders import SUFFIXES, split_files
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+WORD_LIST = "package:better_profanity/profanity_wordlist.txt"  # by which format chitchat leaves messages out
 
 
 def is_package(path: str) -> bool:
@@ -42,28 +44,15 @@ def package_file(path: str) -> Path:
     return file
 
 
-def local_files(path: str, pattern: str | None = None) -> list[Path]:
-    """The data files of a local source: the file itself, or those in the folder that match `pattern`, sorted."""
-    root = Path(path).expanduser()
-    if root.is_file() and pattern:
-        raise UserError(f"{path}: is one file, so it cannot have splits; name its folder, or leave splits out")
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
-    found = sorted(root.glob(pattern)) if pattern else sorted(root.iterdir())
-    found = [f for f in found if f.is_file() and f.name.removesuffix(".gz").endswith(SUFFIXES)]
-    if not found:
-        raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
-    return found
-
-
 def source_parts(source: Any) -> dict[str, Any]:
     """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
 
-    The path of a local file is no part of it: the same content elsewhere is the same data.
+    The path of a local file is no part of it: the same content elsewhere is the same data. How a file is read, by its
+    suffix, and which split it is counts.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
+    if source.format == "chitchat":
+        parts["word_list"] = file_digest(package_file(WORD_LIST))
     if source.splits and (is_package(source.path) or is_task(source.path) or source.format == "chitchat"):
         kind = "generated" if is_task(source.path) else "one file"
         raise UserError(f"{source.path}: is {kind}, so it cannot have splits; leave splits out")
@@ -71,30 +60,41 @@ def source_parts(source: Any) -> dict[str, Any]:
         tasks.generator(source.path)  # refuses an unknown name
         return parts | {"path": source.path, "content": file_digest(Path(tasks.__file__))}
     if is_package(source.path):
-        return parts | {"content": file_digest(package_file(source.path))}
+        return parts | {"content": content_digest([package_file(source.path)])}
     if source.splits and "train" not in source.splits:
         raise UserError(
             f"{source.path}: splits names {', '.join(source.splits)} but not train; name every split you have"
         )
-    if is_local(source.path):
-        patterns = source.splits.values() or [None]
-        files = sorted({f for pattern in patterns for f in local_files(source.path, pattern)})
-        return parts | {"content": [file_digest(f) for f in files]}
-    return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+    if not is_local(source.path):
+        return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+    by_split = split_files(source.path, source.splits)
+    return parts | {"content": {split: content_digest(files) for split, files in by_split.items()}}
 
 
-def function_digest(path: str) -> str:
-    """Digest of the source code of the module behind `module:function`."""
-    return file_digest(function_file(path))
+def content_digest(files: list[Path]) -> str:
+    """Digest of what `files` hold, in their order, and of their suffixes, by which they are read.
+
+    Of a folder that datasets.save_to_disk left, the tables count.
+    """
+    tables = [table for file in files for table in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])]
+    read_as = [(Path(table.name.removesuffix(".gz")).suffix, file_digest(table)) for table in tables]
+    return hashlib.sha256("".join(f"{suffix} {digest}\n" for suffix, digest in read_as).encode()).hexdigest()
 
 
 def function_file(path: str) -> Path:
     """The source file of `module:function`. Raises `UserError` when there is no such file, or no such name in it."""
+    return defined_in(path)[1]
+
+
+def defined_in(path: str) -> tuple[str, Path]:
+    """The module that defines `module:function`, and its file, found through relative imports of packages."""
     module, _, name = path.partition(":")
     try:
         spec = importlib.util.find_spec(module) if module and name else None
-    except ImportError:
+    except (ImportError, ValueError):
         spec = None
+    except SystemExit as error:  # of a package above the module, which is imported here
+        raise UserError(f"{path}: its package called sys.exit({error.code!r}) when it was imported") from error
     if spec is None or not spec.origin:
         raise UserError(f"{path}: no such reward function; write it as module:function of an importable module")
     defined = _names_defined(Path(spec.origin))
@@ -102,8 +102,17 @@ def function_file(path: str) -> Path:
         raise UserError(f"{path}: {module} defines no {name}{nearest(name, defined)}")
     if defined[name]:
         package = module if spec.submodule_search_locations else module.rpartition(".")[0]
-        return function_file(importlib.util.resolve_name(defined[name], package))
-    return Path(spec.origin)
+        return defined_in(importlib.util.resolve_name(defined[name], package))
+    return module, Path(spec.origin)
+
+
+def parsed(file: Path) -> ast.Module:
+    """A Python file as its syntax tree. Raises `UserError` naming the line that is no Python."""
+    try:
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{file}: line {line} is no Python ({reason}); mend it") from error
 
 
 def _names_defined(file: Path) -> dict[str, str]:
@@ -112,7 +121,7 @@ def _names_defined(file: Path) -> dict[str, str]:
     With each stands where a relative import has it from, as ".module:name", or an empty string.
     """
     names: dict[str, str] = {}
-    for node in _statements(ast.parse(file.read_bytes()).body):
+    for node in _statements(parsed(file).body):
         names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
@@ -135,16 +144,34 @@ def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"{key}: {path} is no finished stage; name its folder, for example runs/demo/{stages[-1]}")
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     if manifest["stage"] not in stages:
         raise UserError(f"{key}: {path} was made by stage {manifest['stage']}; must be of {', '.join(stages)}")
     return manifest["fingerprint"]
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Digest of a local model folder: names and contents of its files."""
+    """Digest of a local model folder: names and contents of its files, and for an adapter those of its base model."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return hashlib.sha256("".join(f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files).encode()).hexdigest()
+    lines = [f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files]
+    base = adapter_base(folder)
+    if base and Path(base).is_dir() and not adapter_base(Path(base)):
+        lines.append(f"base {checkpoint_digest(Path(base))}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+ADAPTER = "adapter_config.json"
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model, a folder or a name on the hub, that the adapter in `folder` belongs to; None where it holds none."""
+    file = folder / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
 
 
 def model_digest(path: str, key: str) -> str:
@@ -154,7 +181,7 @@ def model_digest(path: str, key: str) -> str:
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
-        return json.loads((folder / "manifest.json").read_text())["fingerprint"]
+        return read_json(folder / "manifest.json")["fingerprint"]
     if folder.is_dir():
         return checkpoint_digest(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import job_records
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError, first_line
+from pipeline.surroundings import leave_launchers
 from stages import STAGES, needed_by
 
 VISIBLE = 60  # seconds after which what one node wrote is seen on all
@@ -60,9 +61,10 @@ class StageJob:
         from pipeline.config import compose
 
         sys.path.insert(0, "")  # reward functions by import path may lie beside the user
+        leave_launchers()
         config = compose([*self.overrides, *place(self.stage)])
         if config.launch.node_rank > 0:
-            return nodes.help_out(config.launch, launch.take_part)
+            return nodes.help_out(config.launch, artifact.folder.parent, launch.take_part)
         self._wait_for_parents(artifact.folder.parent)
         entry = chain.plan(config, needed_by(self.stage, config))[self.stage]
         if entry.fingerprint != self.fingerprint:

@@ -1,62 +1,87 @@
-"""Intervals: every share and mean that is reported comes with one."""
+"""Intervals: every share and mean that is reported comes with one, or with None where too little was seen for one."""
+
+import functools
 
 import numpy as np
 from scipy import stats
 
 
-def share_interval(outcomes: list[float], groups: list[str] | None = None) -> list[float]:
+def share_interval(outcomes: list[float], groups: list[str] | None = None) -> list[float] | None:
     """Wilson's 95 % interval of the share of outcomes that are 1, as [low, high]; ties may count one half.
 
     Outcomes of one group (replies to one prompt) are not independent: with `groups` the interval is that of as many
-    independent outcomes as would leave the mean as uncertain as these do, by the variance between groups (Korn and
-    Graubard 1998). Where all outcomes are equal, each group counts once.
+    independent outcomes as would leave the mean as uncertain as these do, by the variance between groups, at Student's
+    t of as many groups (Korn and Graubard 1998). None where there is one group: nothing is known of another.
     """
-    count = _effective_count(np.asarray(outcomes, dtype=float), groups) if groups else float(len(outcomes))
-    share, z = float(np.mean(outcomes)), stats.norm.ppf(0.975)
+    share, count, z = float(np.mean(outcomes)), float(len(outcomes)), 1.959964
+    if groups is not None:
+        distinct = len(set(groups))
+        if distinct < 2:
+            return None
+        count, z = _independent_count(np.asarray(outcomes, dtype=float), groups), students_t(distinct)
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return [float(max(0.0, centre - half)), float(min(1.0, centre + half))]
 
 
-def _effective_count(outcomes: np.ndarray, groups: list[str]) -> float:
+def _independent_count(outcomes: np.ndarray, groups: list[str]) -> float:
+    """How many independent outcomes would leave the mean as uncertain as these in two or more groups do.
+
+    The variance is taken with half a group of ones and half a group of zeros added, as Agresti and Coull (1998) add
+    outcomes: few groups near 0 or 1 look more alike than they are.
+    """
+    sums, sizes = _by_group(outcomes, groups)
+    distinct, total = len(sums) + 1, len(outcomes)
+    size = total / len(sums)  # of the group that is added
+    share = (sums.sum() + size / 2) / (total + size)
+    squares = ((sums - share * sizes) ** 2).sum() + size**2 * ((1 - share) ** 2 + share**2) / 2
+    variance = distinct / (distinct - 1) * squares / (total + size) ** 2
+    return float(min(total, share * (1 - share) / variance * total / (total + size)))
+
+
+def mean_interval(values: list[float], groups: list[str] | None = None) -> list[float] | None:
+    """Student's t 95 % interval of the mean of `values`, as [low, high], made longer towards the longer tail.
+
+    With `groups` it goes by the spread between groups, at the t of as many groups. Where values are skewed, the end on
+    their longer side is Johnson's (1978), which is corrected for skewness. None where there are fewer than two values
+    or groups, or all are alike: that says nothing of how far the mean of others may be.
+    """
+    sums, sizes = _by_group(np.asarray(values, dtype=float), groups or list(range(len(values))))
+    count, mean = len(sums), float(sums.sum() / sizes.sum())
+    if count < 2:
+        return None
+    deviations = (sums - mean * sizes) / sizes.mean()
+    deviation = deviations.std(ddof=1)
+    if deviation <= 1e-12 * max(1.0, abs(mean)):
+        return None
+    t, third = students_t(count), (deviations**3).sum() * count / ((count - 1) * max(1, count - 2))
+    skew = third / deviation**2 * (1 / 6 + t**2 / 3) / count
+    half = t * deviation / np.sqrt(count)
+    return [float(mean - half + min(0.0, skew)), float(mean + half + max(0.0, skew))]
+
+
+@functools.cache
+def students_t(count: int) -> float:
+    """How many standard errors each end of a 95 % interval is away from the mean of `count` independent values."""
+    return float(stats.t.ppf(0.975, count - 1))
+
+
+def _by_group(values: np.ndarray, groups: list) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of the values of each group, and how many these are."""
     numbers = np.unique(groups, return_inverse=True)[1]
-    sums, share = np.bincount(numbers, outcomes - outcomes.mean()), outcomes.mean()
-    distinct = len(sums)
-    if distinct == 1 or share in (0.0, 1.0):
-        return float(distinct)
-    variance = distinct / (distinct - 1) * (sums**2).sum() / len(outcomes) ** 2  # of the mean, by groups
-    independent = share * (1 - share)
-    return float(min(len(outcomes), independent / variance)) if variance > 0 else float(len(outcomes))
+    return np.bincount(numbers, values), np.bincount(numbers)
 
 
-def grouped_mean_interval(values: list[float], groups: list[str], resamples: int = 2000, seed: int = 0) -> list[float]:
-    """Percentile bootstrap 95 % interval of the mean of `values`, as [low, high], resampling whole groups."""
-    numbers = np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(numbers, values), np.bincount(numbers)
-    if len(set(sums / counts)) < 2:
-        return [float(np.mean(values))] * 2
-    found = stats.bootstrap(
-        (sums, counts),
-        lambda s, c, axis: s.sum(axis) / c.sum(axis),
-        paired=True,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-        batch=100,
-    ).confidence_interval
-    return [float(found.low), float(found.high)]
+def scores_interval(scores: list[float]) -> list[float] | None:
+    """The 95 % interval of the mean of independent scores: of scores that are 0 or 1 alone that of a share."""
+    return share_interval(scores) if set(scores) <= {0.0, 1.0} else mean_interval(scores)
 
 
-def mean_interval(values: list[float], resamples: int, seed: int) -> list[float]:
-    """Percentile bootstrap 95 % interval of the mean of `values`, as [low, high]."""
-    if len(set(values)) < 2:
-        return [values[0], values[0]]
-    found = stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        n_resamples=resamples,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-        batch=100,
-    ).confidence_interval
-    return [float(found.low), float(found.high)]
+def shown(interval: list[float] | tuple[float, float] | None, form: str) -> str:
+    """An interval as text, [0.123, 0.456]; [–] where there is none."""
+    return f"[{', '.join(format(end, form) for end in interval)}]" if interval else "[–]"
+
+
+def ends(interval: list[float] | tuple[float, float] | None) -> tuple[float | None, float | None]:
+    """Both ends of an interval; None and None where there is none."""
+    return tuple(interval) if interval else (None, None)

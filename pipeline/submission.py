@@ -12,7 +12,7 @@ from pipeline import chain, job_records, slurm, tracker_kinds
 from pipeline.artifact import Artifact
 from pipeline.chain import Planned
 from pipeline.config import compose
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public
 from pipeline.job_records import Record
 from pipeline.stage_job import StageJob
 from stages import parents
@@ -97,6 +97,9 @@ def submit(members: Sequence[Member]) -> dict[str, Wanted]:
 def check(members: Sequence[Member], wanted: dict[str, Wanted]) -> None:
     """Read data and rewards, and hold resources to processes, before anything is sent; raises `UserError`."""
     for member in members:
+        if literal := next((text for text in member.overrides if public(text) != text), None):
+            key = literal.partition("=")[0]
+            raise UserError(f"{key}: files of jobs would hold its password; give it as {key}=${{oc.env:NAME}}")
         tracker_kinds.require(member.config.tracker)
         chain.check_sources(member.config, member.planned)
         chain.check_rewards(member.config, member.planned)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import chat, contamination, data, decoding_policies, statistics, verifiable
+from pipeline import chat, contamination, data, decoding_policies, models, statistics, verifiable
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.players import Player, most_samples
@@ -40,7 +40,7 @@ def _prepared(name: str, task: DictConfig, seed: int, tokenizer: Any, model: Any
     problems, unusable = verifiable.load(f"evaluate.tasks.{name}", task)
     if task.max_new_tokens:
         ways = {way: OmegaConf.merge(how, {"max_new_tokens": task.max_new_tokens}) for way, how in ways.items()}
-    room = model.config.max_position_embeddings - ways[""].max_new_tokens
+    room = models.context_length(model.config) - ways[""].max_new_tokens
     fitting = [problem for problem in problems if len(chat.prompt_ids(tokenizer, problem.prompt)) <= room]
     if not fitting:
         raise UserError(f"evaluate.tasks.{name}.max_new_tokens: leaves no room for any problem; set it lower")

@@ -23,7 +23,7 @@ from pipeline.artifact import Artifact, read_json, write_json, write_text
 from pipeline.errors import UserError, nearest
 from pipeline.report import write_report
 from pipeline.report.parts import csv_text
-from pipeline.sweep_metric import direction, kl_metric, metric, stage_wanted
+from pipeline.sweep_metric import direction, kl_metric, metric, objective, stage_wanted
 from pipeline.sweep_space import Dimension, combinations, spelt
 from pipeline.tracker_kinds import installed
 from pipeline.variants import Variant
@@ -97,16 +97,24 @@ def make(config: DictConfig, overrides: list[str], wanted: dict[Variant, dict[st
 
 
 def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: str | None) -> dict[str, Any]:
-    """A run as sweep.json lists it, with its value and KL unless it failed for `reason`."""
+    """A run as sweep.json lists it, with its value and KL unless it failed for `reason`.
+
+    `value` is what settings are chosen by, `reported` the metric where that is another number.
+    """
     name = f"{config.run}/{wanted.name}"
-    row = known | {"run": name, "state": "complete", "value": None, "kl": None, "reason": reason}
+    row = known | {"run": name, "state": "complete", "value": None, "reported": None, "kl": None, "reason": reason}
     if reason:
         return row | {"state": "failed"}
     folder, kl = Path(config.runs) / name, kl_metric(config)
-    value = measured(folder, metric(config))
+    value = measured(folder, objective(config))
     if not math.isfinite(value):
-        return row | {"state": "failed", "reason": f"{metric(config)} is {value}"}
-    return row | {"value": value, "kl": measured(folder, kl, config.sweep.kl is not None) if kl else None}
+        return row | {"state": "failed", "reason": f"{objective(config)} is {value}"}
+    reported = measured(folder, metric(config)) if objective(config) != metric(config) else None
+    return row | {
+        "value": value,
+        "reported": reported,
+        "kl": measured(folder, kl, config.sweep.kl is not None) if kl else None,
+    }
 
 
 def measured(folder: Path, name: str, needed: bool = True) -> float | None:
@@ -143,7 +151,8 @@ def write(
         "run": config.run,
         "search": config.sweep.trials is not None,
         "target": stage_wanted(config),
-        "metric": metric(config),
+        "metric": objective(config),
+        "reported": metric(config) if objective(config) != metric(config) else None,
         "direction": direction(metric(config), config.sweep.direction),
         "kl_metric": kl_metric(config),
         "keys": [dimension.key for dimension in space if not dimension.repeats],
@@ -160,5 +169,5 @@ def write(
     for stage, fingerprint in found["made_from"].items():
         Artifact(Path(config.runs), stage, fingerprint).link_into(folder)
     write_json(folder / "sweep.json", found)
-    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, found["metric"])))
+    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, found["metric"], found["reported"])))
     return found

@@ -1,4 +1,4 @@
-"""By which number a sweep compares its settings, which KL belongs to it, and whether more of it is better."""
+"""By which number a sweep chooses its settings, which KL belongs to it, and whether more of it is better."""
 
 from omegaconf import DictConfig
 
@@ -29,7 +29,7 @@ def stage_wanted(config: DictConfig) -> str:
 
 
 def metric(config: DictConfig) -> str:
-    """The number that settings are compared by, as STAGE.METRIC."""
+    """The number that is wanted of settings, as STAGE.METRIC."""
     stage = stage_wanted(config)
     if config.sweep.metric is not None:
         return config.sweep.metric
@@ -38,6 +38,24 @@ def metric(config: DictConfig) -> str:
     if not STAGES[stage].metric:
         raise UserError(f"sweep.metric: stage {stage} has no main metric; name one, as {stage}.METRIC")
     return f"{stage}.{STAGES[stage].metric}"
+
+
+def objective(config: DictConfig) -> str:
+    """The number that settings are chosen by: the metric, of the evaluation that on the validation prompts.
+
+    Of figures that the evaluation does not have of them (tasks, the arena, base text) it is the metric itself.
+    """
+    stage, _, name = metric(config).partition(".")
+    name = "models.ppo.gold_mean" if name == "ppo_gold_mean" else name
+    judged = name.startswith("models.") and ".tasks." not in name and not name.endswith(".text_bits_per_byte")
+    return f"evaluate.validation.{name}" if stage == "evaluate" and judged else metric(config)
+
+
+def validation_override(config: DictConfig) -> list[str]:
+    """What has the evaluation measure what settings are chosen by, where nothing in `config` does."""
+    if not objective(config).startswith("evaluate.validation.") or config.evaluate.validation_prompts:
+        return []
+    return [f"evaluate.validation_prompts={config.evaluate.prompts}"]
 
 
 def kl_metric(config: DictConfig) -> str | None:

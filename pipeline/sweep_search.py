@@ -26,7 +26,7 @@ from pipeline import chain, sweep
 from pipeline.artifact import fingerprint_of
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.sweep_metric import direction, kl_metric, metric
+from pipeline.sweep_metric import direction, kl_metric, objective
 from pipeline.sweep_pruning import Watch, watched
 from pipeline.sweep_space import Dimension, target_fingerprint
 from pipeline.sweep_table import setting
@@ -58,7 +58,7 @@ def opened(config: DictConfig, space: list[Dimension]) -> optuna.Study:
     return optuna.create_study(
         study_name=identity(config, space),
         storage=storage,
-        direction=direction(metric(config), config.sweep.direction),
+        direction=direction(objective(config), config.sweep.direction),
         pruner=optuna.pruners.MedianPruner(config.sweep.prune_after_trials, config.sweep.prune_after_steps),
         load_if_exists=True,
     )
@@ -79,8 +79,8 @@ def identity(config: DictConfig, space: list[Dimension]) -> str:
     return fingerprint_of({
         "space": [vars(dimension) for dimension in space],
         "target": target_fingerprint(config),
-        "metric": metric(config),
-        "direction": direction(metric(config), config.sweep.direction),
+        "metric": objective(config),
+        "direction": direction(objective(config), config.sweep.direction),
         "kl": kl_metric(config),
         "seed": config.sweep.seed,
         "prune": [config.sweep.prune, config.sweep.prune_direction],

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pipeline import chain
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.sweep_metric import check_names, stage_wanted
+from pipeline.sweep_metric import check_names, stage_wanted, validation_override
 from stages import needed_by
 
 
@@ -44,21 +44,20 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
     fixed, space = parse(overrides)
     config = compose(fixed)
     check_names(config)
+    if asked := validation_override(config):
+        fixed = [*fixed, *asked]
+        config = compose(fixed)
     check(config, fixed, space)
     return config, fixed, space
 
 
 def parse(overrides: list[str]) -> tuple[list[str], list[Dimension]]:
     """The overrides that all runs have, and the keys that are varied; raises `UserError` for a wrong override."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from pipeline.overrides import parse as parsed_override
 
-    parser, fixed, found = OverridesParser.create(), [], []
+    fixed, found = [], []
     for text in overrides:
-        try:
-            parsed = parser.parse_override(text)
-        except HydraException as error:
-            raise UserError(f"{text}: {' '.join(str(error).split()).partition(' See https')[0]}") from error
+        parsed = parsed_override(text)
         if parsed.is_sweep_override():
             found.append(_dimension(parsed, text))
         else:

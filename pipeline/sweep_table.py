@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.artifact import read_json
@@ -15,7 +14,8 @@ from stages import STAGES
 def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
     """One row for each setting (in a search for each trial), the best first and those without a value last.
 
-    `mean` and `std` (of a sample) are over its runs that have a value; `best` marks the best setting of those all of
+    `mean` and `std` (of a sample) are over its runs that have a value, `reported` the mean of what is reported in its
+    place; `best` marks the best setting of those all of
     whose runs were made, `front` those that no other setting beats in the metric and in KL.
     """
     groups: dict[Any, list[dict[str, Any]]] = {}
@@ -33,6 +33,7 @@ def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]
 def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
     """The setting that the runs of `group` repeat."""
     values = [run["value"] for run in group if run["state"] == "complete"]
+    reported = [run["reported"] for run in group if run["state"] == "complete" and run.get("reported") is not None]
     kls = [run["kl"] for run in group if run["state"] == "complete" and run["kl"] is not None]
     states = {run["state"] for run in group}
     return {
@@ -43,6 +44,8 @@ def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
         "made": len(values),
         "mean": float(np.mean(values)) if values else None,
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "reported": float(np.mean(reported)) if reported else None,
+        "reported_std": float(np.std(reported, ddof=1)) if len(reported) > 1 else None,
         "kl": float(np.mean(kls)) if kls else None,
         "values": values,
     }
@@ -90,12 +93,13 @@ def _means(labels: list[Any], values: np.ndarray) -> np.ndarray:
     return same @ values / same.sum(1)
 
 
-def lines(runs: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+def lines(runs: list[dict[str, Any]], metric: str, reported: str | None = None) -> list[dict[str, Any]]:
     """A row for each run: trial, setting, seeds, state, metric, KL, folder and error."""
     return [
         {
             **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"], **run["repetition"],
-            "state": run["state"], metric: run["value"], "kl": run["kl"], "run": run["run"], "reason": run["reason"],
+            "state": run["state"], metric: run["value"], **({reported: run.get("reported")} if reported else {}),
+            "kl": run["kl"], "run": run["run"], "reason": run["reason"],
         }
         for run in runs
     ]  # fmt: skip
@@ -127,11 +131,13 @@ def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and a row for each setting, as text."""
     rows, search, kl = found["settings"], found["search"], any(row["kl"] is not None for row in found["settings"])
     keys, repeated = found["keys"], bool(found["repeated"])
-    heading = [*(["trial"] if search else []), *keys, found["metric"], *(["KL"] if kl else [])]
+    apart = [found["reported"]] if found.get("reported") else []  # not in those of an earlier version
+    heading = [*(["trial"] if search else []), *keys, found["metric"], *apart, *(["KL"] if kl else [])]
     heading += [*(["runs"] if repeated else []), "note"]
     cells = [
         [
             *([str(row["trial"])] if search else []), *(shown(row["setting"][key]) for key in keys), _value(row),
+            *([_value(row, "reported", "reported_std")] if apart else []),
             *(["–" if row["kl"] is None else f"{row['kl']:.3g}"] if kl else []),
             *([f"{row['made']} of {row['runs']}"] if repeated else []), _mark(row, kl),
         ]
@@ -145,10 +151,10 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _value(row: dict[str, Any]) -> str:
-    if row["mean"] is None:
+def _value(row: dict[str, Any], mean: str = "mean", std: str = "std") -> str:
+    if row[mean] is None:
         return "–"
-    return f"{row['mean']:.4g}" + ("" if row["std"] is None else f" ± {row['std']:.2g}")
+    return f"{row[mean]:.4g}" + ("" if row[std] is None else f" ± {row[std]:.2g}")
 
 
 def _mark(row: dict[str, Any], kl: bool) -> str:
@@ -164,12 +170,23 @@ def sentences(found: dict[str, Any]) -> list[str]:
         if row["best"]:
             spread = f" ± {row['std']:.2g} over {row['made']} runs" if row["std"] is not None else " in one run"
             said.append(f"Best: {setting(row['setting'])}, {row['mean']:.4g}{spread}.")
+            said.append(_reported(found, row))
     if found["importance"]:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in found["importance"].items())
         said.append(f"Share of the variance ({found['importance_by']}): {shares}.")
     if any(row["front"] for row in found["settings"]):
         said.append(f"front: no other setting is at least as good at no more {found['kl_metric']}.")
     return said
+
+
+def _reported(found: dict[str, Any], best: dict[str, Any]) -> str:
+    """What the best setting reaches where that had no part in the choice, or that there is no such number."""
+    if found.get("reported"):
+        value = _value(best, "reported", "reported_std")
+        return f"Of it {found['reported']}, on the test prompts, which had no part in the choice: {value}."
+    return (
+        "It was chosen by this very number, which is therefore rather too good: the best of several is lucky as well."
+    )
 
 
 def setting(values: dict[str, Any]) -> str:
@@ -179,16 +196,16 @@ def setting(values: dict[str, Any]) -> str:
 
 def print_result(found: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
     heading, *rows = table(found)
     drawn = Table(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        drawn.add_row(*map(escape, row))
+        drawn.add_row(*row)
     console.print(drawn)
     for line in [*sentences(found), *failures(found)]:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
-    console.print(escape(files), highlight=False, soft_wrap=True)
+    console.print(files, highlight=False, soft_wrap=True)
 
 
 def failures(found: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from pipeline import ranks
+from pipeline import guards, ranks
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.schema import SHARDED
@@ -57,6 +57,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
         "use_cpu": job.device.type == "cpu",
         "bf16": job.device.bf16,
         "logging_steps": min(job.config.runtime.log_every, steps),
+        "logging_nan_inf_filter": False,  # it would write a loss that is no number as the mean of those before
         "train_sampling_strategy": "sequential",
         "save_strategy": "steps",
         "save_steps": max(1, steps // (job.config.runtime.checkpoints + 1)),
@@ -71,18 +72,32 @@ def in_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> lis
     """Row numbers for all epochs in the order of training: shuffled, with rows of similar length in one batch.
 
     The trainers read their rows in this order, so that it depends on the seed alone: their own samplers draw from the
-    global random state, which a resumed run has not advanced in the same way. A last
-    batch that is not full is left out.
+    global random state, which a resumed run has not advanced in the same way. Rows that do not fill a batch are left
+    out of an epoch before rows are sorted, drawn without regard to their length, and others in the next epoch.
     """
     generator, order = np.random.default_rng(seed), []
-    for _ in range(epochs):
-        shuffled = generator.permutation(len(lengths))
+    turns, count = generator.permutation(len(lengths)), left_out_per_epoch(len(lengths), batch_size)
+    for epoch in range(epochs):
+        left_out = np.take(turns, np.arange(epoch * count, (epoch + 1) * count), mode="wrap")
+        shuffled = generator.permutation(np.setdiff1d(turns, left_out))
         pools = [shuffled[i : i + POOL * batch_size] for i in range(0, len(shuffled), POOL * batch_size)]
         by_length = np.concatenate([pool[np.argsort(np.asarray(lengths)[pool], kind="stable")] for pool in pools])
         batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-        whole = [batch for batch in batches if len(batch) == batch_size] or batches
-        order += [int(row) for i in generator.permutation(len(whole)) for row in whole[i]]
+        order += [int(row) for i in generator.permutation(len(batches)) for row in batches[i]]
     return order
+
+
+def left_out_per_epoch(rows: int, batch_size: int) -> int:
+    """The rows of an epoch that do not fill a batch; 0 where all rows together do not, which are then one."""
+    return rows % batch_size if rows >= batch_size else 0
+
+
+def trained_on(job: Job, orders: list[list[int]], rows: int, batch_size: int, unit: str) -> dict[str, int]:
+    """The different rows that the `orders` of the trainings hold, of `rows`, and how many an epoch leaves out."""
+    left_out = left_out_per_epoch(rows, batch_size)
+    if left_out:
+        job.say(f"{left_out} of {rows:,} {unit} fill no batch and are left out of an epoch, others in each, by chance")
+    return {unit: len(set().union(*orders)), "left_out_per_epoch": left_out}
 
 
 POOL = 16  # batches that are sorted by length together
@@ -181,11 +196,19 @@ class Reports(TrainerCallback):
         self.bar.update(self.per_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Record the metrics of a step; the Trainer's own closing summary is left out."""
-        if logs and "train_runtime" not in logs:
-            step = self.before + state.global_step
-            axes = {OPTIMISER_STEP: step, self.unit: step * self.per_step}
-            self.job.log(step, {name: value for name, value in logs.items() if isinstance(value, int | float)}, axes)
+        """Record the metrics of a step; the Trainer's own closing summary is left out.
+
+        Raises `UserError` where one is not a finite number: the weights are lost then.
+        """
+        step = self.before + state.global_step
+        metrics = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if names := guards.broken(metrics):
+            raise UserError(
+                f"{self.job.stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower "
+                f"{self.job.stage}.learning_rate"
+            )
+        if "train_runtime" not in metrics:
+            self.job.log(step, metrics, {OPTIMISER_STEP: step, self.unit: step * self.per_step})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written, once all processes have written theirs of it."""

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from pipeline import chain, launch, waiting
 from pipeline.config import compose
-from pipeline.errors import UserError, first_line
+from pipeline.errors import UserError, first_line, public_traceback
 from pipeline.submission import Member
 from stages import needed_by
 
@@ -44,7 +44,7 @@ class Variant:
 
     def arguments(self, config: DictConfig, overrides: list[str]) -> list[str]:
         """All overrides of this variant, after those of the command."""
-        own = [f"run='{config.run}/{self.name}'", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
+        own = [f"run={config.run}/{self.name}", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
         return [*overrides, *self.overrides, *own]
 
 
@@ -172,9 +172,7 @@ def _make_one(overrides: list[str], log: Path) -> str | None:
             chain.bring_up_to_date(compose(overrides))
         except Exception as error:
             if not isinstance(error, UserError):
-                import traceback
-
-                traceback.print_exc(file=written)
+                print(public_traceback(error), file=written, end="")
             return first_line(error)
     return None
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from pipeline import data, instructions
 from pipeline.columns import Message
 from pipeline.errors import UserError
-from pipeline.sources import function_digest
+from pipeline.imports import function_parts
 from rewards.exact import exact_match
 from rewards.numeric import numeric_match
 
@@ -20,9 +20,9 @@ CHECKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def digest(check: str) -> str:
-    """Digest of the source code of a check."""
-    return function_digest(f"{CHECKS[check].__module__}:{CHECKS[check].__name__}")
+def parts(check: str) -> dict[str, str]:
+    """What counts of a check: its source code, and the packages that it uses."""
+    return function_parts(f"{CHECKS[check].__module__}:{CHECKS[check].__name__}")
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,22 @@ def load(key: str, task: DictConfig) -> tuple[list[Problem], dict[str, Any]]:
     if not problems:
         raise UserError(f"{key}.split={task.split}: {task.path} has no problem there; give more rows, or set split=all")
     if task.check != "instructions":
-        known = [problem.answer for problem in problems]
-        bad = [known[i] for i, verdict in enumerate(verdicts(task.check, problems, known)) if not verdict["right"]]
-        if bad:
-            raise UserError(
-                f"{key}.check={task.check}: cannot check {len(bad):,} of the {len(known):,} answers, the first "
-                f"{bad[0][:40]!r}; choose another check, or mend them"
-            )
+        require_checkable(f"{key}.check={task.check}", task.check, [problem.answer for problem in problems])
     return problems, read.unusable
+
+
+READ = {"exact": "", "numeric": "it reads one whole number, alone in words or behind ####; "}  # of an answer
+
+
+def require_checkable(key: str, check: str, answers: list[str]) -> None:
+    """Raise `UserError` naming `key` where a known answer, given as the reply, is not found right by `check`."""
+    scores = CHECKS[check]([""] * len(answers), answers, answer=answers)
+    bad = [row for row, score in enumerate(scores) if score != 1.0]
+    if bad:
+        raise UserError(
+            f"{key}: cannot check {len(bad):,} of the {len(answers):,} answers, the first {answers[bad[0]][:40]!r} "
+            f"(row {bad[0] + 1:,}); {READ[check]}choose another check, or mend them"
+        )
 
 
 def check(key: str, task: DictConfig) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from pipeline import arena, evaluated_pairs, statistics
-from pipeline.artifact import read_lines
 from pipeline.votes import Vote, read_votes
 
 SHARES = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}  # what the winner of a vote is worth to its first model
@@ -21,7 +20,8 @@ def of_run(config: DictConfig) -> dict[str, Any] | None:
     `arena` is as that of a judge, and `votes`, `left_out`, `ties`, `labellers` and `judges` say what it rests on: votes
     on pairs that this evaluation does not have are left out and counted. Raises `UserError` for a malformed file.
     """
-    votes, rows = read_votes(evaluated_pairs.votes_file(config)), read_lines(evaluated_pairs.samples_file(config))
+    votes = read_votes(evaluated_pairs.votes_file(config))
+    rows = evaluated_pairs.read_samples(evaluated_pairs.samples_file(config))
     known = {(c.pair, c.model_a, c.model_b) for c in evaluated_pairs.pool(rows)}
     good = [vote for vote in votes if (vote.pair, vote.model_a, vote.model_b) in known]
     if not good:
@@ -29,9 +29,7 @@ def of_run(config: DictConfig) -> dict[str, Any] | None:
     models, wins = evaluated_pairs.models(rows[0]), counted(rows, good)
     lengths = {name: [len(row[name]["reply"]) for row in rows] for name in models}
     return {
-        "arena": arena.summary(
-            wins, models, lengths, anchor(wins, models), config.evaluate.bootstrap, config.evaluate.seed
-        ),
+        "arena": arena.summary(wins, models, lengths, anchor(wins, models)),
         "votes": len(good),
         "left_out": len(votes) - len(good),
         "ties": sum(vote.winner == "tie" for vote in good),
@@ -93,7 +91,7 @@ def in_words(found: dict[str, Any]) -> str:
     people = "person" if found["labellers"] == 1 else "people"
     said = f"{found['votes']:,} votes of {found['labellers']} {people}, {found['ties']:,} of them ties{left}"
     agree = [
-        f"{judge.replace('_', ' ')} {f['agree']:.0%} [{f['ci95'][0]:.0%}, {f['ci95'][1]:.0%}]"
+        f"{judge.replace('_', ' ')} {f['agree']:.0%} {statistics.shown(f['ci95'], '.0%')}"
         for judge, f in found["judges"].items()
     ]
     return f"{said}. Judges that agree with people where both prefer a reply: {', '.join(agree)}" if agree else said

@@ -47,10 +47,11 @@ def run(task: launch.Task, rank: int) -> dict[str, Any]:
     from accelerate import PartialState
     from omegaconf import OmegaConf
 
-    from pipeline import device
+    from pipeline import device, interpolations
     from pipeline.job import Job, execute
 
     config = OmegaConf.create(task.config)
+    interpolations.note_secrets(config)
     OmegaConf.set_struct(config, True)
     OmegaConf.set_readonly(config, True)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

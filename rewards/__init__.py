@@ -5,16 +5,16 @@ f(prompts, completions, **columns) -> list[float | None]    one entry per row; N
 Every stage loads its reward here, from a `reward` group of the configuration. Importing this package imports no model.
 """
 
-import asyncio
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from rewards.composition import RewardFunction, Scores, composed
 from rewards.messages import messages_of, text_of
+from rewards.scores import one_line, scores
 
 # further columns that the stages give to their rewards
 GIVEN = {
@@ -71,18 +71,12 @@ def _loaded(config: Any, columns: tuple[str, ...], model: RewardFunction | None)
     function = _bound(config.function, config.args, tuple(renamed.values()))
 
     def reward(prompts: list[Any], completions: list[str], **given: Any) -> Scores:
+        rows = {"prompts": [text_of(prompt) for prompt in prompts], "completions": completions, **given}
         if config.messages:
-            prompts = [messages_of(prompt, "user") for prompt in prompts]
-            completions = [messages_of(text, "assistant") for text in completions]
-        else:
-            prompts = [text_of(prompt) for prompt in prompts]
-        rows = {"prompts": prompts, "completions": completions, **given}
-        scores = function(**{renamed.get(column, column): values for column, values in rows.items()})
-        if inspect.isawaitable(scores):  # TRL takes asynchronous functions as well
-            scores = asyncio.run(scores)
-        if len(scores) != len(completions):
-            raise UserError(f"{config.function}: gives {len(scores)} scores to {len(completions)} completions")
-        return [None if score is None else float(score) for score in scores]
+            rows["prompts"] = [messages_of(prompt, "user") for prompt in prompts]
+            rows["completions"] = [messages_of(text, "assistant") for text in completions]
+        rows = {renamed.get(column, column): values for column, values in rows.items()}
+        return scores(config.function, function, rows, completions, config.messages)
 
     return reward
 
@@ -94,26 +88,28 @@ def _bound(path: str, arguments: Any, given: tuple[str, ...]) -> Callable[..., A
     get_repetition_penalty_reward does.
     """
     function = _imported(path)
-    try:
-        parameters = inspect.signature(function).parameters
-        for argument in arguments:
-            if argument not in parameters:
-                raise UserError(f"{path}: has no argument {argument}; see its args in the configuration")
-        if any(p.kind is p.VAR_KEYWORD or p.name in given for p in parameters.values()):
-            bound = functools.partial(function, **arguments)
-        else:
-            bound = function(**arguments)
-        inspect.signature(bound).bind(**dict.fromkeys(given))
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; it is given {', '.join(given)}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    with one_line(path):
+        try:
+            parameters = inspect.signature(function).parameters
+            for argument in arguments:
+                if argument not in parameters:
+                    raise UserError(f"{path}: has no argument {argument}; see its args in the configuration")
+            if any(p.kind is p.VAR_KEYWORD or p.name in given for p in parameters.values()):
+                bound = functools.partial(function, **arguments)
+            else:
+                bound = function(**arguments)
+            inspect.signature(bound).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            raise UserError(f"{path}: {first_line(error)}; it is given {', '.join(given)}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: {first_line(error)}") from error
     return bound
 
 
 def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{path}: no such reward function ({error})") from error
+    with one_line(path):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{path}: no such reward function ({first_line(error)})") from error

@@ -11,6 +11,7 @@ from pipeline.artifact import write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.overlap import overlapping
 from pipeline.pairing import Answer, Candidate
 from pipeline.players import policy_name
 from pipeline.preferences import Pair
@@ -75,9 +76,10 @@ def pairs_of(rows: list[dict[str, Any]], seed: int, once: bool) -> list[Pair]:
 
 
 def not_held_out(train: list[Pair], test: list[Pair]) -> list[Pair]:
-    """The training pairs of whose prompts none is held out."""
-    held_out = {data.prompt_key(prompt) for pair in test for prompt in pair.prompts()}
-    return [pair for pair in train if not any(data.prompt_key(prompt) in held_out for prompt in pair.prompts())]
+    """The training pairs of whose prompts none is held out, begins one that is, or continues one."""
+    held_out = [prompt for pair in test for prompt in pair.prompts()]
+    chosen, rejected = (overlapping([pair.prompts()[side] for pair in train], held_out) for side in (0, 1))
+    return [pair for pair, *known in zip(train, chosen, rejected, strict=True) if not any(known)]
 
 
 def earlier_pairs(job: Job, test: list[Pair]) -> list[Pair]:
@@ -94,28 +96,47 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
     judge = rewards.load(config.judge, rewards.GIVEN["comparisons"]) if config.label_by == "judge" else None
     sampled, held_out, unfinished = sampled_answers(job)
-    train, kept = paired(job, sampled, judge, generator)
-    test, _ = paired(job, held_out, judge, generator)
+    train, kept, unscored = paired(job, sampled, judge, generator)
+    test, _, unscored_held_out = paired(job, held_out, judge, generator)
     pool = write_pool(job.out / "pool.jsonl", train, test, generator)
     metrics: dict[str, Any] = {"pool": pool, "kept_share": kept, "samples_without_end": unfinished}
     if judge is None:
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
         return [], [], metrics
-    human, human_kept = people(job, judge, generator)
-    labels = [pairing.labelled(c, "samples") for c in train] + human
-    noisy, flipped = pairing.with_label_noise(labels, config.label_noise, np.random.default_rng(config.seed))
+    samples_unscored = unscored + unscored_held_out
+    require_scores(samples_unscored, sum(map(len, sampled + held_out)))
+    human, human_kept, human_unscored = people(job, judge, generator)
+    if samples_unscored + human_unscored:
+        job.say(f"{samples_unscored:,} samples and {human_unscored:,} replies of people have no score of the judge")
+    labels, tested = (
+        [pairing.labelled(c, "samples") for c in train] + human,
+        [pairing.labelled(c, "samples") for c in test],
+    )
+    kept_apart = not_held_out(labels, tested)
+    noisy, flipped = pairing.with_label_noise(kept_apart, config.label_noise, np.random.default_rng(config.seed))
     gaps = [abs(c.gap) for c in train]
     return (
         noisy,
-        [pairing.labelled(c, "samples") for c in test],
+        tested,
         metrics
         | {
+            "samples_unscored": samples_unscored,
+            "people_unscored": human_unscored,
             "pairs_from_people": len(human),
             "kept_share_people": human_kept,
             "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
             "labels_flipped": flipped,
+            "dropped_held_out_prompt": len(labels) - len(kept_apart),
         },
     )
+
+
+def require_scores(unscored: int, samples: int) -> None:
+    """Raises `UserError` where the judge gives no sample a score, so that no pair can be labelled."""
+    if samples and unscored == samples:
+        raise UserError(
+            f"comparisons.judge: gives no score (None) to any of {samples:,} samples; choose one that applies"
+        )
 
 
 def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], int]:
@@ -157,8 +178,11 @@ def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> 
 
 def paired(
     job: Job, groups: list[list[Answer]], judge: Any, generator: np.random.Generator
-) -> tuple[list[Candidate], float]:
-    """From the answers to each prompt the pairs that `pairing` takes; and the share of pairs that is usable."""
+) -> tuple[list[Candidate], float, int]:
+    """From the answers to each prompt the pairs that `pairing` takes.
+
+    And the share of pairs that is usable, and how many answers the judge gives no score (None): these take no part.
+    """
     config = job.config.comparisons
     judged = pairing.judged(groups, judge) if judge else [None] * len(groups)
     scored = member_scores(job, groups) if config.scorer else [None] * len(groups)
@@ -168,7 +192,8 @@ def paired(
         able = [candidate for candidate in every if pairing.usable(candidate, config.min_gap)]
         found += pairing.taken(able, config.pairs_per_prompt, config.pairing, generator)
         possible, good = possible + len(every), good + len(able)
-    return found, good / max(1, possible)
+    unscored = sum(score is None for group in judged if group is not None for score in group)
+    return found, good / max(1, possible), unscored
 
 
 def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
@@ -189,13 +214,13 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
     return [np.array([next(rows) for _ in group]) for group in groups]
 
 
-def people(job: Job, judge: Any, generator: np.random.Generator) -> tuple[list[Pair], float]:
-    """At most `human_pairs` pairs of two people's replies to one context; and the share of these that is usable."""
+def people(job: Job, judge: Any, generator: np.random.Generator) -> tuple[list[Pair], float, int]:
+    """At most `human_pairs` pairs of two people's replies to one context; and what `paired` says of these."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     groups = data.replies_by_prompt(data.training_examples(source, dialogue)).values()
     answers = [[Answer(e.prompt, e.reply, "people") for e in group] for group in groups]
-    found, kept = paired(job, answers, judge, generator)
-    return [pairing.labelled(c, "people") for c in found[: job.config.comparisons.human_pairs]], kept
+    found, kept, unscored = paired(job, answers, judge, generator)
+    return [pairing.labelled(c, "people") for c in found[: job.config.comparisons.human_pairs]], kept, unscored
 
 
 def write_pool(file: Path, train: list[Candidate], test: list[Candidate], generator: np.random.Generator) -> int:

@@ -18,36 +18,62 @@ def run(job: Job) -> dict[str, Any]:
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
+    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = models.load_policy(job.inputs["sft"])
-    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed))
+    order = training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed)
+    counted = training.trained_on(job, [order], len(train.rows), config.batch_size, "pairs")
+    ordered = train.take(order)
     steps = max(1, len(ordered.rows) // config.batch_size)
-    tokens = sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in ordered.rows)
-    job.announce(f"{tokens // steps:,} tokens", steps, (6 + 2) * models.parameter_count(model) * tokens)
+    tokens = ordered.tokens()
+    passes = (6 + 2) * tokens + 2 * 2 * test.tokens()  # trained, and by the reference; held out, by both
+    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * passes)
     training.require_whole_batch(job, len(ordered.rows), config.batch_size)
     model = fit(job, model, tokenizer, ordered, steps)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
-    found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta)
+    bar = job.progress(4 * len(test.rows), "replies", part="held out")
+    found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
+    bar.close()
     if found["chosen_falls"]:
-        low, high = found["chosen_logprob_change_ci95"]
-        change = found["chosen_logprob_change"]
-        job.say(f"held-out chosen replies became less likely: {change:+.1f} nats [{low:+.1f}, {high:+.1f}]")
-    return found | {
-        "pairs": len(train.rows),
-        "dropped_too_long": train.dropped + test.dropped,
-        "template_hash": chat.template_hash(tokenizer),
-    }
+        change, interval = found["chosen_logprob_change"], statistics.shown(found["chosen_logprob_change_ci95"], "+.1f")
+        job.say(f"held-out chosen replies became less likely: {change:+.1f} nats {interval}")
+    return (
+        found
+        | counted
+        | {
+            "dropped_too_long": train.dropped + test.dropped,
+            "template_hash": chat.template_hash(tokenizer),
+        }
+    )
+
+
+class TokenisedTrainer(DPOTrainer):
+    """TRL's trainer on rows that have their tokens already, with a progress bar of the reference's log-probabilities.
+
+    So no template is too much for it: every stage renders alike, and TRL renders nothing.
+    """
+
+    def __init__(self, *given: Any, bar: Any, **options: Any):
+        self.bar = bar
+        super().__init__(*given, **options)
+        bar.close()
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed log-probabilities [B] of the chosen and of the rejected replies of one batch."""
+        logprobs = super().compute_ref_log_probs(model, inputs)
+        self.bar.update(len(logprobs[0]) * self.accelerator.num_processes)
+        return logprobs
 
 
 def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> Any:
-    """Train with TRL, which renders and tokenises the pairs; reference log-probabilities are computed once and kept.
-
-    Raises `UserError` where TRL's tokens differ from those of the other stages.
-    """
+    """Train with TRL on pairs that are already tokenised; reference log-probabilities are computed once and kept."""
     config = job.config.dpo
     arguments = DPOConfig(
         **training.arguments(job, config.batch_size, steps, config.seed),
@@ -60,39 +86,30 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int)
         max_length=None,
     )
     with ranks.main_first(job):
-        train_dataset = on_disk(job, tokenizer, pairs)
-    trainer = DPOTrainer(model, args=arguments, train_dataset=train_dataset, processing_class=tokenizer)
-    for theirs, ours in zip(trainer.train_dataset, pairs.rows, strict=True):
-        if any(theirs[name] != ours[name] for name in ours):
-            raise UserError("dpo: this model's chat template writes text after the end token, which DPO would train on")
+        rows = on_disk(job, pairs)
+    bar = job.progress(len(rows), "pairs", part="reference")
+    trainer = TokenisedTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, bar=bar)
     return training.train(trainer, job, config.batch_size, "pairs")
 
 
-def on_disk(job: Job, tokenizer: Any, train: TokenisedPairs) -> Dataset:
-    """The pairs as conversations in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
+def on_disk(job: Job, train: TokenisedPairs) -> Dataset:
+    """The pairs' tokens in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
     folder = job.checkpoints / "pairs"
     if not (folder / "state.json").exists():
-        columns = [
-            {
-                "prompt": chat.without_special(tokenizer, pair.prompt),
-                "chosen": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.chosen}]),
-                "rejected": chat.without_special(tokenizer, [{"role": "assistant", "content": pair.rejected}]),
-            }
-            for pair in train.pairs
-        ]
-        Dataset.from_list(columns).save_to_disk(folder)
+        Dataset.from_list(train.rows).save_to_disk(folder)
     return load_from_disk(folder)
 
 
 @torch.no_grad()
-def metrics(policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int]]], beta: float) -> dict[str, Any]:
+def metrics(
+    policy: Any, reference: Any, pad: int, rows: list[dict[str, list[int]]], beta: float, bar: Any = None
+) -> dict[str, Any]:
     """Accuracy of the implicit reward on held-out pairs, and how log-probabilities moved, in nats per reply."""
     change, prompts = {}, [str(row["prompt_ids"]) for row in rows]
     for side in ("chosen", "rejected"):
         pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
-        change[side] = likelihood.replies_logprobs(policy, pairs, pad) - likelihood.replies_logprobs(
-            reference, pairs, pad
-        )
+        ours, theirs = (likelihood.replies_logprobs(model, pairs, pad, bar=bar) for model in (policy, reference))
+        change[side] = ours - theirs
     right = (change["chosen"] > change["rejected"]).float() + 0.5 * (change["chosen"] == change["rejected"])
     return {
         "accuracy": right.mean().item(),

@@ -1,5 +1,6 @@
 """Stage `evaluate`: the models of the run reply to the same held-out prompts, judged by two judges."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     examples, texts, contaminated = checked_for_copies(job, examples, texts, tasks)
     problems = sum(len(suite.problems) for suite in tasks.values())
-    announce(job, taking_part, len(examples), problems, reference)
+    announce(job, taking_part, len(examples) + config.validation_prompts, problems, reference)
     if config.judge_model.path is not None:
         judge_model.check(config.judge_model, job.config.tokenizer.template_date)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
@@ -59,26 +60,18 @@ def run(job: Job) -> dict[str, Any]:
         proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
-    bar = job.progress(replies_in_all(taking_part, len(examples), problems), "replies")
-    played: dict[str, Played] = {}
-    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
-        played["human"] = Played([example.reply for example in examples], None, {})
-    for model, players in taking_part.items():
-        played |= measuring.of_model(shared, folders[model], players, bar)
-    bar.close()
+    played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
-    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
-    golds, seconds = ({name: judged_by(judge, examples, texts) for name, texts in replies.items()} for judge in judges)
-    found = {name: judged(job, replies[name], golds[name], seconds[name]) | played[name].metrics for name in played}
-    for name, one in played.items():
-        if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], examples, one.greedy), config)
-    by_judge = {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+    found, by_judge = results(shared, played, judges)
+    for line in without_score(found, len(examples)):
+        job.say(line)
     write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
+    if config.validation_prompts:
+        further["validation"] = on_validation(shared, smallest, folders, taking_part, judges)
     if config.judge_model.path is not None:
         wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
     if "dpo" in replies and "sft" in replies:
@@ -88,8 +81,8 @@ def run(job: Job) -> dict[str, Any]:
         "contamination": contaminated,
         "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
-        "paired": paired.tests({"gold": golds, "second": seconds}, config.bootstrap, config.seed),
-        "arena": {judge: in_arena(job, found, players, replies) for judge, (found, players) in wins.items()},
+        "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
+        "arena": {judge: in_arena(found, players, replies) for judge, (found, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
@@ -115,10 +108,65 @@ def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, prob
     return sum(most_samples(players) for players in taking_part.values()) * (prompts + problems)
 
 
+def played_by_all(
+    shared: Shared, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]], problems: int
+) -> dict[str, Played]:
+    """What people and every player reply to the prompts, and to the `problems` of all tasks."""
+    job, played = shared.job, {}
+    bar = job.progress(replies_in_all(taking_part, len(shared.examples), problems), "replies")
+    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
+        played["human"] = Played([example.reply for example in shared.examples], None, {})
+    for model, players in taking_part.items():
+        played |= measuring.of_model(shared, folders[model], players, bar)
+    bar.close()
+    return played
+
+
+def results(
+    shared: Shared, played: dict[str, Played], judges: list[RewardFunction]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, list[float | None]]]]:
+    """What is measured of each player, and the score of each of its replies by every judge."""
+    golds, seconds = (
+        {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
+    )
+    found = {
+        name: judged(shared.job, one.replies, golds[name], seconds[name]) | one.metrics for name, one in played.items()
+    }
+    for name, one in played.items():
+        if one.greedy:
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy))
+    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
+    return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+
+
+def without_score(found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
+    """A line for each judge that gives some replies no score: how many of whose, which its means leave out."""
+    lines = []
+    for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
+        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in found.items() if metrics[key])
+        if counts:
+            lines.append(f"the {judge} judge gives no score to some of {prompts:,} replies each, left out: {counts}")
+    return lines
+
+
+def on_validation(
+    shared: Shared, smallest: Any, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]],
+    judges: list[RewardFunction],
+) -> dict[str, Any]:  # fmt: skip
+    """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
+    config, tokenizer = shared.job.config.evaluate, shared.tokenizer
+    wanted = config.validation_prompts
+    examples = held_out.prompts(shared.job, tokenizer, smallest, wanted, config.seed, "validation")
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
+    found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
+    return {"models": found, "prompts": len(examples)}
+
+
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
     """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
     others = [models.load_policy(folder, "meta") for folder in earlier.values()]
-    return min([reference, *others], key=lambda model: model.config.max_position_embeddings)
+    return min([reference, *others], key=lambda model: models.context_length(model.config))
 
 
 def sample_rows(
@@ -135,11 +183,11 @@ def sample_rows(
     return rows
 
 
-def in_arena(job: Job, wins: np.ndarray, models: list[str], replies: dict[str, list[str]]) -> dict[str, Any]:
+def in_arena(wins: np.ndarray, models: list[str], replies: dict[str, list[str]]) -> dict[str, Any]:
     """The arena of one judge from wins [P, M, M] of each two models' replies to a prompt, in the order of `models`."""
-    config, anchor = job.config.evaluate, "sft" if "sft" in models else models[0]
+    anchor = "sft" if "sft" in models else models[0]
     lengths = {name: [len(text) for text in replies[name][: len(wins)]] for name in models}
-    return arena.summary(wins, models, lengths, anchor, config.bootstrap, config.seed)
+    return arena.summary(wins, models, lengths, anchor)
 
 
 def by_judge_model(
@@ -161,16 +209,18 @@ def by_judge_model(
 
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
-    config, metrics = job.config.evaluate, read_json(job.inputs["dpo"] / "metrics.json")
-    found = displacement.alarm(metrics, replies["dpo"], replies["sft"], config.bootstrap, config.seed)
+    metrics = read_json(job.inputs["dpo"] / "metrics.json")
+    found = displacement.alarm(metrics, replies["dpo"], replies["sft"])
     job.say(displacement.in_words(found))
     return found
 
 
 def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
     """What the judges' scores of one model's replies, and the replies as text, come to."""
-    return with_interval("gold", gold, job.config.evaluate) | {
+    return with_interval("gold", gold) | {
+        "gold_unscored": gold.count(None),
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
+        "second_judge_unscored": second.count(None),
         "length": float(np.mean([len(text) for text in replies])),
         **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
         "self_bleu": diversity.self_bleu(replies, job.config.evaluate.seed),
@@ -178,11 +228,10 @@ def judged(job: Job, replies: list[str], gold: list[float | None], second: list[
     }
 
 
-def with_interval(name: str, scores: list[float | None], config: Any) -> dict[str, Any]:
-    """The mean of the gold judge's scores and its bootstrap 95 % interval over prompts."""
+def with_interval(name: str, scores: list[float | None]) -> dict[str, Any]:
+    """The mean of the gold judge's scores and its 95 % interval over prompts."""
     found = applicable(scores, "judge")
-    interval = statistics.mean_interval(found, config.bootstrap, config.seed)
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": statistics.scores_interval(found)}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
@@ -204,10 +253,13 @@ def checked_for_copies(
     """
     sought = {"prompts": [spoken(e.prompt, e.reply) for e in examples], "base_text": texts}
     sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    asked = {"prompts": [spoken(e.prompt) for e in examples]}
+    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in suite.problems] for name, suite in tasks.items()}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
         sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
-    found = contamination.against(sought, trained_on(job))
+        asked["held_out_pairs"] = [spoken(p["prompt"]) for p in pairs]
+    found = contamination.against(sought, trained_on(job), asked, prompts_trained_on(job))
     counts = {name: counts for name, (counts, _) in found.items()}
     examples = without_copies(job, "prompts", examples, *found["prompts"])
     texts = without_copies(job, "base_text", texts, *found["base_text"])
@@ -241,9 +293,19 @@ def trained_on(job: Job) -> dict[str, list[str]]:
     return trained
 
 
-def spoken(prompt: list[dict[str, str]], reply: str) -> str:
-    """A prompt without system messages, and its reply, as one text."""
-    return "\n".join([*(m["content"] for m in prompt if m["role"] != "system"), reply])
+def prompts_trained_on(job: Job) -> dict[str, list[str]]:
+    """The different prompts that each training stage with prompts saw, by its name."""
+    examples = data.training_examples(job.config.data.replies, job.config.data.dialogue)
+    prompts = {"sft": [spoken(e.prompt) for e in examples]}
+    if "comparisons" in job.inputs:
+        pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
+        prompts["comparisons"] = [spoken(pair["prompt"]) for pair in pairs]
+    return {stage: list(dict.fromkeys(texts)) for stage, texts in prompts.items()}
+
+
+def spoken(prompt: list[dict[str, str]], *reply: str) -> str:
+    """A prompt without system messages, and its reply where one is given, as one text."""
+    return "\n".join([*(m["content"] for m in prompt if m["role"] != "system"), *reply])
 
 
 def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]) -> list[float | None]:

@@ -7,14 +7,14 @@ details that implementations get wrong; docs/ppo.md has their sources:
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
  [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
- [4] The reward model scores the text up to its end token; without one a fixed penalty counts (Stiennon et al. 2020).
+ [4] The reward model scores the text up to its end token; without one a penalty is the most (Stiennon et al. 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
  [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019); it can also act as a loss.
  [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020), or shares the trunk.
  [8] GAE with gamma 1 and lambda 0.95; rewards are whitened, if asked, without shifting their mean.
  [9] Advantages of gae and reinforce++ are whitened over all reply tokens of the rollout, mean shifted.
 [10] Adam's epsilon is 1e-5; learning rates fall linearly to zero (Huang et al. 2024, arXiv 2403.17031).
-[11] A loss is the mean over the reply tokens of a minibatch, however it is split into passes and processes.
+[11] A loss is the mean over the reply tokens of a minibatch (see `ppo.average`), however it is split.
 [12] Every random draw comes from (seed, rollout), so that a resumed run draws what the undisturbed one drew.
 """
 
@@ -82,7 +82,8 @@ def run(job: Job) -> dict[str, Any]:
     result = train(ppo, prompts)
     if ppo.accelerator.is_main_process:
         actors.save(ppo.actors, job.inputs, ppo.tokenizer, job.out)
-    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+    used = min(len(prompts), result["episodes"] // ppo.config.samples_per_prompt)
+    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": used}
 
 
 def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         rollout = roll_out(ppo, batch, number)
         advantages, returns, metrics = estimate(rollout, ppo.kl_coef, config)
         metrics["rollout_seconds"] = time.perf_counter() - started
+        guards.require_one_distribution("engine_ratio_mean", metrics.get("engine_ratio_mean", 0.0), config)
         reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is None:
             if checkpoint_due(ppo, number, first, total):  # the policy of `number` rollouts has just passed the guards
@@ -259,6 +261,8 @@ def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, numb
         order = torch.from_numpy(generator.permutation(len(rollout))).to(rollout.scores.device)
         for rows in order.chunk(config.minibatches):
             steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, first + len(steps)))
+            if len(steps) == 1 and not ppo.job.device.bf16:  # bf16 rounds otherwise for rows in another order
+                guards.require_one_distribution("first_ratio_error", steps[0]["ratio_error"], config)
     means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
     return means | {"first_ratio_error": steps[0]["ratio_error"], "update_seconds": time.perf_counter() - started}
 
@@ -268,9 +272,11 @@ def minibatch_step(
 ) -> dict[str, float]:
     """One optimiser step on the replies `rows`, the `step`-th of training; metrics as means over their tokens [11]."""
     config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
+    weights = torch.zeros_like(rollout.scores)
+    weights[rows] = estimators.reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
     for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro):
         part = rollout.take(chosen)
-        for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen]):
+        for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen], weights[chosen]):
             (loss / tokens).backward()
             largest.append(sums.pop("ratio_error", 0.0))
             totals |= {name: totals.get(name, 0.0) + value for name, value in sums.items()}
@@ -281,8 +287,12 @@ def minibatch_step(
     return means | optimise(ppo, waits) | {"ratio_error": ranks.highest(max(largest), ppo.accelerator)}
 
 
-def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> Iterator[tuple[Tensor, dict[str, float]]]:
+def losses(
+    ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor, weights: Tensor | None = None
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """The policy's loss and then the critic's, summed over the N reply tokens of `part`, and sums of metrics.
+
+    `weights` [B] are factors of the policy's losses of each reply.
 
     A backward pass comes between the two, so that only one model's activations are in memory; on a shared trunk they
     are one loss.
@@ -292,7 +302,8 @@ def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> Iter
     with ppo.accelerator.autocast():
         states = rollouts.token_states(used.policy, part)  # [N, D]
         logprobs = rollouts.reply_logprobs(used.policy, part, states, ppo.job.config.sampling.temperature)
-    loss, sums = policy_loss(ppo, logprobs, part, advantages)
+    weights = torch.ones_like(logprobs) if weights is None else weights[:, None].expand_as(part.mask)[chosen]
+    loss, sums = policy_loss(ppo, logprobs, part, advantages, weights)
     if used.shared:
         value, found = value_loss(ppo, states, part, returns)
         loss, sums = loss + value, sums | found
@@ -303,8 +314,10 @@ def losses(ppo: Ppo, part: Rollout, advantages: Tensor, returns: Tensor) -> Iter
         yield value_loss(ppo, states, part, returns)
 
 
-def policy_loss(ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The clipped loss, and the KL loss where asked for [6], of log-probabilities [N]: sum over tokens, and metrics."""
+def policy_loss(
+    ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor, weights: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """The clipped loss, and the KL loss where asked for [6], of log-probabilities [N]: weighted sum, and metrics."""
     config, chosen = ppo.config, part.mask.bool()
     old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
     policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
@@ -312,10 +325,10 @@ def policy_loss(ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor) -
     if ppo.ratios is not None:
         ppo.ratios.append(log_ratio.exp())
     sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
-    loss = policy.sum()
+    loss = (policy * weights).sum()
     if config.kl_in == "loss":
         sums["kl_loss"] = estimators.kl_per_token(logprobs, reference, config.kl_estimator)
-        loss = loss + ppo.kl_coef * sums["kl_loss"].sum()
+        loss = loss + ppo.kl_coef * (sums["kl_loss"] * weights).sum()
     return loss, summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
 
 
@@ -342,7 +355,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
         ids = torch.stack([ppo.text[row]["input_ids"] for row in mine[start : start + ppo.micro]]).to(policy.device)
         with ppo.accelerator.autocast():
             states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits = policy.get_output_embeddings()(states).float()
+            logits = models.output_logits(policy, states).float()
         loss = -likelihood.log_probabilities(logits, ids[:, 1:], 1.0).sum()
         (config.ptx_coef * loss / tokens).backward()
         total += loss.item()

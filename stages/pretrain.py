@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
-from pipeline import baselines, chat, data, held_out, models, ranks, training
+from pipeline import baselines, chat, data, fused, held_out, models, ranks, training
 from pipeline.job import Job
 from pipeline.muon import MuonAdamW
 from pipeline.packing import EvenedRows, PackedRows, packed
@@ -19,19 +19,22 @@ def run(job: Job) -> dict[str, Any]:
     model = start(job, tokenizer)
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
+        fused.layouts(model)  # a model that Muon cannot train is refused before its text is tokenised
         shuffled = data.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
-        job.announce(
-            f"{config.batch_size * config.context:,} tokens", steps, 6 * models.parameter_count(model) * config.tokens
-        )
-        model = fit(job, model, PackedRows(stream, config.context), steps)
+        flops = models.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
+        job.announce(f"{config.batch_size * config.context:,} tokens", steps, flops)
+        model = fit(job, model, PackedRows(stream, config.context, steps * config.batch_size), steps)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
+    bar = job.progress(config.eval_tokens, "tokens", part="held out")
+    bits = held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context, bar)
+    bar.close()
     return {
-        "bits_per_byte": held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context),
+        "bits_per_byte": bits,
         "eval_bytes": sum(len(text.encode()) for text in texts),
         "baselines": baselines.text_baselines(train_texts, texts),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from pipeline import chat, checkup, checkup_views, ensemble, likelihood, lora, models, preferences, sampling, training
-from pipeline.data import draw
+from pipeline.columns import Message
 from pipeline.ensemble import Ensemble
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.preferences import Pair, TokenisedPairs
+from pipeline.schema import PROBES
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -23,38 +24,70 @@ def run(job: Job) -> dict[str, Any]:
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
-    if config.pairs is not None:
-        train = train.take(draw(list(range(len(train.rows))), config.pairs, config.seed))
+    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
+    require_margins(config, train)
+    orders = [
+        training.in_order(train.lengths(), config.batch_size, config.epochs, member_seed(job, number))
+        for number in range(config.ensemble)
+    ]
+    training.require_whole_batch(job, len(orders[0]), config.batch_size)
+    counted = training.trained_on(job, orders, len(train.rows), config.batch_size, "pairs")
+    announce(job, [train.take(order) for order in orders], test)
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
-    members = [member(job, number, tokenizer, train, samples) for number in range(config.ensemble)]
+    members = [member(job, i, tokenizer, train.take(order), samples) for i, order in enumerate(orders)]
     if not job.main:
         return {}
     model = combined(job, members, tokenizer, samples)
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.bf16):  # as PPO will score
-        checked = check_up(model, tokenizer, train.pairs, test)
+        checked = check_up(job, model, tokenizer, train.pairs, test)
     if job.tracked:
         job.show(checkup_views.views(checked))
+    checked |= counted
     return checked | {
         "score_mean": members[0].config.score_mean,
         "score_std": members[0].config.score_std,
-        "pairs": len(train.pairs),
         "dropped_too_long": train.dropped + test.dropped,
         "template_hash": chat.template_hash(tokenizer),
     }
 
 
-def member(job: Job, number: int, tokenizer: Any, train: TokenisedPairs, samples: list[list[int]]) -> torch.nn.Module:
+def require_margins(config: Any, train: TokenisedPairs) -> None:
+    """Raise `UserError` where `reward.margin_coef` asks for a gap that pairs do not have."""
+    missing = sum(pair.gap is None for pair in train.pairs)
+    if config.margin_coef and train.one_by_one:
+        raise UserError("reward.margin_coef: replies that were labelled one by one have no margin; set it to 0")
+    if config.margin_coef and missing:
+        raise UserError(
+            f"reward.margin_coef={config.margin_coef:g}: {missing} pairs have no gap (people compared them, or the "
+            "data has no margin); set it to 0"
+        )
+
+
+def announce(job: Job, ordered: list[TokenisedPairs], test: TokenisedPairs) -> None:
+    """One line: device, batch, and the time of sampling, of training all members, and of the check-up."""
+    config, limits = job.config.reward, job.config.sampling
+    size = models.parameter_count(models.load_policy(job.inputs["sft"], "meta"))
+    steps, tokens = max(1, len(ordered[0].rows) // config.batch_size), sum(pairs.tokens() for pairs in ordered)
+    length = test.tokens() / 2 / len(test.rows)
+    scored = config.ensemble * sequences_checked(config, test) * length
+    sampled = len(_prompts(test.pairs)) * (length + limits.max_new_tokens)
+    batch = f"{tokens // steps // config.ensemble:,} tokens"
+    job.announce(batch, steps * config.ensemble, size * (6 * tokens + 2 * (scored + sampled)))
+
+
+def sequences_checked(config: Any, test: TokenisedPairs) -> int:
+    """How many sequences the check-up scores: both replies of each pair, the probes beside a reply, and some thrice."""
+    probed = min(config.probe_prompts, len({str(pair.prompt) for pair in test.pairs}))
+    return 2 * len(test.rows) + (1 + len(PROBES)) * probed + 3 * min(checkup.COMPARED, len(test.rows))
+
+
+def member(job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, samples: list[list[int]]) -> torch.nn.Module:
     """The `number`-th model of the ensemble: with a head and an order of its own; a finished one is read."""
-    config, out, seed = job.config.reward, member_folder(job, number), member_seed(job, number)
+    out = member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
         return models.load_reward_model(out, job.device.type)
-    ordered = train.take(training.in_order(train.lengths(), config.batch_size, config.epochs, seed))
-    training.require_whole_batch(job, len(ordered.rows), config.batch_size)
-    steps = max(1, len(ordered.rows) // config.batch_size)
-    model = with_score_head(job, tokenizer, seed)
-    tokens = sum(len(s) for row in ordered.rows for s in preferences.sequences(row))
-    job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
+    model = with_score_head(job, tokenizer, member_seed(job, number))
     model = fit(job, model, tokenizer, ordered, number).eval()
     if job.main:
         normalise(model, tokenizer, samples)
@@ -80,9 +113,7 @@ def with_score_head(job: Job, tokenizer: Any, seed: int) -> torch.nn.Module:
     Source of the initialisation: Huang et al. 2024, arXiv 2403.17031, detail 8. Dropout is off in every model here.
     """
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job.inputs["sft"], num_labels=1, dtype=torch.float32, use_safetensors=True
-    )
+    model = models.with_new_head(job.inputs["sft"])
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -144,8 +175,6 @@ def classifier_trainer(
     A batch has the good and the bad reply of each of its pairs; with `label_smoothing` e the targets are 1 - e and e.
     """
     config = job.config.reward
-    if config.margin_coef:
-        raise UserError("reward.margin_coef: replies that were labelled one by one have no margin; set it to 0")
     targets = 1 - config.label_smoothing, config.label_smoothing
     rows = [
         {"input_ids": ids, "labels": [target]}
@@ -164,29 +193,29 @@ def columns(train: TokenisedPairs, config: Any) -> Dataset:
     """The rows as TRL reads them; with `margin_coef` the gap of each pair asks for that much of a score gap."""
     rows = [dict(zip(("chosen_ids", "rejected_ids"), preferences.sequences(row), strict=True)) for row in train.rows]
     if config.margin_coef:
-        gaps = [pair.gap for pair in train.pairs]
-        if None in gaps:
-            raise UserError(
-                f"reward.margin_coef={config.margin_coef:g}: {gaps.count(None)} pairs have no gap (people compared "
-                "them, or the data has no margin); set it to 0"
-            )
-        rows = [row | {"margin": config.margin_coef * gap} for row, gap in zip(rows, gaps, strict=True)]
+        rows = [row | {"margin": config.margin_coef * pair.gap} for row, pair in zip(rows, train.pairs, strict=True)]
     return Dataset.from_list(rows)
 
 
 def sft_samples(job: Job, tokenizer: Any, test: list[Pair]) -> list[list[int]]:
     """Held-out prompts with a sample of the SFT model each, in token ids: what scores are normalised on."""
     policy = models.load_policy(job.inputs["sft"], job.device.type)
-    distinct = list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
-    prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in distinct]
+    prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in _prompts(test)]
     prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
-    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
-    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
     if len(prompts) < 2:
         raise UserError(
             "reward: scores are normalised on samples for held-out prompts, and there is one; give more pairs"
         )
+    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
+    bar = job.progress(len(prompts), "samples", part="samples")
+    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)
+    bar.close()
     return [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
+
+
+def _prompts(test: list[Pair]) -> list[list[Message]]:
+    """The different prompts of held-out pairs that scores are normalised on."""
+    return list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
 
 
 NORMALISED_ON = 256  # prompts
@@ -195,7 +224,7 @@ NORMALISED_ON = 256  # prompts
 def normalise(model: torch.nn.Module, tokenizer: Any, samples: list[list[int]]) -> None:
     """Store mean and spread of the scores of the SFT model's samples in the model's configuration."""
     scores = torch.tensor(likelihood.scores(model, samples, tokenizer.pad_token_id))
-    model.config.score_mean, model.config.score_std = scores.mean().item(), max(scores.std().item(), 1e-6)
+    model.config.score_mean, model.config.score_std = ensemble.mean_and_deviation(scores)
 
 
 def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[int]]) -> Ensemble:
@@ -203,32 +232,35 @@ def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[in
     config = job.config.reward
     if len(members) > 1:
         model = Ensemble(members, config.combine, config.combine_coef)
-        scores = model.scores(samples, tokenizer.pad_token_id)
-        model.scale = scores.mean().item(), max(scores.std().item(), 1e-6)
+        model.scale = ensemble.mean_and_deviation(model.scores(samples, tokenizer.pad_token_id))
         members[0].config.ensemble = model.settings()
         models.save(members[0], tokenizer, job.out)
     return ensemble.joined(members)
 
 
-def check_up(model: Ensemble, tokenizer: Any, train: list[Pair], test: TokenisedPairs) -> dict[str, Any]:
+def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test: TokenisedPairs) -> dict[str, Any]:
     """Every figure of the check-up, on held-out pairs."""
-    pad = tokenizer.pad_token_id
+    config, pad = job.config.reward, tokenizer.pad_token_id
+    bar = job.progress(len(model.members) * sequences_checked(config, test), "replies", part="check-up")
 
     def score(rows: list[list[int]], batch_size: int = 128) -> np.ndarray:
-        return model.scores(rows, pad, batch_size).double().cpu().numpy()
+        return model.scores(rows, pad, batch_size, bar).double().cpu().numpy()
 
     chosen_rows, rejected_rows = (
         list(rows) for rows in zip(*(preferences.sequences(row) for row in test.rows), strict=True)
     )
-    by_member = [model.member_scores(rows, pad) for rows in (chosen_rows, rejected_rows)]
+    by_member = [model.member_scores(rows, pad, bar=bar) for rows in (chosen_rows, rejected_rows)]
     chosen, rejected = (model.combined(scores).double().cpu().numpy() for scores in by_member)
     raw = torch.tensor([[member.config.score_std] for member in model.members])
     difference = ((by_member[0] - by_member[1]) * raw).mean(0).double().cpu().numpy()  # on the scale of the loss
-    return (
+    positions = models.context_length(model.members[0].config)
+    checked = (
         checkup.accuracy(chosen, rejected, train, test.pairs)
         | checkup.breakdown(chosen, rejected, test.pairs)
-        | checkup.calibration(difference)
+        | checkup.calibration(difference, test.pairs)
         | checkup.correlations(chosen, rejected, test.pairs)
-        | {"probes": checkup.probes(score, tokenizer, test.pairs, model.members[0].config.max_position_embeddings)}
+        | {"probes": checkup.probes(score, tokenizer, test.pairs, positions, config.probe_prompts)}
         | {"batch_difference": checkup.batch_difference(score, chosen_rows)}
     )
+    bar.close()
+    return checked

@@ -20,7 +20,6 @@ def run(job: Job) -> dict[str, Any]:
     examples = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     train, refused = chat.accepted(tokenizer, train, source)
     examples, _ = chat.accepted(tokenizer, examples, source)
-    before = held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length) if job.main else None
     removed = chat.marks_removed(tokenizer, [e.prompt for e in train], [e.reply for e in train])
     rows = [
         row
@@ -34,19 +33,22 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(1, len(order) // config.batch_size)
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
+    counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
     if removed or refused:
         job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
-    job.announce(f"{tokens // steps:,} tokens", steps, 6 * models.parameter_count(model) * tokens)
+    measured = len(examples) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
+    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * measured))
+    before = bits_per_byte(job, model, tokenizer, examples) if job.main else None
     model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
-        "reply_bits_per_byte": held_out.reply_bits_per_byte(model, tokenizer, examples, config.max_length),
+        "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, examples),
         "reply_bits_per_byte_base": before,
         "ended_share": ended_share(job, model, tokenizer, examples),
-        "examples": len(rows),
+        **counted,
         "dropped_too_long": too_long,
         "marks_removed": removed,
         "refused_by_template": refused,
@@ -78,10 +80,20 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
     return training.train(trainer, job, config.batch_size, "examples")
 
 
+def bits_per_byte(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
+    """Bits per byte of held-out replies."""
+    bar = job.progress(len(examples), "replies", part="held out")
+    bits = held_out.reply_bits_per_byte(model, tokenizer, examples, job.config.sft.max_length, bar)
+    bar.close()
+    return bits
+
+
 def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
     """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
     numbers = sampling.random_numbers(job.config.sft.seed, len(prompts), job.config.sampling)
-    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, numbers)
+    bar = job.progress(len(prompts), "samples", part="samples")
+    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, numbers, bar)
+    bar.close()
     return sum(reply.ended for reply in replies) / len(replies)

@@ -1,14 +1,17 @@
 """Stage `tokenizer`: byte-level BPE with special tokens and a chat template, or a checkpoint's own tokenizer."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import chat, data, template
+from pipeline import chat, data, gguf_checkpoint, template
 from pipeline.errors import UserError
 from pipeline.job import Job
+from pipeline.models import check_checkpoint
+from pipeline.sources import adapter_base
 
 ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded again
 
@@ -79,15 +82,15 @@ def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def from_checkpoint(model: Any, template_date: str) -> Any:
-    """The checkpoint's tokenizer, with one chat template of a fixed date, whose end of a turn is the end token.
+    """The checkpoint's tokenizer as all stages use it. Raises `UserError` where it or its template cannot be taken."""
+    return prepared(own_tokenizer(model), f"model.checkpoint={model.checkpoint}", template_date)
+
+
+def prepared(tokenizer: Any, name: str, template_date: str) -> Any:
+    """The tokenizer of the checkpoint `name`, with a template of a fixed date, whose end of a turn is the end token.
 
     Its pad token is not the end token. Raises `UserError` where the template ends no reply with a token.
     """
-    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-    if model.gguf_file:
-        options["gguf_file"] = model.gguf_file
-    name = f"model.checkpoint={model.checkpoint}"
-    tokenizer = chat.load_tokenizer(model.checkpoint, name, **options)
     template.settle(tokenizer, template_date)
     if tokenizer.chat_template is None:
         _give_template(tokenizer)
@@ -97,6 +100,21 @@ def from_checkpoint(model: Any, template_date: str) -> Any:
         raise UserError(f"{name}: {error}") from error
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": chat.PAD})
+    return tokenizer
+
+
+def own_tokenizer(model: Any) -> Any:
+    """The tokenizer as the checkpoint has it. Raises `UserError` where checkpoint or tokenizer cannot be taken."""
+    name, place = f"model.checkpoint={model.checkpoint}", model.checkpoint
+    options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
+    check_checkpoint(model)
+    if model.gguf_file:
+        name, options["gguf_file"] = gguf_checkpoint.name_of(model), gguf_checkpoint.place(model)
+    elif not (Path(place) / "tokenizer_config.json").is_file() and (base := adapter_base(Path(place))):
+        place, options["revision"] = base, "main"
+    tokenizer = chat.load_tokenizer(place, name, **options)
+    if not type(tokenizer).__module__.startswith("transformers."):
+        raise UserError(f"{name}: its tokenizer is code of its own, which later stages do not run; save a fast one")
     return tokenizer
 
 

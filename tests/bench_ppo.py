@@ -62,7 +62,7 @@ class Plain:
             )
             scores = torch.cat([self.scores(ids[c], attention[c]) for c in chunks])
             ended = (ids[:, width:] == self.tokenizer.eos_token_id).any(1)
-            scores = torch.where(ended, scores, torch.full_like(scores, self.config.missing_end_penalty))
+            scores = torch.where(ended, scores, scores.clamp(max=self.config.missing_end_penalty))
         rewards = estimators.token_rewards(scores, old - reference, self.config.kl_coef, mask)
         advantages, returns = estimators.gae(rewards, values, mask, self.config.gamma, self.config.gae_lambda)
         advantages = estimators.whiten(advantages, mask)

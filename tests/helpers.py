@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import chat, models
+from pipeline import chat, models, preferences
 from pipeline.actors import Actors
 from pipeline.artifact import write_json
 from pipeline.config import compose
@@ -17,6 +17,7 @@ from pipeline.ensemble import Ensemble
 from pipeline.job import Job
 from pipeline.preferences import Pair
 from pipeline.rollouts import Prompt
+from pipeline.schema import PROBES
 from rewards.learned import learned
 from stages import ppo
 from stages import tokenizer as tokenizer_stage
@@ -135,7 +136,8 @@ def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
         "sampling.max_new_tokens=10",
         *overrides,
     ]
-    job, accelerator = make_job("ppo", folder, *options), Accelerator(cpu=True, mixed_precision="no")
+    job = make_job("ppo", folder, *options)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if job.device.bf16 else "no")
     policy, reference = (favour(tiny_policy(), tiny_tokenizer().eos_token_id, 3.0) for _ in range(2))
     critic, reward_model = tiny_reward_model(), Ensemble([tiny_reward_model()])
     trained = {"policy": policy, "critic": critic}
@@ -171,6 +173,22 @@ def write_model(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
+def numbered_pairs(count: int) -> list[Pair]:
+    """Pairs of as many prompts; the chosen replies are the longer ones, and grow longer."""
+    prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(count)]
+    return [Pair(prompt, "yes " * (1 + i), "no", 0.5, "samples") for i, prompt in enumerate(prompts)]
+
+
+def with_comparisons(job: Job, train: list[Pair], test: list[Pair]) -> Job:
+    """The job with a tiny SFT model and these pairs as its inputs."""
+    folder = job.out.parent / "comparisons"
+    folder.mkdir()
+    preferences.write(folder / "train.jsonl", train)
+    preferences.write(folder / "test.jsonl", test)
+    job.inputs |= {"sft": write_model(tiny_policy(), job.out.parent / "sft"), "comparisons": folder}
+    return job
+
+
 composed_once = functools.cache(lambda *overrides: compose(["experiment=smoke", *overrides]))
 
 
@@ -181,3 +199,21 @@ def composed(*overrides):
     OmegaConf.set_readonly(config, False)
     config.merge_with_dotlist(values)
     return config
+
+
+# metrics of a reward model that passes every limit of the gate
+GATE_METRICS = {
+    "accuracy": 0.8,
+    "accuracy_ci95": [0.7, 0.9],
+    "accuracy_length_only": 0.6,
+    "over_length_ci95": [0.1, 0.3],
+    "accuracy_bag_of_words": 0.75,
+    "over_bag_of_words_ci95": [-0.02, 0.12],
+    "length_correlation": 0.1,
+    "calibration_error": 0.05,
+    "calibration_noise": 0.03,
+    "batch_difference": 1e-6,
+    "train_overlap": 0,
+    "test_pairs": 100,
+    "probes": {name: {"preferred_share": 0.1, "score_mean": -1.0} for name in PROBES},
+}

@@ -23,10 +23,14 @@ def quality(config) -> float:
 
 
 class Stages:
-    """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log."""
+    """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log.
 
-    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0):
+    `evaluation` gives the metrics of stage evaluate for a configuration.
+    """
+
+    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0, evaluation=None):
         self.made, self.breaks, self.steps, self.patience = [], breaks or (lambda config: None), steps, patience
+        self.evaluation = evaluation
 
     def make(self, config, entry, planned, others=None) -> bool:
         artifact, metrics = entry.artifact, {"fingerprint": entry.fingerprint}
@@ -35,6 +39,8 @@ class Stages:
             self.breaks(config)
             self.log(config, artifact)
             metrics |= {"accuracy": quality(config), "drift": {"kl": 1 / config.dpo.beta}}
+        if entry.stage == "evaluate":
+            metrics |= self.evaluation(config)
         write_json(artifact.out / "metrics.json", metrics)
         artifact.finish({"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": {}, "parents": {}})
         self.made.append((entry.stage, entry.fingerprint))

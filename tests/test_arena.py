@@ -47,25 +47,49 @@ def test_known_strengths_lie_inside_their_intervals():
     """A 95 % interval holds the truth in at least 93 of 100 repetitions, for each player that has an interval."""
     inside = dict.fromkeys(MODELS, 0)
     for seed in range(100):
-        for standing in arena.standings(played(300, seed), MODELS, "sft", 400, seed):
+        for standing in arena.standings(played(300, seed), MODELS, "sft"):
             inside[standing.model] += standing.ci95[0] <= ELO[standing.model] <= standing.ci95[1]
     assert inside["sft"] == 100 and min(inside.values()) >= 93, inside
 
 
 def test_standings_are_in_order_with_ranks_by_overlap_and_votes():
-    found = arena.standings(played(400, 3), MODELS, "sft", 500, 1)
+    found = arena.standings(played(400, 3), MODELS, "sft")
     assert [s.model for s in found] == ["ppo", "dpo", "sft", "base"] and {s.votes for s in found} == {1200}
     assert [s.rank for s in found] == [1, 2, 3, 4]
-    few = arena.standings(played(8, 3), MODELS, "sft", 500, 1)
+    few = arena.standings(played(8, 3), MODELS, "sft")
     assert few[0].rank == few[1].rank == 1  # intervals overlap
-    assert found == arena.standings(played(400, 3), MODELS, "sft", 500, 1)
 
 
-def test_who_never_lost_stays_finite():
+def test_known_strengths_lie_inside_the_intervals_of_few_prompts():
+    inside = dict.fromkeys(MODELS, 0)
+    for seed in range(200):
+        for standing in arena.standings(played(8, seed), MODELS, "sft"):
+            inside[standing.model] += standing.ci95[0] <= ELO[standing.model] <= standing.ci95[1]
+    assert min(inside.values()) >= 0.93 * 200, inside
+
+
+def test_half_a_win_is_added_for_both_so_that_who_never_lost_stays_finite():
     wins = np.zeros((10, 2, 2))
     wins[:, 0, 1] = 1
-    found = arena.standings(wins, ["a", "b"], "b", 200, 1)
-    assert 1400 < found[0].elo < 2500 and np.isfinite(found[0].ci95).all()
+    never_lost, _ = arena.standings(wins, ["a", "b"], "b")
+    assert never_lost.elo == pytest.approx(1000 + 400 * np.log10(10.5 / 0.5))  # 529 points above
+    low, high = never_lost.ci95
+    assert low < 1250 and high > 1750  # 10 of 10: a true chance of 0.8 (241 points) often gives as much
+
+
+def test_of_one_prompt_there_is_no_interval_and_nobody_is_ahead_for_sure():
+    wins = np.zeros((1, 2, 2))
+    wins[0, 0, 1] = 1
+    found = arena.standings(wins, ["a", "b"], "b")
+    assert [(s.model, s.ci95, s.rank) for s in found] == [("a", None, 1), ("b", (1000.0, 1000.0), 1)]
+
+
+def test_the_spread_of_two_models_is_that_of_their_win_rate():
+    """With many votes the interval is the delta method's: the log-odds of a share, se 1 / sqrt(n p (1 - p))."""
+    wins = np.zeros((400, 2, 2))
+    wins[:300, 0, 1], wins[300:, 1, 0] = 1, 1
+    low, high = arena.standings(wins, ["a", "b"], "b")[0].ci95
+    assert (high - low) / 2 == pytest.approx(1.966 * arena.POINTS / np.sqrt(400 * 0.75 * 0.25), rel=0.01)
 
 
 def test_scores_make_wins_ties_and_nothing_where_there_is_no_score():

@@ -21,7 +21,6 @@ SMALL = [
     "ppo.batch_size=64",
     "ppo.min_score_std=null",
     "evaluate.prompts=32",
-    "evaluate.bootstrap=200",
     "runtime.threads=1",
 ]
 GRPO = ["run=grpo", "ppo.advantage=grpo", "ppo.samples_per_prompt=4"]

@@ -206,3 +206,11 @@ def test_status_tells_failed_interrupted_and_running(fake):
 def test_status_writes_nothing(fake):
     fake.rows()
     assert not fake.runs.exists()
+
+
+@pytest.mark.parametrize("code", [0, None, 3])
+def test_a_stage_that_ends_python_has_failed(fake, code):
+    fake.run["second"] = lambda job: sys.exit(code)
+    with pytest.raises(UserError, match=rf"^second: something that it called ended with sys\.exit\({code}\)$"):
+        fake.up_to_date()
+    assert fake.rows()["second"]["state"] == "failed" and fake.ran[-1] != "third"

@@ -1,13 +1,14 @@
 """The check-up of a reward model: figures by hand, limits that hold, and probes that are what they are called."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
-from helpers import PAIRS, tiny_tokenizer
+from helpers import GATE_METRICS, PAIRS, tiny_tokenizer
 from omegaconf import OmegaConf
 
-from pipeline import chat, checkup, statistics
+from pipeline import chat, checkup
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.preferences import Pair
@@ -20,21 +21,8 @@ def pair(i: int, chosen: str = "good", rejected: str = "bad", gap: float | None 
     return Pair([{"role": "user", "content": f"prompt {i}"}], chosen, rejected, gap, "samples")
 
 
-def test_an_interval_of_independent_outcomes_is_wilsons():
-    low, high = statistics.share_interval([1.0] * 80 + [0.0] * 20)
-    # Wilson 1927 by hand: centre (0.8 + z2/2n) / (1 + z2/n), z = 1.96, n = 100
-    assert (low, high) == pytest.approx((0.7112, 0.8666), abs=1e-4)
-
-
-def test_pairs_of_one_prompt_widen_the_interval():
-    outcomes = [float(i % 4 > 0) for i in range(50)]
-    repeated, prompts = [o for o in outcomes for _ in range(2)], [str(i) for i in range(50) for _ in range(2)]
-    once, naive = statistics.share_interval(outcomes), statistics.share_interval(repeated)
-    grouped = statistics.share_interval(repeated, prompts)
-    assert grouped == pytest.approx(once, abs=0.01) and grouped[1] - grouped[0] > 1.3 * (naive[1] - naive[0])
-    independent = statistics.share_interval(repeated, [str(i) for i in range(100)])
-    assert independent == pytest.approx(naive, abs=0.01)
-    assert statistics.share_interval([1.0] * 10, ["a"] * 5 + ["b"] * 5)[0] < 0.5  # two prompts are little evidence
+def pairs(count: int) -> list[Pair]:
+    return [pair(i) for i in range(count)]
 
 
 def test_accuracy_counts_ties_one_half_and_overlap_by_prompt():
@@ -62,7 +50,7 @@ def test_accuracy_by_gap_and_by_length():
 def test_calibration_error_is_that_of_its_definition():
     rng = np.random.default_rng(1)
     difference = rng.normal(0, 2, 1000)
-    found = checkup.calibration(difference)
+    found = checkup.calibration(difference, pairs(1000))
     confidence, order = 1 / (1 + np.exp(-np.abs(difference))), np.argsort(np.abs(difference))
     expected = 0.0
     for start in range(0, 1000, 100):  # ten bins of a hundred pairs
@@ -78,25 +66,17 @@ def test_few_pairs_show_a_calibration_error_where_there_is_none_and_it_is_known_
     rng, errors, noises = np.random.default_rng(3), [], []
     for _ in range(40):
         size = np.abs(rng.normal(0, 2, 40))
-        found = checkup.calibration(size * np.where(rng.random(40) < 1 / (1 + np.exp(-size)), 1, -1))
+        found = checkup.calibration(size * np.where(rng.random(40) < 1 / (1 + np.exp(-size)), 1, -1), pairs(40))
         errors.append(found["calibration_error"])
         noises.append(found["calibration_noise"])
     assert np.mean(errors) > 0.1 and np.mean(errors) == pytest.approx(np.mean(noises), abs=0.02)
-
-
-def test_the_interval_of_a_paired_difference_is_that_of_its_groups():
-    values, groups = [1.0, 0.0] * 100, [str(i // 10) for i in range(200)]
-    assert statistics.grouped_mean_interval(values, groups) == pytest.approx([0.5, 0.5])  # every group is alike
-    values = [float(i < 100) for i in range(200)]
-    low, high = statistics.grouped_mean_interval(values, groups)  # 20 groups, half of them 1: error 0.5 / 20 ** 0.5
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.112, 0.5 + 1.96 * 0.112), abs=0.05)
 
 
 def test_a_model_that_is_as_sure_as_it_is_right_has_no_calibration_error():
     rng = np.random.default_rng(2)
     size = np.abs(rng.normal(0, 2, 40_000))
     signs = np.where(rng.random(40_000) < 1 / (1 + np.exp(-size)), 1, -1)
-    assert checkup.calibration(signs * size)["calibration_error"] < 0.01
+    assert checkup.calibration(signs * size, pairs(40_000))["calibration_error"] < 0.01
 
 
 def test_correlations():
@@ -147,13 +127,13 @@ def test_probes_are_compared_with_the_chosen_reply_once_for_each_prompt():
         seen.append(len(rows))
         return np.array([-float(len(row)) for row in rows])
 
-    found = checkup.probes(score, tokenizer, [*PAIRS, PAIRS[0]], 400)
+    found = checkup.probes(score, tokenizer, [*PAIRS, PAIRS[0]], 400, 200)
     assert set(seen) == {4} and set(found) == set(PROBES)
     assert found["empty"]["preferred_share"] == 1.0 and found["very_long"]["preferred_share"] == 0.0
     lengths = [len(chat.reply_ids(tokenizer, p.chosen)) for p in PAIRS]
     assert found["empty"]["below_chosen"] == pytest.approx(1 - np.mean(lengths))
     longest = max(len(chat.prompt_ids(tokenizer, p.prompt)) + n for p, n in zip(PAIRS, lengths, strict=True))
-    tight = checkup.probes(score, tokenizer, PAIRS, longest)
+    tight = checkup.probes(score, tokenizer, PAIRS, longest, 200)
     assert tight["empty"]["prompts"] == 4 > tight.get("very_long", {"prompts": 0})["prompts"]
 
 
@@ -166,21 +146,7 @@ def test_a_score_that_depends_on_its_batch_is_found():
 
 
 def healthy() -> dict:
-    return {
-        "accuracy": 0.8,
-        "accuracy_ci95": [0.7, 0.9],
-        "accuracy_length_only": 0.6,
-        "over_length_ci95": [0.1, 0.3],
-        "accuracy_bag_of_words": 0.75,
-        "over_bag_of_words_ci95": [-0.02, 0.12],
-        "length_correlation": 0.1,
-        "calibration_error": 0.05,
-        "calibration_noise": 0.03,
-        "batch_difference": 1e-6,
-        "train_overlap": 0,
-        "test_pairs": 100,
-        "probes": {name: {"preferred_share": 0.1, "score_mean": -1.0} for name in PROBES},
-    }
+    return copy.deepcopy(GATE_METRICS)
 
 
 BAD = {

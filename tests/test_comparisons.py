@@ -107,6 +107,34 @@ def test_another_policy_replies_beside_the_sft_model_under_its_own_name(smoke, t
     assert prompts["train"] and prompts["test"] and not prompts["train"] & prompts["test"]
 
 
+@pytest.fixture
+def judges(tmp_path, monkeypatch):
+    """A module of judges: one has no score for replies of an odd length, one for none."""
+    folder = tmp_path / "judges"
+    folder.mkdir()
+    (folder / "few_scores.py").write_text(
+        "def even(prompts, completions, **given):\n"
+        "    return [len(c) if len(c) % 2 == 0 else None for c in completions]\n"
+        "def never(prompts, completions, **given):\n    return [None] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_replies_without_a_score_are_counted_and_take_no_part(smoke, tmp_path, judges):
+    judge = ["reward@comparisons.judge=length", "comparisons.judge.args={}"]
+    out, metrics = made(smoke, tmp_path / "even", *judge, "comparisons.judge.function=few_scores:even")
+    _, by_length = made(smoke, tmp_path / "all")
+    pairs = [row for split in ("train", "test") for row in read_lines(out / f"{split}.jsonl")]
+    assert pairs and all(len(row[side]) % 2 == 0 for row in pairs for side in ("chosen", "rejected"))
+    assert metrics["samples_unscored"] > 0 and metrics["people_unscored"] > 0
+    assert by_length["samples_unscored"] == by_length["people_unscored"] == 0
+
+
+def test_a_judge_without_any_score_is_refused(smoke, tmp_path, judges):
+    with pytest.raises(UserError, match=r"comparisons\.judge: gives no score \(None\) to any of \d+ samples; choose"):
+        made(smoke, tmp_path, "comparisons.judge.args={}", "comparisons.judge.function=few_scores:never")
+
+
 def test_earlier_comparisons_are_added_but_for_prompts_that_are_held_out_now(smoke, tmp_path):
     earlier = tmp_path / "earlier"
     earlier.mkdir()

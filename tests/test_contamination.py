@@ -1,6 +1,7 @@
 """Copies of evaluation texts in training are found, exact, near and reformatted; clean texts are not flagged."""
 
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -61,6 +62,41 @@ def test_every_training_stage_is_counted_by_itself():
     assert {name: flags.nonzero()[0].tolist() for name, (_, flags) in by_set.items()} == {
         "first": [0], "rest": [0], "none": []
     }  # fmt: skip
+
+
+CHANGES = [
+    str.upper,
+    str.title,
+    lambda text: f"  {text} ...",
+    lambda text: f"\u201c{text}\u201d!",
+    lambda text: text.replace(" ", ", "),
+    lambda text: text.replace("'", "\u2019").replace(" ", "\n\t"),
+    lambda text: unicodedata.normalize("NFD", text),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "a" <= c <= "z" else c for c in text),  # full-width letters
+]
+SPOKEN = ["haha", "oh no", "that's true", "caf\u00e9?", "what play was it", *(sentence[:40] for sentence in CLEAN)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_prompt_that_is_in_training_but_for_case_and_punctuation_is_found(change):
+    rng = random.Random(3)
+    replies = [[" ".join(rng.choices(WORDS, k=5)) for _ in SPOKEN] for _ in range(2)]
+    half = len(SPOKEN) // 2
+    evaluated = [f"{prompt}\n{reply}" for prompt, reply in zip(SPOKEN, replies[0], strict=True)]
+    trained = [change(prompt) for prompt in SPOKEN[:half]]
+    texts = [f"{prompt}\n{reply}" for prompt, reply in zip(trained, replies[1][:half], strict=True)]
+    counts, flags = contamination.against({"p": evaluated}, {"sft": texts}, {"p": SPOKEN}, {"sft": trained})["p"]
+    assert flags.tolist() == [True] * half + [False] * (len(SPOKEN) - half) and counts["sft"]["copies"] == half
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("7-5", "7+5"), ("7*5", "7-5"), ("7 / 5", "7 % 5"), ("-5", "5"), ("x = 5", "x 5"), ("?", "..."), ("yes", "no"),
+     ("\u0915\u093f", "\u0915\u0940"), ("x - 5", "x * 5"), ("12", "1 2"), ("it", "its")],
+)  # fmt: skip
+def test_other_texts_are_not_the_same(one, other):
+    assert contamination.same([one, one], [other, one.upper()]).tolist() == [True, True]
+    assert contamination.same([one], [other]).tolist() == [False]
 
 
 def test_a_text_too_short_for_eight_grams_is_a_copy_of_its_like_alone():

@@ -16,6 +16,7 @@ from helpers import (
 
 from pipeline import actors, ensemble, memory, models
 from pipeline.ensemble import Ensemble
+from pipeline.errors import UserError
 from stages import ppo
 
 PAD, ROWS = tiny_tokenizer().pad_token_id, random_ids([3, 9, 5, 1, 12], seed=4)
@@ -85,3 +86,11 @@ def test_ppo_scores_with_every_member_and_its_critic_starts_from_the_first(tmp_p
     outline = actors.load(job.config.ppo, job.inputs, "meta")
     needed = memory.statement(outline, 20, 4, 4)
     assert needed["reward model weights"] + needed.get("critic weights", 0) >= 3 * size
+
+
+def test_a_score_that_is_no_number_is_refused():
+    broken = tiny_reward_model(seed=1)
+    with torch.no_grad():
+        broken.score.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="reward model: its score of 5 of 5 replies is no finite number"):
+        Ensemble([tiny_reward_model(seed=2), broken]).scores(ROWS, PAD)

@@ -155,7 +155,7 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     one = {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
     assert found["prompts"]["comparisons"] == found["tasks.words"]["comparisons"] == one
     assert [found[name].get("removed") for name in ("prompts", "tasks.words", "base_text")] == [1, 1, 0]
-    assert found["held_out_pairs"]["comparisons"]["near_copies"] == 1 and "removed" not in found["held_out_pairs"]
+    assert found["held_out_pairs"]["comparisons"]["copies"] == 1 and "removed" not in found["held_out_pairs"]
     said = contamination.sentence(found)
     assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
     assert said.endswith("left out: 1 of held-out prompts, 0 of held-out base text, 1 of problems of words.")
@@ -165,3 +165,27 @@ def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_r
     names = ["first/ppo", "ppo_majority_4", "ppo", "best_of_16", "human", "dpo_best_of_4", "dpo", "sft", "base"]
     of_ppo = ["ppo", "ppo_majority_4", "first/ppo"]
     assert in_order(names) == ["human", "base", "sft", "best_of_16", "dpo", "dpo_best_of_4", *of_ppo]
+
+
+def test_replies_that_the_judge_gives_no_score_are_counted_and_validation_prompts_are_others(
+    smoke, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "every_third.py").write_text(
+        "def none(prompts, completions, **given):\n"
+        "    return [None if i % 3 == 0 else 0.5 + 0.01 * i for i in range(len(prompts))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    few = ["evaluate.models=[sft]", "evaluate.prompts=12", "evaluate.validation_prompts=6", "evaluate.greedy=false"]
+    judge = ["evaluate.judge.function=every_third:none", "evaluate.judge.args={}", "evaluate.tasks={}"]
+    job = make_job("evaluate", tmp_path / "job", *few, *judge)
+    job.inputs |= {name: smoke / "smoke" / name for name in ("sft", "comparisons")}
+    metrics = evaluate.run(job)
+    sft = metrics["models"]["sft"]
+    assert (sft["gold_unscored"], sft["second_judge_unscored"]) == (4, 0)
+    assert sft["gold_mean"] == pytest.approx(np.mean([0.5 + 0.01 * i for i in range(12) if i % 3]))
+    assert "the gold judge gives no score to some of 12 replies each" in capsys.readouterr().out
+    validation = metrics["validation"]
+    assert validation["prompts"] == 6 and validation["models"]["sft"]["gold_unscored"] == 2
+    without = {"text_bits_per_byte", "tasks"}
+    assert set(validation["models"]["sft"]) == set(sft) - without
+    assert validation["models"]["sft"]["reply_bits_per_byte"] != sft["reply_bits_per_byte"]  # other prompts

@@ -62,6 +62,12 @@ def test_a_broken_line_is_named_by_its_number(name, bad, reason, number, tmp_pat
         pytest.param("rows.jsonl", b'{"text": "one"}\n{"text": "two"}\n', "chitchat", id="rows for chitchat"),
         pytest.param("rows.json", b"[]", "chitchat", id="list for chitchat"),
         pytest.param("rows.json", b'{"1": {"prompt": "p"}}', "chitchat", id="conversation without messages"),
+        pytest.param("rows.json", b'{"1": {"messages": 5}}', "chitchat", id="messages that are no list"),
+        pytest.param("rows.json", b'{"1": {"messages": [[]]}}', "chitchat", id="turn without messages"),
+        pytest.param("rows.json", b'{"1": {"messages": [[{"sender": 1}]]}}', "chitchat", id="message without text"),
+        pytest.param("rows.json", b'{"1": {"messages": [], "prompt": 5}}', "chitchat", id="topic that is no text"),
+        pytest.param("rows.xyz", b"some text", "text", id="unknown suffix"),
+        pytest.param("rows.xyz.gz", b"some text", "text", id="unknown suffix before gz"),
     ],
 )
 def test_a_file_that_is_no_data_is_refused_on_one_line(name, content, kind, tmp_path):

@@ -25,7 +25,7 @@ GOOD = [
     (
         "preference",
         {"prompt": [Q, A, Q], "chosen": [Q, A, Q, A], "rejected": [said("assistant", "b")]},
-        {"key": "q\na\nq", "prompt": [Q, A, Q], "chosen": "a", "rejected": "b"},
+        {"key": "q", "prompt": [Q, A, Q], "chosen": "a", "rejected": "b"},
     ),
     (
         "preference_dialogues",

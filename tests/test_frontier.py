@@ -101,7 +101,11 @@ def test_the_command_makes_every_point_once_and_fits_what_has_enough_settings(wr
     assert {point["seed"] for point in found["points"]} == {1, 2}
     assert [p["episodes"] for p in by_method["ppo"]][:4] == [0, 16, 48, 64]
     assert set(found["laws"]) == {"best_of_n", "ppo"} and set(found["laws"]["ppo"]) == {"gold", "second", "proxy"}
-    assert found["judges"]["gold"] == "vader" and found["prompts"] == 6 and found["missing"] == []
+    assert (
+        found["judges"]["gold"] == "vader"
+        and (found["prompts"], found["chosen_by_prompts"]) == (3, 3)
+        and found["missing"] == []
+    )
     assert len(found["advice"]) == 4 and "DPO: fewer than 3 settings, so no law is fitted" in found["advice"][1]
     assert (folder / "sft" / "manifest.json").is_file()  # what all share belongs to the run itself
     artifacts = [each.name.partition("-")[0] for each in (folder.parent / "artifacts").glob("*-*") if each.is_dir()]
@@ -129,17 +133,38 @@ def law(trend, share=1.0, peak=None):
 
 
 def test_the_advice_says_where_to_stop_and_how_sure_that_is():
-    points = [{"method": "ppo", "kl_coef": 0.0, "seed": 1, "episodes": 512, "kl": 4.0, "gold": 0.5}]
+    points = [
+        {"method": "ppo", "kl_coef": 0.0, "seed": 1, "episodes": 512, "kl": 4.0, "gold": 0.5, "gold_chosen_by": 0.6}
+    ]
     given = (law("peaks", peak=5.0), law("peaks", 0.4, 5.0), law("rises"), law("falls"))
     peaked, perhaps, rising, falling = (frontier.advice(points, {"ppo": each})[0] for each in given)
     assert "PPO: by the fitted law gold peaks at KL 5.0 (in 100% of resamples)" in peaked and "stop there" in peaked
     assert "in 40% of resamples), which is not certain" in perhaps and "stop" not in perhaps
     assert "still rises at the farthest point, KL 9.0" in rising and "falls from the start" in falling
-    assert "0.500 at KL 4.0 (KL coefficient 0, seed 1, after 512 episodes)" in rising
+    assert "the point at KL 4.0 (KL coefficient 0, seed 1, after 512 episodes) has 0.500 on the other half" in rising
+
+
+def test_the_point_that_is_advised_is_chosen_by_other_prompts_than_it_is_reported_on():
+    """Of two settings one is better on every second prompt, the other, by luck, on those between."""
+    gold = {1: [0.9, 0.2] * 8, 2: [0.4, 0.8] * 8, 3: [0.3, 0.3] * 8}  # by seed; what is chosen by is the first of two
+    points = []
+    for seed, scores in gold.items():
+        for kl, values in ((0.0, [0.0] * 16), (4.0, scores)):
+            point = {"method": "dpo", "beta": 0.1, "seed": seed, "episodes": 8, "kl": kl}
+            points.append(
+                point | {name: values for name in frontier.SCORES} | {"gains": dict.fromkeys(frontier.SCORES, values)}
+            )
+    found = frontier.fitted(points, compose([]).frontier)
+    assert (
+        "at KL 4.0 (beta 0.1, seed 1) has 0.200 on the other half" in found["advice"][0]
+    )  # 0.9 there, not seed 2's 0.8
+    assert (found["prompts"], found["chosen_by_prompts"]) == (8, 8)
+    best = next(point for point in found["points"] if point["seed"] == 1 and point["kl"] == 4.0)
+    assert best["gold"] == pytest.approx(0.2) and best["gold_chosen_by"] == pytest.approx(0.9)
 
 
 def test_gains_at_a_distance_that_all_reached_are_compared():
-    points = [{"method": m, "seed": 1, "kl": 4.0, "gold": 0.5} for m in ("ppo", "dpo")]
+    points = [{"method": m, "seed": 1, "kl": 4.0, "gold": 0.5, "gold_chosen_by": 0.5} for m in ("ppo", "dpo")]
     near = {"gold": law("rises")["gold"] | {"farthest_kl": 4.0}}
     last = frontier.advice(points, {"ppo": law("rises"), "dpo": near})[-1]
     gain = overoptimisation.Law("rl", 1.0, 0.5).gain(np.array([4.0]))[0]
@@ -152,7 +177,7 @@ def test_runs_that_fail_leave_the_points_of_the_others_with_their_names(smoke, t
     def make(given, overrides, wanted):
         made = tmp_path / "smoke" / wanted[0].name / "frontier"
         made.mkdir(parents=True)
-        row = {"n": 1, "kl": 0.0, "gold": [0.1], "second": [0.1], "proxy": [0.1]}
+        row = {"n": 1, "kl": 0.0, "gold": [0.1] * 2, "second": [0.1] * 2, "proxy": [0.1] * 2}
         write_lines(made / "points.jsonl", [row, row | {"n": 2, "kl": 0.2}])
         raise UserError("1 of 2 variants failed")
 

@@ -2,12 +2,13 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import PROMPTS, flat, make_ppo
 
-from pipeline import guards, rollouts
+from pipeline import guards, rollouts, sampling
 from pipeline.advantages import estimate
 from pipeline.config import compose
 from pipeline.errors import UserError
@@ -108,6 +109,49 @@ def stopped_before(made: ppo.Ppo, count: int) -> None:
         advantages, returns, _ = estimate(rollout, made.kl_coef, made.config)
         ppo.set_learning_rates(made, 1 - number / total)
         ppo.update(made, rollout, advantages, returns, number)
+
+
+def off_by(nats: float, sample):
+    """A sampler that records log-probabilities which are off."""
+
+    def sampled(*given, **options):
+        return [
+            replace(reply, logprobs=[logprob - nats for logprob in reply.logprobs])
+            for reply in sample(*given, **options)
+        ]
+
+    return sampled
+
+
+@pytest.mark.parametrize("nats", [0.05, -0.05, 3.0])
+@pytest.mark.parametrize("options", [[], ["ppo.on_trip=rollback"]])
+def test_a_sampler_that_is_off_ends_training_before_it_is_believed(tmp_path, monkeypatch, nats, options):
+    made = make_ppo(tmp_path / "off", 12, *FOUR, *options)
+    monkeypatch.setattr(sampling, "sample", off_by(nats, sampling.sample))
+    message = r"^ppo: sampled and recomputed log-probabilities differ: first_ratio_error (\S+) is above "
+    with pytest.raises(UserError, match=message + r"ppo\.max_first_ratio_error=0\.01; ") as caught:
+        ppo.train(made, PROMPTS)
+    told = float(re.match(message, str(caught.value))[1])
+    assert told == pytest.approx(abs(math.expm1(nats)), rel=1e-2)
+    made = make_ppo(tmp_path / "told", 12, "ppo.episodes=12", "ppo.max_first_ratio_error=null", "ppo.max_loss=null")
+    assert ppo.train(made, PROMPTS)["first_ratio_error"] == pytest.approx(abs(math.expm1(nats)), rel=1e-2)
+
+
+def test_an_engine_that_is_off_ends_training_although_its_probabilities_are_not_used(tmp_path):
+    class Engine:
+        def sample(self, policy, prompts, uniforms):
+            made_here = sampling.sample(policy, prompts, made.job.config.sampling, made.tokenizer, uniforms)
+            return off_by(self.nats, lambda: made_here)()
+
+    made = make_ppo(tmp_path / "off", 12, *FOUR)
+    made.engine = Engine()
+    made.engine.nats = 0.3
+    with pytest.raises(UserError, match=r"engine_ratio_mean 0\.35 is above ppo\.max_engine_ratio=0\.1; "):
+        ppo.train(made, PROMPTS)
+    made = make_ppo(tmp_path / "rounded", 12, "ppo.episodes=12")
+    made.engine = Engine()
+    made.engine.nats = 0.02  # as bf16 rounds
+    assert ppo.train(made, PROMPTS)["engine_ratio_mean"] == pytest.approx(math.expm1(0.02), rel=1e-2)
 
 
 def test_a_run_killed_in_its_first_rollout_starts_again_where_guards_go_back(tmp_path, monkeypatch):

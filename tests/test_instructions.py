@@ -83,6 +83,10 @@ DEFECTS = [
         {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"commas": 1}]},
         "punctuation:no_comma does not take its kwargs",
     ),
+    (
+        {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["("]}]},
+        "keywords:existence has kwargs that are no regular expression",
+    ),
 ]
 
 

@@ -40,23 +40,35 @@ class Letters:
         return {"input_ids": self.encode(text)}
 
 
-class Stub(torch.nn.Module):
-    """Likes a reply for its number of `x`, and the first reply by `place` more; other words get `other`."""
+class Trunk(torch.nn.Module):
+    """Its states are the logits: of A for every `x` of the first reply, and `place`, of B for those of the second."""
 
-    device, config = "cpu", SimpleNamespace(max_position_embeddings=60)
-
-    def __init__(self, place: float = 0.0, other: float = -1e9):
+    def __init__(self, place: float, other: float):
         super().__init__()
         self.place, self.other, self.batches = place, other, []
 
-    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, use_cache):
+    def forward(self, input_ids, attention_mask, use_cache):
         self.batches.append(input_ids.shape)
-        logits = torch.full((len(input_ids), 1, 128), self.other)
+        states = torch.full((*input_ids.shape, 128), self.other)
         for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
             _, first, second = "".join(chr(i) for i in ids[mask.bool()].tolist()).split("|")
-            logits[row, 0, ord("A")] = self.place + first.count("x")
-            logits[row, 0, ord("B")] = second.count("x")
-        return SimpleNamespace(logits=logits)
+            states[row, mask.sum() - 1, ord("A")] = self.place + first.count("x")
+            states[row, mask.sum() - 1, ord("B")] = second.count("x")
+        return SimpleNamespace(last_hidden_state=states)
+
+
+class Stub(torch.nn.Module):
+    """Likes a reply for its number of `x`, and the first reply by `place` more; other words get `other`."""
+
+    device, config, base_model_prefix = "cpu", SimpleNamespace(max_position_embeddings=60), "base_model"
+
+    def __init__(self, place: float = 0.0, other: float = -1e9):
+        super().__init__()
+        self.base_model = Trunk(place, other)
+        self.batches = self.base_model.batches
+
+    def forward(self, **options):
+        return SimpleNamespace(logits=self.base_model(**options).last_hidden_state)
 
 
 def asked(model, replies, settings=SETTINGS, prompts=2):
@@ -117,6 +129,11 @@ def test_questions_beyond_the_context_are_counted_and_take_no_part():
     assert known["too_long"] == 3 and known["pairs"] == len(verdicts) == 8
     with pytest.raises(UserError, match="every question is longer than the model's context of 60 tokens"):
         asked(Stub(), {"a": ["v" * 80] * 2, "b": ["w" * 80] * 2})
+
+
+def test_a_judge_whose_probabilities_are_no_numbers_is_refused():
+    with pytest.raises(UserError, match=r"evaluate\.judge_model\.path=.*: its probabilities are no finite numbers"):
+        asked(Stub(place=math.nan), REPLIES)
 
 
 def test_padding_and_batches_do_not_change_a_verdict():

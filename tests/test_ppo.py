@@ -95,13 +95,15 @@ def test_ppo_starts_at_the_reference_with_ratio_one(tmp_path):
 
 def test_in_bf16_the_first_ratios_are_those_of_one_forward_pass(tmp_path):
     def first(folder, bf16: bool) -> tuple[float, float]:
-        made = make_ppo(folder, 5)
+        made = make_ppo(folder, 5, "ppo.max_first_ratio_error=null")
         made.accelerator = SimpleNamespace(
             autocast=lambda: torch.autocast("cpu", torch.bfloat16), num_processes=1, process_index=0, device="cpu"
         )
         made.job.device = replace(made.job.device, bf16=bf16)
         rollout = ppo.roll_out(made, PROMPTS, 0)
         advantages, returns, metrics = estimate(rollout, 0.05, made.config)
+        assert (metrics.get("engine_ratio_mean", 0.0) > 0) == bf16  # of the sampler, which rounds otherwise
+        assert metrics.get("engine_ratio_mean", 0.0) < made.config.max_engine_ratio
         return abs(metrics["kl"]), ppo.update(made, rollout, advantages, returns, 0)["first_ratio_error"]
 
     kl, error = first(tmp_path / "again", True)
@@ -126,8 +128,9 @@ def test_rollout_does_not_depend_on_the_micro_batch_and_is_that_of_single_rows(t
         ):
             expected = plain_logprobs(model, prompt.ids, reply, made.job.config.sampling.temperature)
             torch.testing.assert_close(logprobs[row, : len(reply)], expected, atol=1e-4, rtol=1e-4)
-        score = (plain_score(tiny_reward_model(), prompt.ids + reply) - 0.3) / 1.7 if rollout.ended[row] else -1.0
-        assert rollout.scores[row].item() == pytest.approx(score, abs=1e-4)
+        score = (plain_score(tiny_reward_model(), prompt.ids + reply) - 0.3) / 1.7
+        expected = score if rollout.ended[row] else min(score, -1.0)
+        assert rollout.scores[row].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_critic_warm_up_leaves_the_policy_alone(tmp_path):
@@ -226,6 +229,79 @@ def test_no_critic_is_loaded_where_none_is_needed(tmp_path):
         job.inputs[name] = write_model(model, tmp_path / name)
     made = ppo.load(job)
     assert made.actors.critic is None and list(made.optimizers) == ["policy"]
+
+
+def averaged(made: ppo.Ppo, rollout: rollouts.Rollout, advantages: torch.Tensor, rows: list[int]) -> list:
+    """Of each reply the tokens' losses under the policy as it is now, one row at a time: REINFORCE's, and k3 to 0.1."""
+    losses = []
+    for row in rows:
+        reply = rollout.reply[row][rollout.mask[row].bool()]
+        ids = torch.tensor([PROMPTS_IN_THREES[row].ids + reply.tolist()])
+        logits = made.actors.policy(input_ids=ids).logits[0, -len(reply) - 1 : -1] / 0.8
+        new = logits.log_softmax(-1).gather(1, reply[:, None])[:, 0]
+        ratio, a = (new - rollout.logprobs[row, : len(reply)]).exp(), advantages[row, 0]
+        clipped = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        log_ratio = rollout.reference_logprobs[row, : len(reply)] - new
+        losses.append((-clipped, 0.1 * (log_ratio.exp() - 1 - log_ratio), new))
+    return losses
+
+
+PROMPTS_IN_THREES = rollouts.batch_of(PROMPTS, 0, 12, 3)
+
+
+@pytest.mark.parametrize("average", ["tokens", "replies", "sums"])
+def test_a_step_follows_the_gradient_of_the_papers_average(tmp_path, average):
+    options = ["ppo.kl_in=loss", "ppo.kl_estimator=k3", "ppo.samples_per_prompt=3", f"ppo.average={average}"]
+    made = without_critic(make_ppo(tmp_path, 5, "ppo.advantage=grpo", *options))
+    perturb(made.actors.reference, 0.05)
+    rollout = ppo.roll_out(made, PROMPTS_IN_THREES, 0)
+    made.kl_coef, rows = 0.1, [7, 0, 3, 11, 4]
+    advantages, returns, _ = estimate(rollout, made.kl_coef, made.config)
+    perturb(made.actors.policy, 0.01)
+    assert made.job.config.sampling.temperature == 0.8 and rollout.mask[rows].sum(1).unique().numel() > 1
+    per_reply = [clipped + kl for clipped, kl, _ in averaged(made, rollout, advantages, rows)]
+    loss = {
+        "tokens": torch.cat(per_reply).mean(),
+        "replies": torch.stack([losses.mean() for losses in per_reply]).mean(),  # Shao et al. 2024, equation 3
+        "sums": torch.stack([losses.sum() for losses in per_reply]).mean(),
+    }[average]
+    parameters = list(made.actors.policy.parameters())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    before = flat(made.actors.policy)
+    ppo.minibatch_step(made, rollout, advantages, returns, torch.tensor(rows), 0)  # plain descent at rate 1
+    moved = before - flat(made.actors.policy)
+    assert expected.norm() > 0.01 and (moved - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_one_step_on_sums_is_rloos_reinforce(tmp_path):
+    options = ["ppo.advantage=rloo", "ppo.samples_per_prompt=3", "ppo.average=sums", "ppo.epochs=1"]
+    made = without_critic(make_ppo(tmp_path, 12, *options, "ppo.minibatches=1"))
+    rollout = ppo.roll_out(made, PROMPTS_IN_THREES, 0)
+    advantages, returns, _ = estimate(rollout, 0.0, made.config)
+    scores = rollout.scores.tolist()
+    loss = 0.0
+    for row, (_, _, new) in enumerate(averaged(made, rollout, advantages, range(12))):
+        others = [scores[i] for i in range(row - row % 3, row - row % 3 + 3) if i != row]
+        loss = loss - (scores[row] - sum(others) / 2) * new.sum() / 12  # Ahmadian et al. 2024, section 3.3
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(made.actors.policy.parameters()))])
+    before = flat(made.actors.policy)
+    ppo.update(made, rollout, advantages, returns, 0)
+    moved = before - flat(made.actors.policy)
+    assert expected.norm() > 0.01 and (moved - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_reply_never_gains_by_a_missing_end(tmp_path):
+    made = make_ppo(tmp_path, 12, "ppo.missing_end_penalty=-1")
+    given = [3.0, -5.0] * 6
+    made.reward = lambda prompts, completions, **columns: given
+    rollout = ppo.roll_out(made, PROMPTS, 0)
+    ended = rollout.ended.bool().tolist()
+    assert {(end, score) for end, score in zip(ended, given, strict=True)} == {
+        (end, score) for end in (True, False) for score in (3.0, -5.0)
+    }
+    assert rollout.scores.tolist() == [
+        score if end else min(score, -1.0) for end, score in zip(ended, given, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

@@ -58,7 +58,7 @@ GOOD = [
     (
         "preference",
         {"chosen": [SYSTEM, Q, A, Q, A], "rejected": [SYSTEM, Q, A, Q, B]},
-        [pair(prompt=[SYSTEM, Q, A, Q], key="s\nq\na\nq")],
+        [pair(prompt=[SYSTEM, Q, A, Q])],
         {},
     ),
     (
@@ -84,7 +84,7 @@ GOOD = [
     (
         "ultrafeedback",
         {"prompt": "q", "chosen": [SYSTEM, Q, A], "rejected": [SYSTEM, Q, B]},
-        [pair(prompt=[SYSTEM, Q], key="s\nq")],
+        [pair(prompt=[SYSTEM, Q])],
         {},
     ),
     (
@@ -109,7 +109,7 @@ GOOD = [
     ("arena", battle("tie (bothbad)"), [], {"tie": 1}),
     ("arena", battle(response_b="a"), [], {"same reply twice": 1}),
     ("arena", talks("model_b", [Q, A], [Q, B]), [pair("b", "a")], {}),
-    ("arena", talks("model_a", [Q, A, Q, A], [Q, A, Q, B]), [pair(prompt=[Q, A, Q], key="q\na\nq")], {}),
+    ("arena", talks("model_a", [Q, A, Q, A], [Q, A, Q, B]), [pair(prompt=[Q, A, Q])], {}),
     ("arena", talks("model_a", [Q, A, Q, A], [Q, B, Q, B]), [], {"an earlier reply differs": 1}),
     (
         "unpaired",

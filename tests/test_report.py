@@ -109,6 +109,8 @@ def test_the_test_of_two_models_counts_either_way_round():
     evaluate = {"paired": [{"model": "a", "against": "b", "judge": "gold", "p_holm": 0.4}]}
     assert differences.between(rows, "b", "a").sign == -1
     assert [differences.tested(evaluate, rows, *pair).sign for pair in (("a", "b"), ("b", "a"))] == [0, 0]
+    few, alike = differences.between(rows[:5], "b", "a"), differences.between(rows, "b", "a")
+    assert few.sign == 0 and few.shown() == alike.shown() == "-1.000 [–]"  # alike: no interval, and 2 / 2^5 > 0.05
 
 
 def test_a_paired_interval_is_that_of_the_differences():
@@ -118,9 +120,7 @@ def test_a_paired_interval_is_that_of_the_differences():
     rows = [{"a": {"reply": "", "gold": x}, "b": {"reply": "", "gold": y}} for x, y in zip(after, before, strict=True)]
     found, error = differences.between(rows, "a", "b"), (after - before).std() / 20
     assert found.mean == pytest.approx((after - before).mean()) and found.prompts == 400
-    assert (found.low, found.high) == pytest.approx(
-        (found.mean - 1.96 * error, found.mean + 1.96 * error), abs=error / 5
-    )
+    assert found.interval == pytest.approx([found.mean - 1.966 * error, found.mean + 1.966 * error], abs=error / 20)
     rows[0]["a"]["gold"] = None
     assert differences.between(rows, "a", "b").prompts == 399 and differences.between(rows[:1], "a", "b") is None
 

@@ -3,6 +3,8 @@
 import importlib
 import itertools
 import math
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,87 @@ GSM8K = "She has 16 - 3 = <<16-3=13>>13 eggs, 13 * $2 = $26.\n#### 1,026"
 )
 def test_numeric_match_compares_the_numbers_that_two_texts_answer_with(text, answer, score):
     assert scored(numeric_match, text, answer=[answer]) == [score]
+
+
+NOT_A_NUMBER = ["2:30", "2024-01-02", "12/05/2024", "1.2.3", "2 + 2", "16 - 3", "2*3", "9^9^9", "1/0", "1e999999999"]
+NOT_A_NUMBER += [
+    "x2",
+    "3x",
+    "2\\pi",
+    "\\sqrt{16}",
+    "√16",
+    "x <= 3",
+    "±3",
+    "5 pm",
+    "2 March",
+    "5万",
+    "0x1F",
+    "5 thousandths",
+]
+NOT_A_NUMBER += ["555-123-4567", "10,00,000", "(3,4)", "7" * 5000]
+
+
+def last_number(text):
+    """The digits at the end of a text, as a verifier that reads a part would take them."""
+    return re.findall(r"\d{1,3}", text)[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("1/4", "3/4", 0),
+        ("0.75", "3/4", 1),
+        ("so 6 / 8 of it.", "3/4", 1),
+        ("3", "2/3", 0),
+        ("2/3", "3", 0),
+        ("0.333", "1/3", 0),
+        ("#### 3/8", "#### 3/4", 0),
+        ("#### 6/8 and not 5", "#### 3/4", 1),
+        ("2 1/2", "2.5", 1),
+        ("-2½", "-5/2", 1),
+        (r"\frac{1}{2}", r"\frac{3}{2}", 0),
+        (r"it is $-\frac{1}{2}$.", "-0.5", 1),
+        (r"\boxed{2\dfrac{1}{2}}", "2.5", 1),
+        (r"\frac12", "1/2", 1),
+        ("1e5", "3e5", 0),
+        ("300,000", "3E5", 1),
+        ("10^6", "3^6", 0),
+        ("10**6", "10^{6}", 1),
+        (r"3 \times 10^{5}", "3 × 10^5", 1),
+        ("3 x 10^-2", "0.03", 1),
+        ("7,5", "1,5", 0),
+        ("1.5", "1,5", 1),
+        ("0,500", "1/2", 1),
+        ("7 000", "1 000 000", 0),
+        ("1\u202f000\u00a0000", "1,000,000", 1),
+        (r"1{,}000", "1000", 1),
+        ("5 million", "5 thousand", 0),
+        ("5 million", "5,000,000", 1),
+        ("2 + 2 = 4", "4", 1),
+        ("= - 5", "-5", 1),
+        ("- 5", "5", 0),
+        ("13 * $2 = <<13*2=26>>26.", "26", 1),
+        ("**5**", "5", 1),
+        ("<answer>5</answer>", "5", 1),
+        ("答案是5。", "5", 1),
+        ("20kg or a 5-year-old", "5", 1),
+        ("It is the 3rd!", "3", 1),
+        ("3 apples and 4 pears", "4", 1),
+        ("4", "3 apples and 4 pears", None),
+        ("2", "(1, 2)", None),
+        *((text, last_number(text), 0) for text in NOT_A_NUMBER),
+        *((text, text, None) for text in NOT_A_NUMBER),
+    ],
+)
+def test_numeric_match_reads_the_whole_of_a_number_or_refuses_it(text, answer, score):
+    assert scored(numeric_match, text, answer=[answer]) == [score]
+
+
+@pytest.mark.parametrize("part", ["1 ", "9/", "(", "-", "{", "^{", "\\frac{", "1 000 ", "5 ", "<<", "1."])
+def test_numeric_match_reads_a_long_reply_without_delay(part):
+    started = time.perf_counter()
+    scored(numeric_match, part * 2000, answer=["5"])
+    assert time.perf_counter() - started < 2
 
 
 def test_a_pattern_matches_the_whole_completion_or_a_part_of_it():

@@ -70,11 +70,11 @@ FALLEN = {
 
 def test_the_alarm_needs_falling_chosen_replies_and_growing_ones():
     short, long = ["abc"] * 20, ["abcdef" + "g" * (i % 3) for i in range(20)]
-    found = displacement.alarm(FALLEN, long, short, 200, 1)
+    found = displacement.alarm(FALLEN, long, short)
     assert found["alarm"] and found["length_change"] == pytest.approx(3.95) and "ALARM" in displacement.in_words(found)
-    assert not displacement.alarm(FALLEN, short, long, 200, 1)["alarm"]
-    assert not displacement.alarm(FALLEN, long[:10] + short[:10], short[:10] + long[:10], 200, 1)["alarm"]
-    risen = displacement.alarm(FALLEN | {"chosen_falls": False}, long, short, 200, 1)
+    assert not displacement.alarm(FALLEN, short, long)["alarm"]
+    assert not displacement.alarm(FALLEN, long[:10] + short[:10], short[:10] + long[:10])["alarm"]
+    risen = displacement.alarm(FALLEN | {"chosen_falls": False}, long, short)
     assert not risen["alarm"] and "ALARM" not in displacement.in_words(risen)
 
 
@@ -98,7 +98,7 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
     assert [row["text_change"] for row in found] == [1.0, 1.0, 1.0]
     assert changes.most_changed(rows, "ppo")[2]["text_change"] == pytest.approx(0.25)
     assert changes.most_changed(rows, "dpo") == []
-    drift = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9, 100, 1)
+    drift = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9)
     tested = {"model": "ppo", "against": "sft", "judge": "gold", "difference": 0.2, "ci95": [0.1, 0.3], "p": 0.01}
     evaluate = {"judge": "vader", "second_judge": "textblob", "dpo_drift": drift}
     evaluate |= {"paired": [tested | {"p_holm": 0.02, "prompts": 9}], "models": {"sft": {}, "dpo": {}, "ppo": {}}}
@@ -107,6 +107,6 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
     shown = effects.section(Run("run", tmp_path, {"evaluate": evaluate}, {}))
     assert [part.name for part in shown.parts] == ["paired", "changed_ppo"] and len(shown.parts[1].data) == 4
     assert shown.verdict[0] is False and "ALARM" in shown.verdict[1]
-    assert shown.parts[0].rows[1] == ("vader", "ppo − sft", "+0.200", "+0.100 to +0.300", "0.0100", "0.0200", "9")
+    assert shown.parts[0].rows[1] == ("vader", "ppo − sft", "+0.200", "[+0.100, +0.300]", "0.0100", "0.0200", "9")
     of_old = effects.section(Run("run", tmp_path, {"evaluate": {"judge": "vader", "second_judge": "textblob"}}, {}))
     assert of_old.parts == () and of_old.verdict is None

@@ -171,6 +171,69 @@ def test_a_grid_makes_what_all_share_once_and_finds_the_best(tmp_path, monkeypat
     assert len(stages.made) == 16
 
 
+def of_two_splits(config) -> dict:
+    """Metrics of the evaluation: DPO with beta 0.1 is best on the validation prompts, with 0.3 on the test prompts."""
+    by_beta = {0.1: (0.6, 0.5), 0.2: (0.4, 0.3), 0.3: (0.5, 0.9)}  # gold on validation and on test
+    validation, test = (gold + 0.01 * (config.dpo.seed - 1) for gold in by_beta[config.dpo.beta])
+    found = {"models": {"dpo": {"gold_mean": test, "kl": 1.0, "tasks": {"letters": {"accuracy": test}}}}}
+    if config.evaluate.validation_prompts == config.evaluate.prompts:
+        found["validation"] = {"models": {"dpo": {"gold_mean": validation}}}
+    return found
+
+
+EVALUATED = ["target=evaluate", "evaluate.models=[sft,dpo]", "dpo.beta=0.1,0.2,0.3"]
+
+
+@pytest.mark.parametrize("search", [[], ["sweep.trials=6", "sweep.random_trials=6"]])
+def test_settings_are_chosen_on_the_validation_prompts_and_reported_on_the_test_prompts(
+    search, tmp_path, monkeypatch, capsys
+):
+    sweeps.stand_in(monkeypatch, evaluation=of_two_splits)
+    found = sweeps.swept(tmp_path, *EVALUATED, "dpo.seed=1,2", *search)
+    assert found["metric"] == "evaluate.validation.models.dpo.gold_mean"
+    assert found["reported"] == "evaluate.models.dpo.gold_mean"
+    best = found["settings"][0]
+    asked = {row["setting"]["dpo.beta"] for row in found["settings"]}
+    assert best["best"] and best["setting"]["dpo.beta"] == (0.1 if 0.1 in asked else 0.3 if 0.3 in asked else 0.2)
+    if 0.1 in asked:  # a search draws at random
+        assert best["mean"] == pytest.approx(0.605) and best["reported"] == pytest.approx(0.505)
+        assert best["reported_std"] == pytest.approx(0.01 / 2**0.5)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "on the test prompts, which had no part in the choice: 0.505 ± 0.0071." in said
+    with (tmp_path / "smoke/sweep.csv").open() as stream:
+        assert {"evaluate.validation.models.dpo.gold_mean", "evaluate.models.dpo.gold_mean"} <= set(
+            next(csv.reader(stream))
+        )
+    heading, first, *_ = section_of(tmp_path).parts[0].rows
+    assert first[heading.index("evaluate.models.dpo.gold_mean")].startswith(f"{best['reported']:.4g}")
+
+
+def test_what_has_no_value_on_validation_prompts_is_said_to_be_too_good(tmp_path, monkeypatch, capsys):
+    sweeps.stand_in(monkeypatch, evaluation=of_two_splits)
+    task = "evaluate.models.dpo.tasks.letters.accuracy"
+    found = sweeps.swept(tmp_path, *EVALUATED, f"sweep.metric={task}")
+    assert (found["metric"], found["reported"]) == (task, None) and found["settings"][0]["setting"] == {"dpo.beta": 0.3}
+    assert "It was chosen by this very number, which is therefore rather too good" in capsys.readouterr().out
+
+
+def test_every_figure_of_the_evaluation_has_the_one_that_it_is_chosen_by():
+    def chosen_by(metric, *overrides):
+        config = compose(["experiment=smoke", "evaluate.prompts=9", f"sweep.metric={metric}", *overrides])
+        return sweep_metric.objective(config), sweep_metric.validation_override(config)
+
+    asked = ["evaluate.validation_prompts=9"]
+    assert chosen_by("evaluate.ppo_gold_mean") == ("evaluate.validation.models.ppo.gold_mean", asked)
+    assert chosen_by("evaluate.models.dpo.second_judge_mean")[0] == "evaluate.validation.models.dpo.second_judge_mean"
+    assert chosen_by("evaluate.validation.models.dpo.kl") == ("evaluate.validation.models.dpo.kl", asked)
+    assert chosen_by("evaluate.models.dpo.kl", "evaluate.validation_prompts=4")[1] == []
+    for metric in (
+        "dpo.accuracy",
+        "evaluate.models.dpo.text_bits_per_byte",
+        "evaluate.models.dpo.tasks.letters.accuracy",
+    ):
+        assert chosen_by(metric) == (metric, [])
+
+
 def test_a_sweep_made_from_other_stages_than_the_run_has_is_not_shown(tmp_path, monkeypatch):
     sweeps.stand_in(monkeypatch)
     assert section_of(tmp_path) is None

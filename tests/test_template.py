@@ -31,14 +31,15 @@ from stages import tokenizer as stage
 HI = [{"role": "user", "content": "hi"}]
 
 
-def checkpoint(tokenizer, folder):
-    """The settings of `model` that name a checkpoint with this tokenizer."""
+def saved(tokenizer, folder):
+    """The tokenizer as a checkpoint in `folder` has it, loaded again."""
     tokenizer.save_pretrained(folder)
-    return SimpleNamespace(checkpoint=str(folder), revision=None, trust_remote_code=False, gguf_file=None)
+    return chat.load_tokenizer(folder, "model.checkpoint=here")
 
 
 def of_checkpoint(tokenizer, folder, date="2026-01-01"):
-    return stage.from_checkpoint(checkpoint(tokenizer, folder), date)
+    """The tokenizer as the tokenizer stage makes it of that checkpoint."""
+    return stage.prepared(saved(tokenizer, folder), "model.checkpoint=here", date)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,7 +296,7 @@ def test_the_clock_is_no_input(tmp_path, monkeypatch):
     assert chat.template_hash(later) == chat.template_hash(tokenizer)
     other = of_checkpoint(qwen(DATED), tmp_path / "checkpoint", "2026-03-05")
     assert chat.template_hash(other) != chat.template_hash(tokenizer)
-    judge = chat.load_tokenizer(checkpoint(qwen(DATED), tmp_path / "judge").checkpoint)  # no stage settled its date
+    judge = saved(qwen(DATED), tmp_path / "judge")  # no stage settled its date
     assert judge.decode(chat.prompt_ids(judge, HI)).startswith(f"<|im_start|>system\n01 Jan {template.DATE[:4]}")
     again = of_checkpoint(later, tmp_path / "again", "2026-03-05")  # an artifact as the checkpoint of another run
     assert again.chat_template == other.chat_template

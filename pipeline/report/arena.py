@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import votes_arena
+from pipeline import statistics, votes_arena
 from pipeline.report import figures
 from pipeline.report.parts import Figure, Section, Table
 from pipeline.report.run import Run
@@ -60,7 +60,7 @@ def of_judge(run: Run, judge: str, found: dict[str, Any]) -> list[Table | Figure
     said = judge_name(run, judge)
     data = [
         {key: row[key] for key in ("rank", "model", "elo", "votes")}
-        | {"elo_low": row["ci95"][0], "elo_high": row["ci95"][1]}
+        | dict(zip(("elo_low", "elo_high"), statistics.ends(row["ci95"]), strict=True))
         | {"wins_against_anchor": found["win_rates"][row["model"]].get(anchor(found))}
         | {"at_equal_lengths": found["length_controlled"].get(row["model"])}
         for row in found["standings"]
@@ -98,7 +98,7 @@ def standings(found: dict[str, Any]) -> list[tuple[str, ...]]:
             row["model"],
             str(row["rank"]),
             f"{row['elo']:.0f}",
-            "–" if row["model"] == at else f"{row['ci95'][0]:.0f} to {row['ci95'][1]:.0f}",
+            "–" if row["model"] == at else statistics.shown(row["ci95"], ".0f"),
             f"{row['votes']:,}",
             _share(found["win_rates"][row["model"]].get(at)),
             _share(found["length_controlled"].get(row["model"])),

@@ -1,4 +1,4 @@
-"""Differences between two models on the same prompts: paired, with bootstrap intervals over prompts."""
+"""Differences between two models on the same prompts: paired, with intervals over prompts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,21 +10,19 @@ from pipeline import statistics
 from rewards.repetition import repeated_share
 
 Row = dict[str, Any]  # of samples.jsonl
-RESAMPLES = 2000  # of the bootstrap
 SURE = 0.05  # p from which a planned comparison says nothing
 LENGTH, REPETITION = "length", "repetition"  # taken as judges: a reply's characters, its share of repeated triples
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95 % interval, and what both sides are on average.
+    """A mean difference with its 95 % interval, and what both sides are on average; no interval where all are alike.
 
     `p` is that of the evaluation's paired test, corrected for all of them; None for a difference that it did not test.
     """
 
     mean: float
-    low: float
-    high: float
+    interval: list[float] | None
     one: float
     other: float
     prompts: int
@@ -32,14 +30,19 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is above or below zero and the test, if there is one, agrees; otherwise 0."""
+        """1 or -1 where the interval is above or below zero and the test, if there is one, agrees; otherwise 0.
+
+        Where all differences are alike there is no interval, and the test of their signs stands for it.
+        """
         if self.p is not None and self.p >= SURE:
             return 0
-        return int(self.low > 0) - int(self.high < 0)
+        if self.interval is None:
+            return int(np.sign(self.mean)) if 2 / 2**self.prompts < SURE else 0
+        return int(self.interval[0] > 0) - int(self.interval[1] < 0)
 
     def shown(self, form: str = "+.3f") -> str:
         """The difference with its interval, as +0.123 [+0.1, +0.2]."""
-        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.mean:{form}} {statistics.shown(self.interval, form)}"
 
 
 def value(row: Row, model: str, judge: str) -> float | None:
@@ -76,5 +79,4 @@ def of_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> Difference |
     if len(both) < 2:
         return None
     each = both[:, 0] - both[:, 1]
-    low, high = statistics.mean_interval(each.tolist(), RESAMPLES, seed=0)
-    return Difference(float(each.mean()), low, high, *both.mean(0).tolist(), len(both))
+    return Difference(float(each.mean()), statistics.mean_interval(each.tolist()), *both.mean(0).tolist(), len(both))

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from pipeline import changes, displacement
+from pipeline import changes, displacement, statistics
 from pipeline.report.names import in_order
 from pipeline.report.parts import Section, Table
 from pipeline.report.run import Run
 from pipeline.report.summary import aligned
 
 LEAD = (
-    "Both models' replies to the same prompts, by the two judges: the mean difference, its bootstrap interval, and p "
+    "Both models' replies to the same prompts, by the two judges: the mean difference, its 95 % interval, and p "
     "of the paired permutation test; the last p is corrected for all comparisons of the table."
 )
 CHANGED = (
@@ -36,7 +36,7 @@ def paired(evaluate: dict[str, Any]) -> Table | None:
             names[row["judge"]],
             f"{row['model']} − {row['against']}",
             f"{row['difference']:+.3f}",
-            f"{row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}",
+            statistics.shown(row["ci95"], "+.3f"),
             f"{row['p']:.4f}",
             f"{row['p_holm']:.4f}",
             f"{row['prompts']:,}",
@@ -45,7 +45,8 @@ def paired(evaluate: dict[str, Any]) -> Table | None:
     ]
     heading = ("judge", "difference of", "mean", "95 % interval", "p", "p, all together (Holm)", "prompts")
     data = [
-        {k: v for k, v in row.items() if k != "ci95"} | dict(zip(("low", "high"), row["ci95"], strict=True))
+        {k: v for k, v in row.items() if k != "ci95"}
+        | dict(zip(("low", "high"), statistics.ends(row["ci95"]), strict=True))
         for row in found
     ]
     return Table("paired", "Is one better than the other?", [heading, *rows], data, texts=2) if rows else None

@@ -73,7 +73,7 @@ def intervals(name: str, title: str, note: str, data: list[dict[str, Any]], valu
     for row in data:
         whiskers = {
             "type": "data", "symmetric": False, "thickness": 2, "width": 0, "color": colour(row["model"]),
-            "array": [row[f"{value}_high"] - row[value]], "arrayminus": [row[value] - row[f"{value}_low"]],
+            "array": [reach(row[f"{value}_high"], row[value])], "arrayminus": [reach(row[f"{value}_low"], row[value])],
         }  # fmt: skip
         figure.add_scatter(
             x=[row[value]], y=[row["model"]], error_x=whiskers, mode="markers", name=row["model"],
@@ -87,11 +87,16 @@ def intervals(name: str, title: str, note: str, data: list[dict[str, Any]], valu
     return Figure(name, title, note, drawn, data)
 
 
+def reach(end: float | None, value: float) -> float:
+    """How far the end of an interval is from its value: a whisker, of length 0 where there is no interval."""
+    return 0.0 if end is None else abs(end - value)
+
+
 def gains_by_kl(name: str, title: str, note: str, data: list[dict[str, Any]], y_title: str) -> Figure:
     """Each model's score with its interval against its KL: columns model, kl, gold_mean and its ends."""
     figure = graph_objects.Figure()
     for row in data:
-        up, down = row["gold_mean_high"] - row["gold_mean"], row["gold_mean"] - row["gold_mean_low"]
+        up, down = (reach(row[f"gold_mean_{end}"], row["gold_mean"]) for end in ("high", "low"))
         whiskers = {"type": "data", "symmetric": False, "array": [up], "arrayminus": [down], "thickness": 2, "width": 0}
         figure.add_scatter(
             x=[row["kl"]], y=[row["gold_mean"]], error_y=whiskers | {"color": colour(row["model"])}, name=row["model"],
@@ -108,8 +113,8 @@ def reliability(name: str, title: str, note: str, data: list[dict[str, Any]]) ->
     """How often a model is right against how sure it is: columns confidence, accuracy, low and high."""
     whiskers = {
         "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": colour("reward"),
-        "array": [row["high"] - row["accuracy"] for row in data],
-        "arrayminus": [row["accuracy"] - row["low"] for row in data],
+        "array": [reach(row["high"], row["accuracy"]) for row in data],
+        "arrayminus": [reach(row["low"], row["accuracy"]) for row in data],
     }  # fmt: skip
     dotted = {"dash": "dot", "color": colour("quiet"), "width": 1}
     even = graph_objects.Scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dotted, hoverinfo="skip")

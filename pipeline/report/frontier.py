@@ -14,7 +14,8 @@ from pipeline.report.run import Run
 LEAD = (
     "Best-of-n, DPO and PPO are pushed ever further from the SFT model. Where the gold judge's score falls while the "
     "reward model's still rises, the reward model is over-optimised. Lines are the laws of Gao et al. 2022, fitted to "
-    "the points, with 95 % bands over prompts and seeds."
+    "one half of the prompts, by which advice is given, with 95 % bands over prompts and seeds; points are of the "
+    "other half, which had no part in a choice."
 )
 OLD = "frontier.json is of another SFT or reward model than this run has; to make it anew: make frontier."
 SHADES = {"best_of_n": "best", "dpo": "dpo", "ppo": "ppo"}  # method → its colour

@@ -40,9 +40,7 @@ def lead(run: Run) -> tuple[str, ...]:
     gold, second = (" and ".join(roles(run, judge)) for judge in ("judge", "second_judge"))
     said = [f"The gold judge also {gold}."] if gold else []
     said.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
-    said.append(
-        "Intervals are 95 % bootstrap intervals of the mean over prompts. KL is measured against the SFT model."
-    )
+    said.append("Intervals are 95 % intervals of the mean over prompts. KL is measured against the SFT model.")
     return (" ".join(said),)
 
 

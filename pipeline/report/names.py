@@ -27,8 +27,3 @@ def said(name: str) -> str:
 def opening(sentence: str) -> str:
     """The sentence with a capital letter."""
     return sentence[:1].upper() + sentence[1:]
-
-
-def interval(bounds: Iterable[float], form: str) -> str:
-    """Both ends of an interval, as [0.123, 0.456]."""
-    return f"[{', '.join(format(bound, form) for bound in bounds)}]"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline import checkup
+from pipeline import checkup, statistics
 from pipeline.report import figures
 from pipeline.report.parts import Figure, Section, Table
 from pipeline.report.run import Run
@@ -28,8 +28,7 @@ def checked(run: Run) -> bool:
 
 def plots(metrics: dict[str, Any], gate: Any) -> list[Figure]:
     """How sure the model may be, and what it pays for."""
-    sure = [row | {"low": row["ci95"][0], "high": row["ci95"][1]} for row in metrics["reliability"]]
-    keys = ("pairs", "confidence", "accuracy", "low", "high")
+    sure = _data(metrics["reliability"])
     probes = [
         {"probe": checkup.PROBE_NAMES[name], **found, "limit": gate.probes.get(name)}
         for name, found in metrics["probes"].items()
@@ -38,7 +37,7 @@ def plots(metrics: dict[str, Any], gate: Any) -> list[Figure]:
         figures.reliability(
             "reward_reliability", "Share right against confidence, held-out pairs",
             "May its probabilities be believed? On the dotted line it is as right as it is sure.",
-            [{key: row[key] for key in keys} for row in sure],
+            sure,
         ),
         figures.shares(
             "reward_probes", "How often a probe beats the chosen reply",
@@ -79,11 +78,12 @@ def probe_table(probes: dict[str, dict[str, float]]) -> Table:
 
 
 def _part(row: dict[str, Any]) -> tuple[str, str, str]:
-    return f"{row['pairs']:,}", f"{row['accuracy']:.1%}", f"{row['ci95'][0]:.1%} to {row['ci95'][1]:.1%}"
+    return f"{row['pairs']:,}", f"{row['accuracy']:.1%}", statistics.shown(row["ci95"], ".1%")
 
 
 def _data(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in row.items() if key != "ci95"} | {"low": row["ci95"][0], "high": row["ci95"][1]}
+        {key: value for key, value in row.items() if key != "ci95"}
+        | dict(zip(("low", "high"), statistics.ends(row["ci95"]), strict=True))
         for row in rows
     ]

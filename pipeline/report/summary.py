@@ -6,12 +6,12 @@ all its tests, agrees.
 
 from dataclasses import dataclass
 
-from pipeline import checkup, frontier, seeds
+from pipeline import checkup, frontier, seeds, statistics
 from pipeline.players import player
 from pipeline.report import contamination, costs, differences, reward
 from pipeline.report.differences import Difference, Row
 from pipeline.report.models import roles
-from pipeline.report.names import REFERENCE, in_order, interval, opening, said
+from pipeline.report.names import REFERENCE, in_order, opening, said
 from pipeline.report.run import Run
 
 UNALIGNED = ("human", "base", REFERENCE)
@@ -108,8 +108,8 @@ def _at_kl(run: Run, name: str) -> str:
 def _alone(run: Run, name: str) -> str:
     metrics = run.models[name]
     return (
-        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {interval(metrics['gold_ci95'], '.3f')} by the gold "
-        f"judge, {run.evaluation['judge']}; SFT was not evaluated beside it."
+        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {statistics.shown(metrics['gold_ci95'], '.3f')} by "
+        f"the gold judge, {run.evaluation['judge']}; SFT was not evaluated beside it."
     )
 
 
@@ -207,6 +207,12 @@ def caveats(run: Run) -> list[str]:
         found.append(f"PPO was ended by a guard: {stopped}.")
     if counts := contamination.counted(run):
         found.append(contamination.sentence(counts))
+    for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
+        counts = [f"{metrics[key]:,} of {said(name)}" for name, metrics in run.models.items() if metrics.get(key)]
+        if counts:
+            found.append(
+                f"The {judge} judge gives no score to some replies, which its means leave out: {', '.join(counts)}."
+            )
     if run.models and not over_seeds(run):
         found.append(
             f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
@@ -222,12 +228,12 @@ def cards(run: Run) -> list[Card]:
     rows, found, stages = run.samples(), [], run.stages
     for name in aligned(run):
         if gain := differences.between(rows, name, REFERENCE):
-            note = f"{run.evaluation['judge']} over SFT, {interval((gain.low, gain.high), '+.3f')}"
+            note = f"{run.evaluation['judge']} over SFT, {statistics.shown(gain.interval, '+.3f')}"
             found.append(Card(f"{opening(said(name))}, gain", f"{gain.mean:+.3f}", note, name))
     if "kl" in run.models.get("ppo", {}):
         found.append(Card("PPO, KL", f"{run.models['ppo']['kl']:.2f}", "nats per reply from SFT", "ppo"))
     if "reward" in stages:
-        right, ends = stages["reward"]["accuracy"], interval(stages["reward"]["accuracy_ci95"], ".1%")
+        right, ends = stages["reward"]["accuracy"], statistics.shown(stages["reward"]["accuracy_ci95"], ".1%")
         found.append(Card("Reward model", f"{right:.1%}", f"right on held-out pairs, {ends}", "reward"))
     if "pretrain" in stages:
         bits = stages["pretrain"]["bits_per_byte"]

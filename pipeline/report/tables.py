@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.names import in_order, interval
+from pipeline import statistics
+from pipeline.report.names import in_order
 from pipeline.report.parts import Table
 from pipeline.report.run import Run
 from stages import STAGES
@@ -21,11 +22,11 @@ DESCRIBE = {
     ),
     "comparisons": lambda m: (_pairs(m), ""),
     "reward": lambda m: (
-        f"{m['accuracy']:.1%} {interval(m['accuracy_ci95'], '.1%')} accuracy, held out",
+        f"{m['accuracy']:.1%} {statistics.shown(m['accuracy_ci95'], '.1%')} accuracy, held out",
         f"length only {m['accuracy_length_only']:.1%}, bag of words {m['accuracy_bag_of_words']:.1%}",
     ),
     "dpo": lambda m: (
-        f"{m['accuracy']:.1%} {interval(m['accuracy_ci95'], '.1%')} accuracy of the implicit reward",
+        f"{m['accuracy']:.1%} {statistics.shown(m['accuracy_ci95'], '.1%')} accuracy of the implicit reward",
         f"chosen {m['chosen_logprob_change']:+.1f}, rejected {m['rejected_logprob_change']:+.1f} nats",
     ),
     "ppo": lambda m: (
@@ -104,41 +105,42 @@ def _interval_of(metrics: dict[str, Any], key: str) -> list[float] | None:
 def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
     if key not in metrics:
         return "–"
-    bounds = _interval_of(metrics, key)
-    return format(metrics[key], form) + (f" {interval(bounds, form)}" if bounds else "")
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    return format(metrics[key], form) + (
+        f" {statistics.shown(_interval_of(metrics, key), form)}" if has_interval else ""
+    )
 
 
 def _numbers(metrics: dict[str, Any], key: str) -> dict[str, float | None]:
-    bounds = _interval_of(metrics, key)
-    ends = {f"{key}_low": bounds[0], f"{key}_high": bounds[1]} if bounds else {}
-    return {key: metrics.get(key)} | ends
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    low, high = statistics.ends(_interval_of(metrics, key))
+    return {key: metrics.get(key)} | ({f"{key}_low": low, f"{key}_high": high} if has_interval else {})
 
 
 def print_table(folder: Path) -> None:
     """The stages and the models of a run as tables on the terminal, and where the report is."""
     from rich.console import Console
-    from rich.markup import escape
 
     from pipeline.report import seeds, tasks
     from pipeline.report.run import read
 
-    run, console = read(folder), Console(width=None if Console().is_terminal else 200)
+    run, width = read(folder), None if Console().is_terminal else 200
+    console = Console(width=width, markup=False, emoji=False)  # brackets and colons in names are what they are
     tables = [stages(run)] + ([models(run, JUDGED | TEXT, "models", "")] if run.models else [])
     over_seeds = seeds.section(run)
     for table in (*tables, tasks.answers(run), *(over_seeds.parts if over_seeds else ())):
         if table is not None:
             console.print(_for_terminal(table))
     for line in over_seeds.points if over_seeds else ():
-        console.print(escape(line), highlight=False)
+        console.print(line, highlight=False)
     console.print(f"report: {folder / 'report.html'}   numbers: {folder / 'summary.json'}", highlight=False)
 
 
 def _for_terminal(table: Table) -> Any:
-    from rich.markup import escape
     from rich.table import Table as RichTable
 
     heading, *rows = table.rows
     found = RichTable(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        found.add_row(*(escape(cell) for cell in row))
+        found.add_row(*row)
     return found

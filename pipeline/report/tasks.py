@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline import statistics
 from pipeline.report.names import in_order
 from pipeline.report.parts import Section, Table
 from pipeline.report.run import Run
@@ -59,5 +60,4 @@ def table(evaluate: dict[str, Any], models: list[str]) -> list[tuple[str, ...]]:
 def _cell(metrics: dict[str, Any], key: str) -> str:
     if key not in metrics:  # a way to decode several samples has no greedy replies
         return "–"
-    low, high = metrics[f"{key}_ci95"]
-    return f"{metrics[key]:.1%} [{low:.1%}, {high:.1%}]"
+    return f"{metrics[key]:.1%} {statistics.shown(metrics[f'{key}_ci95'], '.1%')}"

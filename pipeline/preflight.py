@@ -1,0 +1,157 @@
+"""The preflight: before the first stage of a command runs, its models and rows show that every stage can use them.
+
+The checkpoint, or a new model of the same shape, answers one short conversation, and what samples from it is held to a
+plain forward pass; the judge model gives two verdicts; the first rows of every source are rendered by the template.
+"""
+
+import copy
+import functools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from pipeline import chat, data, decoding, judge_model, models, sampling
+from pipeline.columns import Message
+from pipeline.device import Device
+from pipeline.errors import UserError, first_line
+from stages import sources
+from stages import tokenizer as tokenizer_stage
+
+CONVERSATION: list[Message] = [{"role": "user", "content": "Hi"}]
+FIRST = 20  # rows of a source that are rendered
+LARGE = 2 * 2**30  # bytes of a judge's weights from which only its tokenizer and its verdicts are looked at
+
+
+def check(config: DictConfig, planned: dict[str, Any]) -> None:
+    """Try what the stages to be made start from; raises `UserError`. What was tried in this process is not again."""
+    unmade = [name for name, entry in planned.items() if not entry.artifact.finished]
+    scored = "reward" in unmade or ("ppo" in unmade and _has_critic_of_its_own(config.ppo))
+    with torch.random.fork_rng(devices=[]):
+        if "pretrain" in unmade:
+            settings = OmegaConf.to_container(OmegaConf.merge(config.sampling, {"max_new_tokens": 2, "batch_size": 1}))
+            model = json.dumps(OmegaConf.to_container(config.model))
+            _check_model(model, config.tokenizer.template_date, json.dumps(settings), scored)
+        if "evaluate" in unmade and config.evaluate.judge_model.path:
+            judge = json.dumps(OmegaConf.to_container(config.evaluate.judge_model))
+            _check_judge(judge, config.tokenizer.template_date)
+    rendered = sorted({key for name in unmade for key in sources(name, config)} & {"data.replies", "data.preferences"})
+    if rendered and config.model.checkpoint:  # our own template renders everything
+        check_rows(config, _tokenizer(config, planned), rendered)
+
+
+def _has_critic_of_its_own(ppo: DictConfig) -> bool:
+    return ppo.advantage == "gae" and ppo.critic == "separate" and ppo.lora_rank is None
+
+
+@functools.cache
+def _check_model(model_json: str, template_date: str, sampling_json: str, scored: bool) -> None:
+    config, settings = OmegaConf.create(json.loads(model_json)), OmegaConf.create(json.loads(sampling_json))
+    name = f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"model.model_type={config.model_type}"
+    if config.checkpoint:
+        tell(f"{name}: loading it for one reply, one forward pass and one decoding step")
+    try:
+        tokenizer, model = start(config, template_date)
+        check_model(model, tokenizer, settings, scored)
+    except UserError as error:
+        raise error if str(error).startswith("model.") else UserError(f"{name}: {error}") from error
+    except (OSError, ValueError, jinja2.TemplateError) as error:
+        raise UserError(f"{name}: cannot be used ({first_line(error)})") from error
+    if decoding.kind_for(model) is decoding.RecomputingDecoder:
+        tell(f"{name}: its cache is of no kind that can be used here; every token takes a whole forward pass: slow")
+
+
+def start(config: DictConfig, template_date: str) -> tuple[Any, nn.Module]:
+    """Tokenizer and model that the chain starts from: the checkpoint's, or for a new model some of the same shape."""
+    if config.checkpoint:
+        tokenizer = tokenizer_stage.from_checkpoint(config, template_date)
+        return tokenizer, models.from_checkpoint(config, tokenizer).eval()
+    tokenizer = tokenizer_stage.train([], 300)
+    model = models.from_scratch(config, tokenizer, 0).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # blocks that start as the identity would hide what a decoder does
+            nn.init.normal_(parameter, std=0.02)
+    return tokenizer, model
+
+
+def check_model(model: nn.Module, tokenizer: Any, settings: DictConfig, scored: bool) -> None:
+    """Hold a causal language model to what stages do with it; `scored`: a reward model or critic is made of it."""
+    ids = chat.prompt_ids(tokenizer, CONVERSATION)
+    if not 0 < len(ids) <= models.context_length(model.config) - settings.max_new_tokens:
+        raise UserError(
+            f"a short conversation is {len(ids)} tokens, and the model reads {models.context_length(model.config)}"
+        )
+    models.require_own_logits(model)
+    numbers = sampling.random_numbers(0, 1, settings)
+    sampling.sample(model, [ids], settings, tokenizer, numbers)  # decoder and forward pass are compared in here
+    if scored:
+        require_score(model.config)
+
+
+def require_score(config: Any) -> None:
+    """Raises `UserError` where no reward model can be made of the architecture."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            scorer = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        scorer = None
+    if not hasattr(scorer, "score"):
+        raise UserError(
+            f"transformers has no reward model of the architecture {config.model_type} with one score layer; choose "
+            "another model, or leave out the stages reward and ppo (target=sft or target=dpo)"
+        )
+
+
+@functools.cache
+def _check_judge(judge_json: str, template_date: str) -> None:
+    """Have the judge model give verdicts on two pairs; of a large one, or one on the hub, ask its tokenizer alone."""
+    config = OmegaConf.create(json.loads(judge_json))
+    judge_model.check(config, template_date)
+    if not 0 < judge_model.weight_bytes(config.path) < LARGE:
+        return
+    judge = judge_model.load(config, Device("cpu", bf16=False, threads=1), template_date)
+    questions = [judge.ids(CONVERSATION, *replies) for replies in (("Fine.", "No."), ("No.", "Fine."))]
+    first, _ = judge.probabilities(questions)
+    if np.isnan(first).any():
+        raise UserError(f"evaluate.judge_model.path={config.path}: its verdicts are no numbers; its weights are broken")
+
+
+def _tokenizer(config: DictConfig, planned: dict[str, Any]) -> Any:
+    made = planned["tokenizer"].artifact if "tokenizer" in planned else None
+    if made is not None and made.finished:
+        return chat.load_tokenizer(made.folder)
+    return tokenizer_stage.from_checkpoint(config.model, config.tokenizer.template_date)
+
+
+def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
+    """Render the first rows of sources; raises `UserError` with file and line where the template refuses one."""
+    for key in keys:
+        source = OmegaConf.select(config, key)
+        if source.path is None:
+            continue
+        if key == "data.replies":
+            prompts = [example.prompt for example in data.examples(source, "train", config.data.dialogue)[:FIRST]]
+        else:
+            prompts = [row["prompt"] for row in data.load(source, "train").rows[:FIRST] if "prompt" in row]
+        for prompt in prompts:
+            try:
+                chat.prompt_ids(tokenizer, prompt)
+            except (UserError, jinja2.TemplateError) as error:
+                raise UserError(
+                    f"{key}: the chat template of model.checkpoint={config.model.checkpoint} refuses "
+                    f"{data.place_of(source, prompt)}: {first_line(error)}"
+                ) from error
+
+
+def tell(text: str) -> None:
+    """One line for the person who watches."""
+    tqdm.write(f"{'preflight':<12} {text}")

@@ -1,0 +1,117 @@
+"""Every part of a stage that takes long has a bar, a key that bounds it and a place in the estimate."""
+
+import pytest
+from helpers import SENTENCES, make_job, numbered_pairs, tiny_policy, tiny_tokenizer, with_comparisons, write_model
+
+from pipeline import baselines, data, preferences
+from pipeline.data import Example, Rows
+from pipeline.errors import UserError
+from pipeline.job import Job
+from stages import dpo, pretrain, reward, sft
+
+
+class Bar:
+    def __init__(self, part: str, total: int):
+        self.part, self.total, self.count, self.closed = part, total, 0, False
+
+    def update(self, count: int) -> None:
+        self.count += count
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars of all jobs, in their order."""
+    shown: list[Bar] = []
+
+    def progress(self, total, unit, initial=0, part=""):
+        shown.append(Bar(part, total))
+        return shown[-1]
+
+    monkeypatch.setattr(Job, "progress", progress)
+    return shown
+
+
+def test_the_reward_stage_has_bars_and_bounds(tmp_path, bars):
+    options = ["reward.batch_size=4", "reward.pairs=8", "reward.eval_pairs=6", "reward.probe_prompts=3"]
+    job = with_comparisons(make_job("reward", tmp_path, *options), numbered_pairs(30), numbered_pairs(40))
+    metrics = reward.run(job)
+    assert (metrics["pairs"], metrics["test_pairs"]) == (8, 6)
+    assert {probe["prompts"] for probe in metrics["probes"].values()} <= {1, 2, 3}
+    assert [(bar.part, bar.total) for bar in bars] == [("samples", 6), ("", 8), ("check-up", 2 * 6 + 9 * 3 + 3 * 6)]
+    assert all(bar.closed for bar in bars)
+    assert [bar.count for bar in bars[:2]] == [6, 8]
+    assert bars[2].total - 8 * 3 <= bars[2].count <= bars[2].total  # probes that do not fit are left out
+
+
+def test_the_dpo_stage_has_bars_and_bounds(tmp_path, bars):
+    options = ["dpo.batch_size=4", "dpo.pairs=8", "dpo.eval_pairs=6"]
+    job = with_comparisons(make_job("dpo", tmp_path, *options), numbered_pairs(30), numbered_pairs(40))
+    metrics = dpo.run(job)
+    assert (metrics["pairs"], metrics["test_pairs"]) == (8, 6)
+    assert [(bar.part, bar.total, bar.count) for bar in bars] == [("reference", 8, 8), ("", 8, 8), ("held out", 24, 24)]
+    assert all(bar.closed for bar in bars)
+
+
+def test_sft_and_pretraining_have_bars(tmp_path, bars, monkeypatch):
+    examples = [Example(pair.prompt, pair.chosen) for pair in numbered_pairs(8)]
+    monkeypatch.setattr(data, "training_examples", lambda *_: examples)
+    monkeypatch.setattr(data, "prompts", lambda *_: examples)
+    job = make_job("sft", tmp_path / "sft", "sft.batch_size=4", "sft.max_length=128")
+    job.inputs["pretrain"] = write_model(tiny_policy(), tmp_path / "base")
+    sft.run(job)
+    full = [("held out", 8, 8), ("", 8, 8), ("held out", 8, 8), ("samples", 8, 8)]
+    assert [(bar.part, bar.total, bar.count) for bar in bars] == full
+    bars.clear()
+    monkeypatch.setattr(data, "load", lambda *_: Rows([{"text": text} for text in SENTENCES * 40], {}))
+    monkeypatch.setattr(baselines, "text_baselines", lambda *_: {})
+    options = ["pretrain.tokens=256", "pretrain.context=16", "pretrain.batch_size=4", "pretrain.eval_tokens=200"]
+    job = make_job("pretrain", tmp_path / "pretrain", *options)
+    job.inputs["tokenizer"] = write_model(tiny_policy(), tmp_path / "tokenizer")
+    pretrain.run(job)
+    assert [bar.part for bar in bars] == ["", "held out"] and bars[1].total == 200
+    assert 0.8 * 200 < bars[1].count <= 200 + len(SENTENCES) * 40  # whole texts, and a token before each
+
+
+def test_pairs_are_drawn_by_the_seed():
+    pairs = preferences.tokenised(tiny_tokenizer(), numbered_pairs(20), 512)
+    first, again, other = pairs.drawn(5, 1), pairs.drawn(5, 1), pairs.drawn(5, 2)
+    assert first.pairs == again.pairs != other.pairs and len({str(pair) for pair in first.pairs}) == 5
+    assert pairs.drawn(None, 1) == pairs and len(pairs.drawn(99, 1).rows) == 20
+
+
+@pytest.mark.parametrize("stage", [reward, dpo])
+def test_the_estimate_grows_with_what_is_measured(tmp_path, monkeypatch, stage):
+    """Twenty times as many held-out pairs: the work announced grows by at least as much as scoring them twice takes."""
+
+    class Announced(Exception):
+        pass
+
+    def announce(self, batch, steps, flops):
+        raise Announced(flops)
+
+    name, announced = stage.__name__.rpartition(".")[2], []
+    monkeypatch.setattr(Job, "announce", announce)
+    for held_out in (2, 40):
+        folder = tmp_path / str(held_out)
+        job = make_job(name, folder, f"{name}.batch_size=4")
+        job = with_comparisons(job, numbered_pairs(8), numbered_pairs(held_out))
+        with pytest.raises(Announced) as stopped:
+            stage.run(job)
+        announced.append(stopped.value.args[0])
+    tokens = preferences.tokenised(tiny_tokenizer(), numbered_pairs(40)[2:], 512).tokens()
+    assert announced[1] - announced[0] > 2 * 2 * 2000 * tokens  # two forward passes of more than 2,000 weights
+
+
+def test_what_the_reward_stage_refuses_it_refuses_before_it_samples(tmp_path, bars):
+    pairs = [*numbered_pairs(8)]
+    unlabelled = [pair.__class__(pair.prompt, pair.chosen, pair.rejected, None, "people") for pair in pairs]
+    job = with_comparisons(make_job("reward", tmp_path, "reward.margin_coef=1"), unlabelled, pairs)
+    with pytest.raises(UserError, match="8 pairs have no gap"):
+        reward.run(job)
+    job = with_comparisons(make_job("reward", tmp_path / "one"), pairs, pairs[:1])
+    with pytest.raises(UserError, match="samples for held-out prompts, and there is one"):
+        reward.run(job)
+    assert not bars

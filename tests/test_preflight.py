@@ -1,0 +1,161 @@
+"""The preflight: what a stage could not use is refused in a line before the first stage; what is made is not loaded."""
+
+import json
+import time
+
+import pytest
+import torch
+from helpers import composed, favour, tiny_policy, tiny_tokenizer
+from omegaconf import OmegaConf
+from test_architectures import made
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline import chain, decoding, models, preflight
+from pipeline.config import compose
+from pipeline.errors import UserError
+
+DIALOGUES = [
+    [{"role": "user", "content": f"question {i}?"}, {"role": "assistant", "content": f"This is answer {i}."}]
+    for i in range(40)
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried():
+    preflight._check_model.cache_clear()
+    preflight._check_judge.cache_clear()
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Overrides of a run with dialogues of its own, line 3 with a system message."""
+    rows = [{"messages": turns} for turns in DIALOGUES]
+    rows[2] = {"messages": [{"role": "system", "content": "Be kind."}, *DIALOGUES[2]]}
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.{name}.path={file}" for name in ("text", "replies")]
+    formats = [f"data.{name}.format=messages" for name in ("text", "replies")]
+    return [f"runs={tmp_path / 'runs'}", *data, *formats, "data.preferences.path=null"]
+
+
+def checkpoint(folder, model, template=None):
+    """Overrides for a model folder as transformers saves it."""
+    tokenizer = tiny_tokenizer()
+    models.save(model, tokenizer, folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return ["model=hf", f"model.checkpoint={folder}"]
+
+
+def checked(overrides, *more):
+    config = compose(["experiment=smoke", *overrides, *more])
+    chain.check(config, chain.plan(config, chain.wanted(config)))
+
+
+def refusal(overrides, *more) -> str:
+    with pytest.raises(UserError) as error:
+        checked(overrides, *more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "granite", "lfm2"])
+def test_a_model_that_can_be_used_passes_in_a_moment(model_type, world, tmp_path):
+    overrides = [*world, *checkpoint(tmp_path / "model", made(model_type)), "target=sft"]
+    state = torch.random.get_rng_state()
+    started = time.process_time()  # not of the clock: the machine may be busy
+    checked(overrides)
+    assert time.process_time() - started < 5
+    assert torch.equal(torch.random.get_rng_state(), state)  # stages draw what they drew without it
+
+
+def test_an_encoder_is_no_policy(world, tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = AutoConfig.for_model("bert", **shape, vocab_size=len(tiny_tokenizer()), initializer_range=0.3)
+    torch.manual_seed(0)
+    overrides = checkpoint(tmp_path / "model", AutoModelForCausalLM.from_config(config))
+    said = refusal([*world, *overrides])
+    assert said.startswith(f"model.checkpoint={tmp_path / 'model'}: bert: its states after each token")
+
+
+def test_weights_that_are_no_numbers_are_refused(world, tmp_path):
+    model = tiny_policy()
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    assert "its logits are not finite" in refusal([*world, *checkpoint(tmp_path / "model", model)])
+
+
+def test_an_architecture_without_a_reward_model_is_refused_only_where_one_is_made(world, tmp_path):
+    overrides = [*world, *checkpoint(tmp_path / "model", made("mamba"))]
+    assert "no reward model of the architecture mamba" in refusal(overrides, "target=reward")
+    checked(overrides, "target=sft")
+
+
+def test_a_slow_decoder_is_said(world, tmp_path, capsys):
+    checked([*world, *checkpoint(tmp_path / "model", made("rwkv")), "target=sft"])
+    assert "every token takes a whole forward pass: slow" in capsys.readouterr().out
+
+
+def test_a_static_cache_that_the_model_cannot_have_is_refused(world, tmp_path):
+    overrides = [*world, *checkpoint(tmp_path / "model", tiny_policy("gpt2")), "sampling.static_cache=true"]
+    assert "sampling.static_cache=true: not for gpt2" in refusal(overrides)
+
+
+def test_a_folder_that_is_no_checkpoint_is_one_line(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = refusal([*world, "model=hf", f"model.checkpoint={tmp_path / 'empty'}"])
+    assert said.startswith(f"model.checkpoint={tmp_path / 'empty'}")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_row_that_the_template_refuses_is_named_by_file_and_line(world, tmp_path):
+    overrides = [*world, *checkpoint(tmp_path / "model", tiny_policy(), TEMPLATE), "target=sft"]
+    overrides += ["data.dialogue.reply_min_chars=1"]
+    preflight._check_model.cache_clear()
+    config = compose(["experiment=smoke", *overrides])
+    tokenizer = preflight._tokenizer(config, {})
+    with pytest.raises(UserError, match=r"chats\.jsonl, line 3: System role not supported"):
+        preflight.check_rows(config, tokenizer, ["data.replies"])
+
+
+def test_nothing_is_loaded_for_stages_that_are_made(world, tmp_path, monkeypatch):
+    config = compose(["experiment=smoke", *world, "model=hf", f"model.checkpoint={tmp_path}", "target=pretrain"])
+    checkpoint(tmp_path / "model", tiny_policy())
+    planned = chain.plan(config, ["tokenizer", "pretrain"])
+    for entry in planned.values():
+        entry.artifact.folder.mkdir(parents=True)
+        (entry.artifact.folder / "manifest.json").write_text("{}")
+    monkeypatch.setattr(preflight, "check", lambda *_: pytest.fail("checked"))
+    chain.check(config, planned)
+
+
+def test_a_new_model_that_cannot_be_sampled_from_is_refused(monkeypatch):
+    """Blocks of a new model are the identity, so it is its shape, with other weights, that is tried."""
+    config = OmegaConf.merge(composed("model=tiny").model, {"hidden_size": 16, "head_dim": 8})
+    tokenizer, model = preflight.start(config)
+    assert all(parameter.any() for parameter in model.parameters())
+    monkeypatch.setattr(decoding, "kind_for", decoding.kind_for)  # as it is: this one passes
+    settings = OmegaConf.create({"temperature": 1.0, "max_new_tokens": 2, "batch_size": 1, "static_cache": False})
+    preflight.check_model(model, tokenizer, settings, scored=True)
+    wrong = decoding.FusedDecoder.step
+    monkeypatch.setattr(decoding.FusedDecoder, "step", lambda self, tokens: 1 + wrong(self, tokens))
+    assert decoding.kind_for(preflight.start(config)[1]) is decoding.Decoder
+
+
+def test_a_broken_judge_is_refused_before_it_is_asked(world, tmp_path):
+    judge = favour(tiny_policy(), 0, 1.0)
+    models.save(judge, tiny_tokenizer(), tmp_path / "judge")
+    word = tiny_tokenizer().decode([40]), tiny_tokenizer().decode([41])
+    settings = OmegaConf.merge(
+        composed().evaluate.judge_model, {"path": str(tmp_path / "judge"), "verdicts": list(word), "chat": True}
+    )
+    preflight._check_judge(json.dumps(OmegaConf.to_container(settings)))
+    preflight._check_judge.cache_clear()
+    judge.get_input_embeddings().weight.data[:] = float("nan")
+    models.save(judge, tiny_tokenizer(), tmp_path / "judge")
+    with pytest.raises(UserError, match="its verdicts are no numbers"):
+        preflight._check_judge(json.dumps(OmegaConf.to_container(settings)))

@@ -1,0 +1,203 @@
+"""Secrets of the environment and passwords in URLs: used as they are, in no file that a run leaves and in no error."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import rewards
+from pipeline import chain, launch, model_card, submission
+from pipeline.artifact import write_json
+from pipeline.config import compose
+from pipeline.errors import SECRETS, UserError, public, public_traceback
+from pipeline.submission import Member
+from stages import STAGES
+
+SECRET, PASSWORD = "dbPLANTEDsecret", "PLANTEDpass/word"
+URL = f"https://joe:{PASSWORD}@host/rows"
+JUDGE = """
+seen = []
+
+def score(prompts, completions, key=None, **columns):
+    seen.append(key)
+    return [1.0] * len(prompts)
+"""
+SECRET_KEYS = ["comparisons.judge.function=keyed:score", "comparisons.judge.args={key: ${oc.env:PLANTED}}"]
+SECRET_KEYS += ["ppo.reward.function=keyed:score", "ppo.reward.args={key: ['${oc.env:PLANTED}', 1]}"]
+SECRET_KEYS += ["tracker.entity=${oc.env:PLANTED}", "evaluate.judge_model.revision=${oc.env:PLANTED}"]
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch, tmp_path):
+    (tmp_path / "keyed.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "keyed", raising=False)
+    monkeypatch.setenv("PLANTED", SECRET)
+    yield
+    SECRETS.clear()
+
+
+def holding(folder: Path) -> list[str]:
+    """Files below `folder` that hold one of the secrets."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".py"]
+    return [str(file) for file in files if any(word in file.read_bytes() for word in (SECRET.encode(), b"PLANTEDpass"))]
+
+
+def stages_that(monkeypatch, does):
+    """Every stage does `does` with its job instead of its own work."""
+    for stage in STAGES:
+        monkeypatch.setattr(importlib.import_module(f"stages.{stage}"), "run", does)
+
+
+def options(tmp_path, *more):
+    return [
+        "experiment=smoke",
+        "runtime.device=cpu",
+        f"runs={tmp_path}/runs",
+        f"data.text.config_name={URL}",
+        *SECRET_KEYS,
+        *more,
+    ]
+
+
+def test_a_run_leaves_no_secret_in_any_file_and_functions_get_it(tmp_path, monkeypatch):
+    def judge(job):
+        if job.stage == "comparisons":
+            rewards.load(job.config.comparisons.judge)(["a"], ["b"], answer=["c"])
+        assert (
+            job.config.get("data", {}).get("text", {"config_name": URL}).config_name == URL
+            if job.stage == "tokenizer"
+            else True
+        )
+        write_json(job.out / "config.json", {})  # a model's: the card is written beside it
+        return {"pairs": 1}
+
+    stages_that(monkeypatch, judge)
+    for target in ("comparisons", "ppo"):
+        chain.bring_up_to_date(compose(options(tmp_path, "tracker=tensorboard", f"target={target}")))
+    assert sys.modules["keyed"].seen == [SECRET]
+    assert holding(tmp_path) == []
+    saved = OmegaConf.load(tmp_path / "runs/smoke/comparisons/config.yaml")
+    assert OmegaConf.to_container(saved)["comparisons"]["judge"]["args"] == {"key": "${oc.env:PLANTED}"}
+    parts = json.loads((tmp_path / "runs/smoke/comparisons/manifest.json").read_text())["parts"]
+    assert parts["comparisons.judge.args.key"] == "${oc.env:PLANTED}"
+    assert parts.get("comparisons.judge.args.key.value") is None
+
+
+def test_a_failing_stage_leaves_none_in_its_failure_and_traceback(tmp_path, monkeypatch):
+    def fail(job):
+        raise RuntimeError(f"cannot reach {URL} through http://me:{PASSWORD}@proxy:80 with key {SECRET}")
+
+    stages_that(monkeypatch, fail)
+    with pytest.raises(RuntimeError) as caught:
+        chain.bring_up_to_date(compose(options(tmp_path, "tracker=none", "target=tokenizer")))
+    assert holding(tmp_path) == []
+    (work,) = (tmp_path / "runs/artifacts").glob("*.work")
+    said = "cannot reach https://host/rows through http://proxy:80 with key ${oc.env:PLANTED}"
+    assert (work / "failed.txt").read_text() == f"{said}\n" and said in (work / "traceback.txt").read_text()
+    assert SECRET not in public_traceback(caught.value) and PASSWORD not in public_traceback(caught.value)
+
+
+def test_processes_of_a_stage_are_told_the_name_and_find_the_secret_themselves(tmp_path, monkeypatch):
+    found = []
+
+    def take_part(file, rank, trouble):
+        found.append(holding(file.parent))
+        told = OmegaConf.create(launch.read(file).config)
+        found.append((told.ppo.reward.args.key[0], told.data.text.config_name))
+        try:
+            raise RuntimeError(f"no {SECRET} at {URL}")
+        except RuntimeError as error:
+            launch.report(error, file.parent)
+        return 1
+
+    monkeypatch.setattr(launch, "take_part", take_part)
+    config = compose(options(tmp_path, "launch=ddp", "launch.processes=2", "tracker=none"))
+    entry = chain.plan(config)["ppo"]
+    entry.artifact.open()
+    with pytest.raises(RuntimeError, match=r"no \$\{oc\.env:PLANTED\} at https://host/rows"):
+        chain._execute(config, entry, {}, None)
+    assert found == [[], (SECRET, URL)] and holding(tmp_path) == []
+
+
+def test_what_refers_to_a_value_of_the_environment_stays_that_interpolation(monkeypatch):
+    config = compose(
+        [
+            "data.preferences.path=${oc.env:PLANTED}/${run}/x", "data.replies.path=${data.preferences.path}",
+            "data.text.path=${..replies.path}", "run=a", "+comparisons.judge.args.key=prefix-${oc.env:PLANTED}",
+            "+evaluate.judge.args.key=${comparisons.judge.args.key}", "+evaluate.judge.args.run=${run}",
+        ]
+    )  # fmt: skip
+    written = OmegaConf.to_container(config)
+    for source in ("preferences", "replies", "text"):
+        assert (
+            config.data[source].path == f"{SECRET}/a/x" and written["data"][source]["path"] == "${oc.env:PLANTED}/a/x"
+        )
+    assert written["evaluate"]["judge"]["args"]["key"] == "prefix-${oc.env:PLANTED}"
+    assert config.evaluate.judge.args.key == f"prefix-{SECRET}" and written["evaluate"]["judge"]["args"]["run"] == "a"
+    assert SECRET not in OmegaConf.to_yaml(config)
+    monkeypatch.setenv("KL", "0.25")
+    typed = compose(["ppo.kl_coef=${oc.env:KL}"])
+    assert typed.ppo.kl_coef == 0.25 and OmegaConf.to_container(typed)["ppo"]["kl_coef"] == "${oc.env:KL}"
+
+
+URLS = {
+    f"see https://joe:{PASSWORD}@host/x": "see https://host/x",
+    "https://tok@h/x and ssh://git:pw@h:22/y": "https://h/x and ssh://h:22/y",
+    "http://u:p@ss@h": "http://h",
+    "http://u:p#a?b@h/x": "http://h/x",
+    "http://h:8080/a@b http://h/a@b": "http://h:8080/a@b http://h/a@b",
+    "postgres://u:@h": "postgres://h",
+    "someone@example.com": "someone@example.com",
+    "(http://u:p@h)": "(http://h)",
+    '"http://u:p@h","x@y"': '"http://h","x@y"',
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), URLS.items())
+def test_urls_lose_their_user(text, shown):
+    assert public(text) == shown
+    assert str(UserError(text)) == shown
+
+
+def test_a_password_in_an_override_is_in_no_error(tmp_path):
+    with pytest.raises(UserError) as caught:
+        compose([f"data.text.pth={URL}"])
+    assert "PLANTEDpass" not in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        chain.plan(compose([f"data.text.path={URL}.jsonl", "experiment=smoke"]))
+    assert str(caught.value).startswith("https://host/rows.jsonl: no such file or folder")
+
+
+def test_a_command_that_fails_unexpectedly_shows_none(tmp_path):
+    code = f"from pipeline import cli, config\ndef fail(overrides): raise RuntimeError('at {URL}')\n"
+    code += "config.compose = fail\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}cli.main(['config'])"], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(chain.__file__).parent.parent)},
+    )  # fmt: skip
+    assert (
+        done.returncode == 1
+        and "RuntimeError: at https://host/rows" in done.stderr
+        and "PLANTEDpass" not in done.stderr
+    )
+
+
+def test_a_password_is_not_sent_to_slurm(tmp_path):
+    overrides = options(tmp_path)
+    with pytest.raises(UserError, match=r"^data\.text\.config_name: files of jobs would hold its password"):
+        submission.check([Member(compose(overrides), overrides)], {})
+
+
+def test_a_model_card_shows_the_place_of_data_without_what_the_environment_gives():
+    told = OmegaConf.create({"data": {"text": {"path": "${oc.env:GONE}/hh"}, "replies": {"path": "org/name"}}})
+    assert model_card.data_names({"sft": told}) == {"hh": False, "org/name": True}
+    assert (
+        model_card.base_model({"pretrain": OmegaConf.create({"model": {"checkpoint": "${oc.env:GONE}"}})})
+        == "${oc.env:GONE}"
+    )
