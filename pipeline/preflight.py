@@ -22,6 +22,7 @@ from pipeline import chat, data, decoding, judge_model, models, sampling
 from pipeline.columns import Message
 from pipeline.device import Device
 from pipeline.errors import UserError, first_line
+from pipeline.job import quiet_libraries
 from stages import sources
 from stages import tokenizer as tokenizer_stage
 
@@ -34,6 +35,7 @@ def check(config: DictConfig, planned: dict[str, Any]) -> None:
     """Try what the stages to be made start from; raises `UserError`. What was tried in this process is not again."""
     unmade = [name for name, entry in planned.items() if not entry.artifact.finished]
     scored = "reward" in unmade or ("ppo" in unmade and _has_critic_of_its_own(config.ppo))
+    quiet_libraries()
     with torch.random.fork_rng(devices=[]):
         if "pretrain" in unmade:
             settings = OmegaConf.to_container(OmegaConf.merge(config.sampling, {"max_new_tokens": 2, "batch_size": 1}))
