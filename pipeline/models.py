@@ -36,7 +36,7 @@ def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> nn.Module:
             raise UserError(f"model.{key}: {model.model_type} has no such setting; leave it null")
     config = AutoConfig.for_model(model.model_type, **shape, **ids, vocab_size=len(tokenizer), dtype="float32")
     torch.manual_seed(seed)
-    created = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    created = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     for name, parameter in created.named_parameters():
         output_layer = name == "lm_head.weight" and not config.tie_word_embeddings
         if output_layer or name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):

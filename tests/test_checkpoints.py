@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from checkpoint_helpers import edit, hf, refused, settings, take
 from helpers import composed, make_job, tiny_config, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,8 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline import chain, chat, checkpoints, cli, judge_model, models, sources
-from pipeline.errors import UserError
+from pipeline import chain, checkpoints, judge_model, models, sources
 from stages import tokenizer as tokenizer_stage
 
 IDS = torch.tensor([[9, 30, 77, 120, 200]])
@@ -36,34 +34,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def folder(base, tmp_path):
     return shutil.copytree(base, tmp_path / "checkpoint")
-
-
-def settings(folder, *more):
-    return hf(folder, *more).model
-
-
-def hf(folder, *more):
-    """The configuration of model=hf, as far as the two first stages read it."""
-    return composed("tracker=none", f"model.checkpoint={folder}", *more)
-
-
-def take(folder, *more):
-    """Both calls that take a checkpoint, as the two first stages make them."""
-    model = settings(folder, *more)
-    return models.from_checkpoint(model, tokenizer_stage.from_checkpoint(model))
-
-
-def refused(line, call, *arguments, **options) -> str:
-    """What the call is refused with: one line that `line` matches."""
-    with pytest.raises(UserError, match=line) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def edit(folder, **values):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def edit_weights(folder, change):
@@ -348,100 +318,6 @@ def test_an_adapter_in_an_artifact_or_as_a_judge_is_refused(base, folder, tmp_pa
     shutil.copy(tmp_path / "adapter/adapter_config.json", folder)
     for load in (models.load_policy, models.new_critic):
         refused("is an adapter", load, folder)
-
-
-# --- code that a checkpoint brings along
-
-CODE = """
-import pathlib
-pathlib.Path({ran!r}).write_text("ran")
-from transformers import LlamaConfig, LlamaForCausalLM
-class PlantedConfig(LlamaConfig):
-    model_type = {kind!r}
-class PlantedModel(LlamaForCausalLM):
-    config_class = PlantedConfig
-class PlantedTokenizer:
-    pass
-def generate(*_):
-    pass
-"""
-
-
-def plant(folder, kind="planted"):
-    """Code in the folder that writes `ran` when it runs."""
-    (folder / "planted.py").write_text(CODE.format(ran=str(folder / "ran"), kind=kind))
-    code = {"AutoConfig": "planted.PlantedConfig", "AutoModelForCausalLM": "planted.PlantedModel"}
-    edit(folder, model_type=kind, auto_map=code)
-    (folder / "custom_generate").mkdir()
-    shutil.copy(folder / "planted.py", folder / "custom_generate/generate.py")
-
-
-def test_code_of_a_checkpoint_or_an_artifact_does_not_run_and_nothing_is_asked(folder, monkeypatch):
-    plant(folder)
-    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked on standard input"))
-    refused("needs code of its own", take, folder)
-    for load in (models.load_policy, models.load_reward_model, models.new_critic, models.with_new_head):
-        refused("needs code of its own", load, folder)
-    refused("needs code of its own", models.load_policy, folder, "meta")
-    judge = composed(f"evaluate.judge_model.path={folder}").evaluate.judge_model
-    refused("needs code of its own", judge_model.check, judge)
-    assert not (folder / "ran").exists()
-
-
-def test_code_of_a_tokenizer_does_not_run(folder, monkeypatch):
-    plant(folder, kind="llama")
-    file, text = folder / "tokenizer_config.json", "The weather is nice, thank you"
-    planted = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["planted.PlantedTokenizer", None]}}
-    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked on standard input"))
-    file.write_text(json.dumps(planted))  # beside a class that transformers has
-    taken = tokenizer_stage.from_checkpoint(settings(folder))
-    assert taken(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
-    file.write_text(json.dumps(planted | {"tokenizer_class": "PlantedTokenizer"}))
-    refused("its tokenizer: needs code of its own", take, folder)
-    refused("its tokenizer: needs code of its own", chat.load_tokenizer, folder)
-    assert not (folder / "ran").exists()
-
-
-def test_code_beside_an_architecture_that_transformers_has_is_passed_over(folder, base):
-    plant(folder, kind="llama")
-    taken, expected = take(folder), models.load_policy(base)
-    assert torch.equal(taken(input_ids=IDS).logits, expected(input_ids=IDS).logits)
-    assert torch.equal(models.load_policy(folder)(input_ids=IDS).logits, expected(input_ids=IDS).logits)
-    assert not (folder / "ran").exists()
-
-
-def test_code_that_was_asked_for_runs_for_pretrain_and_is_refused_at_the_start_for_more(folder):
-    plant(folder)
-    taken = take(folder, "model.trust_remote_code=true")
-    assert type(taken).__name__ == "PlantedModel" and (folder / "ran").exists()
-    (folder / "ran").unlink()
-    config = hf(folder, "model.trust_remote_code=true")
-    with pytest.raises(UserError, match="stages after pretrain run none; set target=pretrain"):
-        chain.check(config, chain.plan(config, ["tokenizer", "pretrain", "sft"]))
-    assert not (folder / "ran").exists()
-    chain.check(config, chain.plan(config, ["tokenizer", "pretrain"]))
-
-
-def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tmp_path):
-    plant(folder)
-    line = ["run", "target=sft", "experiment=smoke", "tracker=none", "model=hf", f"model.checkpoint={folder}"]
-    done = subprocess.run([sys.executable, "-m", "pipeline", *line], input="y\ny\n", capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "needs code of its own" in done.stderr
-    assert not (folder / "ran").exists() and not list(tmp_path.glob("runs/artifacts/*.work"))
-
-
-def test_chat_does_not_run_code_planted_in_an_artifact(borrowed, tmp_path):
-    artifact = next((borrowed / "artifacts").glob("ppo-*"))
-    copied = shutil.copytree(artifact.resolve(), tmp_path / "copy")
-    artifact.unlink()
-    copied.rename(artifact)
-    line = ["experiment=smoke", "tracker=none", f"runs={borrowed}"]
-    cli.main(["run", *line])
-    plant(artifact)
-    command = [sys.executable, "-m", "pipeline", "chat", *line, "chat.model=ppo"]
-    done = subprocess.run(command, input="y\ny\nhi\n", capture_output=True, text=True)
-    assert done.returncode == 2 and not (artifact / "ran").exists()
-    assert done.stderr.count("\n") == 1 and "needs code of its own" in done.stderr
 
 
 def test_the_checks_of_a_whole_model_are_in_the_stage(folder, tmp_path):
