@@ -23,7 +23,7 @@ URL = f"https://joe:{PASSWORD}@host/rows"
 JUDGE = """
 seen = []
 
-def score(prompts, completions, key=None, **columns):
+def score(prompts, completions, key=None, cap=None, **columns):
     seen.append(key)
     return [1.0] * len(prompts)
 """
@@ -80,7 +80,7 @@ def test_a_run_leaves_no_secret_in_any_file_and_functions_get_it(tmp_path, monke
     stages_that(monkeypatch, judge)
     for target in ("comparisons", "ppo"):
         chain.bring_up_to_date(compose(options(tmp_path, "tracker=tensorboard", f"target={target}")))
-    assert sys.modules["keyed"].seen == [SECRET]
+    assert set(sys.modules["keyed"].seen) == {SECRET}
     assert holding(tmp_path) == []
     saved = OmegaConf.load(tmp_path / "runs/smoke/comparisons/config.yaml")
     assert OmegaConf.to_container(saved)["comparisons"]["judge"]["args"] == {"key": "${oc.env:PLANTED}"}
