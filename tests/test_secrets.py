@@ -23,7 +23,7 @@ URL = f"https://joe:{PASSWORD}@host/rows"
 JUDGE = """
 seen = []
 
-def score(prompts, completions, key=None, **columns):
+def score(prompts, completions, key=None, cap=None, **columns):
     seen.append(key)
     return [1.0] * len(prompts)
 """
@@ -78,12 +78,13 @@ def test_a_run_leaves_no_secret_in_any_file_and_functions_get_it(tmp_path, monke
         return {"pairs": 1}
 
     stages_that(monkeypatch, judge)
+    monkeypatch.setattr(chain, "check_sources", lambda config, planned: None)  # reads all data
     for target in ("comparisons", "ppo"):
         chain.bring_up_to_date(compose(options(tmp_path, "tracker=tensorboard", f"target={target}")))
-    assert sys.modules["keyed"].seen == [SECRET]
+    assert set(sys.modules["keyed"].seen) == {SECRET}
     assert holding(tmp_path) == []
     saved = OmegaConf.load(tmp_path / "runs/smoke/comparisons/config.yaml")
-    assert OmegaConf.to_container(saved)["comparisons"]["judge"]["args"] == {"key": "${oc.env:PLANTED}"}
+    assert OmegaConf.to_container(saved)["comparisons"]["judge"]["args"]["key"] == "${oc.env:PLANTED}"
     parts = json.loads((tmp_path / "runs/smoke/comparisons/manifest.json").read_text())["parts"]
     assert parts["comparisons.judge.args.key"] == "${oc.env:PLANTED}"
     assert parts.get("comparisons.judge.args.key.value") is None
