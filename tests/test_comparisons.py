@@ -113,16 +113,15 @@ def judges(tmp_path, monkeypatch):
     folder = tmp_path / "judges"
     folder.mkdir()
     (folder / "few_scores.py").write_text(
-        "def even(prompts, completions, **given):\n"
+        "def even(prompts, completions, cap=None, **given):\n"
         "    return [len(c) if len(c) % 2 == 0 else None for c in completions]\n"
-        "def never(prompts, completions, **given):\n    return [None] * len(completions)\n"
+        "def never(prompts, completions, cap=None, **given):\n    return [None] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(folder)
 
 
 def test_replies_without_a_score_are_counted_and_take_no_part(smoke, tmp_path, judges):
-    judge = ["reward@comparisons.judge=length", "comparisons.judge.args={}"]
-    out, metrics = made(smoke, tmp_path / "even", *judge, "comparisons.judge.function=few_scores:even")
+    out, metrics = made(smoke, tmp_path / "even", "comparisons.judge.function=few_scores:even")
     _, by_length = made(smoke, tmp_path / "all")
     pairs = [row for split in ("train", "test") for row in read_lines(out / f"{split}.jsonl")]
     assert pairs and all(len(row[side]) % 2 == 0 for row in pairs for side in ("chosen", "rejected"))
@@ -132,7 +131,7 @@ def test_replies_without_a_score_are_counted_and_take_no_part(smoke, tmp_path, j
 
 def test_a_judge_without_any_score_is_refused(smoke, tmp_path, judges):
     with pytest.raises(UserError, match=r"comparisons\.judge: gives no score \(None\) to any of \d+ samples; choose"):
-        made(smoke, tmp_path, "comparisons.judge.args={}", "comparisons.judge.function=few_scores:never")
+        made(smoke, tmp_path, "comparisons.judge.function=few_scores:never")
 
 
 def test_earlier_comparisons_are_added_but_for_prompts_that_are_held_out_now(smoke, tmp_path):

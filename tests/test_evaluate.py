@@ -176,8 +176,7 @@ def test_replies_that_the_judge_gives_no_score_are_counted_and_validation_prompt
     )
     monkeypatch.syspath_prepend(tmp_path)
     few = ["evaluate.models=[sft]", "evaluate.prompts=12", "evaluate.validation_prompts=6", "evaluate.greedy=false"]
-    judge = ["evaluate.judge.function=every_third:none", "evaluate.judge.args={}", "evaluate.tasks={}"]
-    job = make_job("evaluate", tmp_path / "job", *few, *judge)
+    job = make_job("evaluate", tmp_path / "job", *few, "evaluate.judge.function=every_third:none")
     job.inputs |= {name: smoke / "smoke" / name for name in ("sft", "comparisons")}
     metrics = evaluate.run(job)
     sft = metrics["models"]["sft"]

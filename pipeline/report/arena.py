@@ -11,7 +11,7 @@ from pipeline.report.run import Run
 
 LEAD = (
     "Each two models' replies to a prompt meet once, and the judge's score decides; equal scores are a tie. Elo points "
-    "by the Bradley-Terry model: 400 more win ten times as often. Intervals are bootstrapped over prompts and are of "
+    "by the Bradley-Terry model: 400 more win ten times as often. Intervals are over prompts and of "
     "the difference to the model with 1000 points; a model's rank counts those whose whole interval is above its own. "
     "“At equal lengths” is what a regression on the difference in length leaves of the win rate."
 )
