@@ -100,7 +100,9 @@ def _bound(path: str, arguments: Any, given: tuple[str, ...]) -> Callable[..., A
                 bound = function(**arguments)
             inspect.signature(bound).bind(**dict.fromkeys(given))
         except TypeError as error:
-            raise UserError(f"{path}: {first_line(error)}; it is given {', '.join(given)}") from error
+            raise UserError(
+                f"{path}: {first_line(error)}; it is given {', '.join(given)}; columns renames these"
+            ) from error
         except ValueError as error:
             raise UserError(f"{path}: {first_line(error)}") from error
     return bound
