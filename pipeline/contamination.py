@@ -4,6 +4,7 @@ import functools
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ NEAR = 0.5  # share of a text's n-grams in training from which it counts as a ne
 SLOTS = 2**30  # of the hash of n-grams; a million different ones collide with one in a thousand
 
 
-def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
+def shares(evaluated: list[str], trained: list[str], bar: Any = None) -> np.ndarray:
     """The share of each evaluated text's different word 8-grams that occur in a trained text.
 
     Case, punctuation and white space do not count, so a reformatted copy is a copy. A text without an 8-gram has 1
@@ -27,12 +28,20 @@ def shares(evaluated: list[str], trained: list[str]) -> np.ndarray:
     if not evaluated or not trained:
         return np.full(len(evaluated), np.nan)
     # sorted and looked up: numpy's unique, and isin by it, hash millions of values far more slowly
-    known, own = np.append(np.sort(grams.transform(trained).indices), SLOTS), grams.transform(evaluated)
+    known, own = np.append(np.sort(grams.transform(read(trained, bar)).indices), SLOTS), grams.transform(evaluated)
     found = known[np.searchsorted(known, own.indices)] == own.indices
     counts = np.diff(own.indptr)
     sums = np.add.reduceat(np.append(found, 0), np.minimum(own.indptr[:-1], len(found)))
     short = np.where(same(evaluated, trained), 1.0, np.nan)
     return np.where(counts > 0, sums / np.maximum(counts, 1), short)
+
+
+def read(texts: list[str], bar: Any) -> Iterator[str]:
+    """The texts, counted by a progress bar where there is one."""
+    for text in texts:
+        yield text
+        if bar is not None:
+            bar.update(1)
 
 
 def long_enough(text: str) -> bool:
@@ -92,15 +101,17 @@ def against(
     trained: dict[str, list[str]],
     asked: dict[str, list[str]] | None = None,
     answered: dict[str, list[str]] | None = None,
+    bar: Any = None,
 ) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
     """Of each evaluated set the counts for each training stage (name → its texts), and which texts any of them flags.
 
-    What was trained on is read once for all sets. `asked` has the prompts of evaluated texts (of all of a set, in their
-    order), `answered` those of training stages: where a prompt is the same, the text is a copy, whatever its reply.
+    What was trained on is read once for all sets; `bar` counts its texts. `asked` has the prompts of evaluated texts
+    (of all of a set, in their order), `answered` those of training stages: where a prompt is the same, the text is a
+    copy, whatever its reply.
     """
     together = [text for texts in evaluated.values() for text in texts]
     ends = np.cumsum([len(texts) for texts in evaluated.values()])[:-1]
-    by_stage = {stage: np.split(shares(together, texts), ends) for stage, texts in trained.items()}
+    by_stage = {stage: np.split(shares(together, texts, bar), ends) for stage, texts in trained.items()}
     prompts = [prompt for name in evaluated for prompt in (asked or {}).get(name, [None] * len(evaluated[name]))]
     for stage, texts in (answered or {}).items():
         flags = np.split(same(prompts, texts), ends)

@@ -100,10 +100,12 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
     """What is measured of a model itself, in part from its sampled replies (token ids)."""
     config, tokenizer, reference = shared.job.config, shared.tokenizer, shared.reference
     temperature, longest = config.sampling.temperature, models.context_length(policy.config)
+    bar = shared.job.progress(2 * len(replies), "replies", part="measures")
     found = {
-        "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, tokenizer.pad_token_id),
-        "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, tokenizer, shared.examples, longest),
+        "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, tokenizer.pad_token_id, bar=bar),
+        "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, tokenizer, shared.examples, longest, bar),
     }
+    bar.close()
     if shared.texts:  # as pretraining measures it: what alignment took from the language model
         bits = held_out.text_bits_per_byte(policy, tokenizer, shared.texts, config.pretrain.context)
         found["text_bits_per_byte"] = bits
@@ -118,5 +120,7 @@ def ways(config: Any) -> dict[str, Any]:
 
 def greedy(shared: Shared, policy: Any) -> list[str]:
     """The policy's most likely reply to each prompt."""
-    likely = drawn(shared, policy, 1, ways(shared.job.config)["greedy_"])
+    bar = shared.job.progress(len(shared.prompts), "replies", part="greedy")
+    likely = drawn(shared, policy, 1, ways(shared.job.config)["greedy_"], bar)
+    bar.close()
     return [text for [text] in decoding_policies.texts_of(shared.tokenizer, likely)]

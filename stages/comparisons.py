@@ -210,7 +210,9 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
         for group in groups
         for answer in group
     ]
-    rows = iter(scorer.member_scores(ids, tokenizer.pad_token_id).T.cpu().numpy())
+    bar = job.progress(len(ids) * len(scorer.members), "samples", part="scores")
+    rows = iter(scorer.member_scores(ids, tokenizer.pad_token_id, bar=bar).T.cpu().numpy())
+    bar.close()
     return [np.array([next(rows) for _ in group]) for group in groups]
 
 

@@ -101,10 +101,7 @@ def by_model(config: Any) -> dict[str, dict[str, Player]]:
 
 
 def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
-    """How many replies all models together give; the players of one model choose among the same samples of a prompt.
-
-    Greedy replies are not counted.
-    """
+    """How many replies all models together sample; the players of one model choose among the same samples."""
     return sum(most_samples(players) for players in taking_part.values()) * (prompts + problems)
 
 
@@ -259,7 +256,10 @@ def checked_for_copies(
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
         sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
         asked["held_out_pairs"] = [spoken(p["prompt"]) for p in pairs]
-    found = contamination.against(sought, trained_on(job), asked, prompts_trained_on(job))
+    trained = trained_on(job)
+    bar = job.progress(sum(map(len, trained.values())), "texts", part="copies")
+    found = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
+    bar.close()
     counts = {name: counts for name, (counts, _) in found.items()}
     examples = without_copies(job, "prompts", examples, *found["prompts"])
     texts = without_copies(job, "base_text", texts, *found["base_text"])

@@ -3,7 +3,7 @@
 import pytest
 from helpers import SENTENCES, make_job, numbered_pairs, tiny_policy, tiny_tokenizer, with_comparisons, write_model
 
-from pipeline import baselines, data, preferences
+from pipeline import baselines, contamination, data, preferences
 from pipeline.data import Example, Rows
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -115,3 +115,11 @@ def test_what_the_reward_stage_refuses_it_refuses_before_it_samples(tmp_path, ba
     with pytest.raises(UserError, match="samples for held-out prompts, and there is one"):
         reward.run(job)
     assert not bars
+
+
+def test_the_search_for_copies_counts_what_it_has_read():
+    bar = Bar("copies", 5)
+    trained = {"pretrain": [*SENTENCES[:3]], "sft": [*SENTENCES[3:]]}
+    found = contamination.against({"prompts": [SENTENCES[0]], "tasks.sums": ["1 + 1"]}, trained, bar)
+    assert bar.count == bar.total == 5
+    assert found["prompts"][0]["pretrain"]["copies"] == 1 and found["prompts"][0]["sft"]["copies"] == 0
