@@ -135,7 +135,7 @@ def check_together(config: DictConfig) -> None:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
     _check_resources(config)
     limits = config.data.dialogue
-    if limits.reply_min_chars > limits.reply_max_chars:
+    if None not in (limits.reply_min_chars, limits.reply_max_chars) and limits.reply_min_chars > limits.reply_max_chars:
         raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:

@@ -17,3 +17,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def require_most(left_out: int, of: int, share: float, key: str, what: str, share_key: str) -> None:
+    """Raise `UserError` where the limit `key` leaves out all, or more than a `share` of what there is."""
+    if left_out == of or left_out > share * of:
+        allowed = f", or set {share_key} > {left_out / of:.3f}" if left_out < of else ""
+        raise UserError(
+            f"{key}: leaves out {left_out:,} of {of:,} {what} as too long; set it higher, or cut them{allowed}"
+        )

@@ -56,7 +56,7 @@ def load(key: str, task: DictConfig) -> tuple[list[Problem], dict[str, Any]]:
 
 def check(key: str, task: DictConfig) -> None:
     """Read all of a task's source before any work; raises `UserError` as `load` does."""
-    data.check(task)
+    data.read_all(task)
     load(key, task)
 
 

@@ -82,7 +82,8 @@ def run(job: Job) -> dict[str, Any]:
     result = train(ppo, prompts)
     if ppo.accelerator.is_main_process:
         actors.save(ppo.actors, job.inputs, ppo.tokenizer, job.out)
-    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts)}
+    unusable = rollouts.left_out(job, prompts)
+    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": len(prompts), "unusable": unusable}
 
 
 def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and check the model up on held-out pairs."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
+    share = job.config.data.preferences.max_unusable_share
+    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "reward")
     if config.pairs is not None:
         train = train.take(draw(list(range(len(train.rows))), config.pairs, config.seed))
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
@@ -180,12 +181,12 @@ def sft_samples(job: Job, tokenizer: Any, test: list[Pair]) -> list[list[int]]:
     distinct = list({str(pair.prompt): pair.prompt for pair in test}.values())[:NORMALISED_ON]
     prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in distinct]
     prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
-    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
-    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
     if len(prompts) < 2:
         raise UserError(
             "reward: scores are normalised on samples for held-out prompts, and there is one; give more pairs"
         )
+    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
+    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)
     return [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
 
 
