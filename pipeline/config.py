@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import judge_template
+from pipeline import judge_template, limits
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
@@ -32,14 +32,6 @@ SET_ELSEWHERE = (
 )  # fmt: skip
 
 
-def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
-    """A limit of `data.dialogue` that holds for the data set that it was chosen for, and for no other."""
-    return limit if _root_.data.replies.path == _root_.data.limits_for else None
-
-
-OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
-
-
 def compose(overrides: list[str]) -> DictConfig:
     """Compose `conf/` with `overrides` (Hydra's syntax), check it, and return it read-only.
 
@@ -50,6 +42,7 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
+    limits.register()
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra_compose("config", overrides=[_addable(override) for override in overrides])
@@ -134,9 +127,9 @@ def check_together(config: DictConfig) -> None:
     if config.dpo.label_smoothing >= 0.5:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
     _check_resources(config)
-    limits = config.data.dialogue
-    if None not in (limits.reply_min_chars, limits.reply_max_chars) and limits.reply_min_chars > limits.reply_max_chars:
-        raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
+    least, most = config.data.dialogue.reply_min_chars, config.data.dialogue.reply_max_chars
+    if None not in (least, most) and least > most:
+        raise UserError(f"data.dialogue.reply_min_chars={least}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:
         ptx = ["ppo.ptx_context"] if config.ppo.ptx_coef else []
