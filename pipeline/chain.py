@@ -254,6 +254,17 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
             verifiable.check(key, source)
         elif source.path is not None:
             data.check(source)
+        if key == "data.replies":
+            unfinished = {entry.stage for entry in planned.values() if not entry.artifact.finished}
+            data.check_replies(source, config.data.dialogue, _splits_of_replies(unfinished, config))
+
+
+def _splits_of_replies(stages: set[str], config: DictConfig) -> set[str]:
+    """The splits of `data.replies` that some of `stages` take prompts from."""
+    given = config.data.preferences.path is not None
+    needed = {"sft": {"train", "validation"}, "ppo": {"train"}, "frontier": {"test"}, "evaluate": {"test"}}
+    needed["comparisons"] = set() if given else {"train", "validation"}
+    return set().union(*(needed.get(stage, set()) for stage in stages))
 
 
 def check_rewards(config: DictConfig, planned: dict[str, Planned]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import rewards
-from pipeline import interpolations, judge_template
+from pipeline import interpolations, judge_template, limits
 from pipeline.errors import UserError, nearest
 from pipeline.players import MODELS, player, policy_name
 from pipeline.preference_formats import PREFERENCE_FORMATS
@@ -34,14 +34,6 @@ SET_ELSEWHERE = (
 )  # fmt: skip
 
 
-def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
-    """A limit of `data.dialogue` that holds for the data set that it was chosen for, and for no other."""
-    return limit if _root_.data.replies.path == _root_.data.limits_for else None
-
-
-OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
-
-
 def compose(overrides: list[str]) -> DictConfig:
     """Compose `conf/` with `overrides` (Hydra's syntax), check it, and return it read-only.
 
@@ -55,6 +47,7 @@ def compose(overrides: list[str]) -> DictConfig:
     from pipeline.overrides import as_typed
 
     ConfigStore.instance().store(name="schema", node=Config)
+    limits.register()
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra_compose("config", overrides=[_addable(as_typed(override)) for override in overrides])
@@ -152,9 +145,9 @@ def check_together(config: DictConfig) -> None:
     if config.dpo.label_smoothing >= 0.5:
         raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
     _check_resources(config)
-    limits = config.data.dialogue
-    if limits.reply_min_chars > limits.reply_max_chars:
-        raise UserError(f"data.dialogue.reply_min_chars={limits.reply_min_chars}: is above reply_max_chars")
+    least, most = config.data.dialogue.reply_min_chars, config.data.dialogue.reply_max_chars
+    if None not in (least, most) and least > most:
+        raise UserError(f"data.dialogue.reply_min_chars={least}: is above reply_max_chars")
     model = config.model
     if model.max_position_embeddings:
         ptx = ["ppo.ptx_context"] if config.ppo.ptx_coef else []

@@ -56,26 +56,63 @@ def load(source: DictConfig, split: str) -> Rows:
     return _parse(given, "train") if split == "all" else _load(given, split)
 
 
-def check(source: DictConfig) -> None:
-    """Read all of a source, so that a bad one is refused before any work; what was read is kept for `load`.
-
-    Raises `UserError` as `load` does, and for preferences of which none is for training or none is held out.
-    """
+def read_all(source: DictConfig) -> None:
+    """Read all of a source, so that a bad one is refused before any work; what was read is kept for `load`."""
     given = json.loads(_as_json(source))
     for split in given["splits"] or ("train",):
         _parse(_as_json(source), split)
     if given["splits"].keys() - source.splits:
         counts = ", ".join(f"{split} {len(files)}" for split, files in given["files"].items())
         print(f"{source.path}: splits by the names of its files ({counts})", flush=True)
+
+
+def check(source: DictConfig) -> None:
+    """Read all of a source as `read_all`. Raises `UserError` as `load` does, and where its splits cannot be used.
+
+    That is for preferences of which none is for training or none is held out, and where the hash leaves less than half
+    of the rows for training, as they begin alike.
+    """
+    read_all(source)
+    rows, train = _parse(_as_json(source), "train").rows, load(source, "train").rows
+    by_hash = not any("split" in row for row in rows)
+    if by_hash and len(rows) >= 20 and len(train) < len(rows) / 2:
+        raise UserError(f"{source.path}: {len(train)} rows in its train split{_how_split(source)}")
     for split in ("train", "test") if source.format in PREFERENCE_FORMATS else ():
         rows = load(source, split).rows
         if rows and len({row.get("label") for row in rows}) == 1 and "label" in rows[0]:
             raise UserError(f"{source.path}: all labels of its {split} split are the same; give good and bad replies")
         if not rows:
-            raise UserError(
-                f"{source.path}: none of its pairs falls into the {split} split; give more rows, set splits, or name "
-                "the split of each row in a column split"
-            )
+            raise UserError(f"{source.path}: none of its pairs falls into the {split} split{_how_split(source)}")
+
+
+def check_replies(source: DictConfig, dialogue: DictConfig, splits: set[str]) -> None:
+    """Raise `UserError` where one of `splits` holds no prompt with a reply within the limits of `dialogue`."""
+    for split in sorted(splits):
+        if not examples(source, split, dialogue):
+            raise _without_prompt(source, split, dialogue)
+
+
+def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> UserError:
+    """What to say where no prompt of a split is left: which limit leaves out most, or how the rows were split."""
+    dropped = _unused(source, split, dialogue, once=False)
+    if not dropped:
+        return UserError(f"{source.path}: no prompt in its {split} split{_how_split(source)}")
+    worst = max(dropped, key=dropped.get)
+    return UserError(
+        f"{source.path}: no prompt in its {split} split is left, most often because {worst} ({dropped[worst]:,}); "
+        "give more rows, or set data.dialogue"
+    )
+
+
+def _how_split(source: DictConfig) -> str:
+    """Why rows fall into few splits, where they begin alike, and what to do."""
+    rows = _parse(_as_json(source), "train").rows
+    openings = len({row["key"] for row in rows})
+    alike = (
+        f"; its {len(rows):,} rows begin with {openings:,} different messages, and rows that begin alike stay together"
+    )
+    remedy = "; give more rows, set splits, or name the split of each row in a column split"
+    return (alike if openings < len(rows) else "") + remedy
 
 
 def _as_json(source: DictConfig) -> str:
@@ -222,26 +259,67 @@ def _text(row: Row) -> str:
 
 def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
     """Every reply of a split within the limits of `dialogue`, with the turns before it."""
-    limits = tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
-    return _examples(_as_json(source), split, limits)
+    return _examples(_as_json(source), split, _limits(dialogue))[0]
+
+
+def left_out(source: DictConfig, split: str, dialogue: DictConfig, once: bool = False) -> dict[str, dict[str, Any]]:
+    """What is not used of a split's prompts and replies: reason → {"count"}, for unusable rows with the first line.
+
+    With `once` the replies after the first to a prompt count as well: those who ask a prompt once do not use them.
+    """
+    unused = _unused(source, split, dialogue, once)
+    return load(source, split).unusable | {why: {"count": count} for why, count in unused.items()}
+
+
+def _unused(source: DictConfig, split: str, dialogue: DictConfig, once: bool) -> dict[str, int]:
+    kept, counts = _examples(_as_json(source), split, _limits(dialogue))
+    held_out = _held_out(source, split, dialogue)
+    keys = [prompt_key(example.prompt) for example in kept]
+    usable = [key for key in keys if key not in held_out]
+    more = {"its prompt is in a held-out split": len(keys) - len(usable)}
+    if once:
+        more["another reply to a prompt"] = len(usable) - len(set(usable))
+    return counts | {why: count for why, count in more.items() if count}
+
+
+def _limits(dialogue: DictConfig) -> tuple[tuple[str, int | None], ...]:
+    return tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
 
 
 @functools.lru_cache(maxsize=8)
-def _examples(source_json: str, split: str, limits: tuple[tuple[str, int], ...]) -> list[Example]:
-    limit, found = dict(limits), []
-    for row in _distinct(_load(source_json, split).rows, "prompt", "chosen"):
+def _examples(
+    source_json: str, split: str, limits: tuple[tuple[str, int | None], ...]
+) -> tuple[list[Example], dict[str, int]]:
+    """The examples of a split, and how many replies were left out, by reason."""
+    limit, found, dropped = dict(limits), [], Counter()
+    rows = _load(source_json, split).rows
+    distinct = _distinct(rows, "prompt", "chosen")
+    dropped["same prompt and chosen reply as another pair"] = len(rows) - len(distinct)
+    for row in distinct:
         turns = _turns(row)
         spoken = [i for i, m in enumerate(turns) if m["role"] != "system"]
         for i in spoken[1:]:
             reply = turns[i]["content"]
             if turns[i]["role"] != "assistant" and not row.get("symmetric"):
                 continue
-            if not limit["reply_min_chars"] <= len(reply) <= limit["reply_max_chars"]:
-                continue
-            prompt = _context(turns, i, row, limit["context_turns"])
-            if sum(len(m["content"]) for m in prompt) <= limit["prompt_max_chars"]:
+            prompt = _context(turns, i, row, limit["context_turns"] or len(turns))
+            if reason := _beyond(limit, prompt, reply):
+                dropped[reason] += 1
+            else:
                 found.append(Example(prompt, reply))
-    return found
+    return found, {why: count for why, count in sorted(dropped.items()) if count}
+
+
+def _beyond(limit: dict[str, int | None], prompt: list[Message], reply: str) -> str | None:
+    """The limit that a prompt or its reply breaks, if any."""
+    asked = sum(len(m["content"]) for m in prompt)
+    if limit["reply_min_chars"] is not None and len(reply) < limit["reply_min_chars"]:
+        return f"reply shorter than data.dialogue.reply_min_chars={limit['reply_min_chars']}"
+    if limit["reply_max_chars"] is not None and len(reply) > limit["reply_max_chars"]:
+        return f"reply longer than data.dialogue.reply_max_chars={limit['reply_max_chars']}"
+    if limit["prompt_max_chars"] is not None and asked > limit["prompt_max_chars"]:
+        return f"prompt longer than data.dialogue.prompt_max_chars={limit['prompt_max_chars']}"
+    return None
 
 
 def _distinct(rows: list[Row], *columns: str) -> list[Row]:
@@ -284,28 +362,29 @@ def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Exampl
 
     A prompt of the training split that occurs in a held-out split as well is left out, so that prompts are disjoint.
     """
-    seen: set[str] = set()
-    if split == "train":
-        for other in ("validation", "test"):
-            seen |= {prompt_key(e.prompt) for e in examples(source, other, dialogue)}
-    elif split == "validation":
-        seen = {prompt_key(e.prompt) for e in examples(source, "test", dialogue)}
-    found = []
+    seen, found = _held_out(source, split, dialogue), []
     for example in examples(source, split, dialogue):
         if (key := prompt_key(example.prompt)) not in seen:
             seen.add(key)
             found.append(example)
     if not found:
-        raise UserError(
-            f"{source.path}: no prompt in its {split} split; give more rows, or set splits and data.dialogue"
-        )
+        raise _without_prompt(source, split, dialogue)
     return found
 
 
 def training_examples(source: DictConfig, dialogue: DictConfig) -> list[Example]:
-    """Every example of the training split whose prompt occurs in no held-out split."""
-    held_out = {prompt_key(e.prompt) for split in ("validation", "test") for e in examples(source, split, dialogue)}
-    return [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
+    """Every example of the training split whose prompt occurs in no held-out split. Raises `UserError` for none."""
+    held_out = _held_out(source, "train", dialogue)
+    found = [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
+    if not found:
+        raise _without_prompt(source, "train", dialogue)
+    return found
+
+
+def _held_out(source: DictConfig, split: str, dialogue: DictConfig) -> set[str]:
+    """The keys of the prompts that a split leaves to the splits held out from it."""
+    others = {"train": ("validation", "test"), "validation": ("test",), "test": ()}[split]
+    return {prompt_key(e.prompt) for other in others for e in examples(source, other, dialogue)}
 
 
 def replies_by_prompt(found: list[Example]) -> dict[str, list[Example]]:

@@ -44,3 +44,12 @@ def first_line(error: BaseException) -> str:
 def queued_again(error: SystemExit) -> bool:
     """Whether Python ends because Slurm signalled and submitit, in its signal handler, has queued the job again."""
     return any("submitit" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])
+
+
+def require_most(left_out: int, of: int, share: float, key: str, what: str, share_key: str) -> None:
+    """Raise `UserError` where the limit `key` leaves out all, or more than a `share` of what there is."""
+    if left_out == of or left_out > share * of:
+        allowed = f", or set {share_key} > {left_out / of:.3f}" if left_out < of else ""
+        raise UserError(
+            f"{key}: leaves out {left_out:,} of {of:,} {what} as too long; set it higher, or cut them{allowed}"
+        )

@@ -8,25 +8,49 @@ from torch import nn
 from pipeline import chat, data, likelihood, models, sampling
 from pipeline.artifact import read_lines
 from pipeline.data import Example
+from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.packing import document_start
 
 
-def prompts(job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: str = "test") -> list[Example]:
+def prompts(
+    job: Job, tokenizer: Any, model: Any, count: int, seed: int, split: str = "test"
+) -> tuple[list[Example], dict[str, dict[str, Any]]]:
     """At most `count` prompts of a held-out split, with replies, that no training split and no comparison contains.
 
     To the test split the validation split is one of training. Prompts that leave no room for a reply in `model`'s
-    context, or that the chat template refuses, are left out.
+    context, or that the chat template refuses, are left out. Also returns what of the split is not used, by reason;
+    prompts that were not drawn are no part of it.
     """
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     earlier = ("train", "validation") if split == "test" else ("train",)
     trained_on = {data.prompt_key(e.prompt) for name in earlier for e in data.examples(source, name, dialogue)}
     if "comparisons" in job.inputs:
         trained_on |= {data.prompt_key(row["prompt"]) for row in read_lines(job.inputs["comparisons"] / "train.jsonl")}
-    found = [e for e in data.prompts(source, split, dialogue) if data.prompt_key(e.prompt) not in trained_on]
-    drawn, _ = chat.accepted(tokenizer, data.draw(found, 2 * count, seed), source)
+    distinct = data.prompts(source, split, dialogue)
+    new = [e for e in distinct if data.prompt_key(e.prompt) not in trained_on]
+    if not new:
+        raise UserError(
+            f"{source.path}: every prompt of its {split} split is one of training; give other rows, or set splits"
+        )
+    drawn, refused = chat.accepted(tokenizer, data.draw(new, 2 * count, seed), source)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
-    return [drawn[i] for i in sampling.with_room(ids, model, job.config.sampling)][:count]
+    fitting = sampling.with_room(ids, model, job.config.sampling)
+    more = {
+        "prompt is in training": len(distinct) - len(new),
+        **{f"the chat template refuses it: {reason}": number for reason, number in refused.items()},
+        "prompt leaves no room for a reply": len(ids) - len(fitting),
+    }
+    unused = {why: {"count": number} for why, number in more.items() if number}
+    return [drawn[i] for i in fitting][:count], data.left_out(source, split, dialogue, once=True) | unused
+
+
+def require_reply(model: nn.Module, tokenizer: Any, examples: list[Example]) -> None:
+    """Raise `UserError` where no prompt with its reply fits into `model`: nothing could be measured on them."""
+    longest = models.context_length(model.config)
+    lengths = [len(chat.prompt_ids(tokenizer, e.prompt)) + len(chat.reply_ids(tokenizer, e.reply)) for e in examples]
+    if min(lengths) > longest:
+        raise UserError(f"data.replies: none of {len(lengths)} held-out prompts with its reply fits {longest} tokens")
 
 
 def reply_bits_per_byte(
@@ -38,6 +62,10 @@ def reply_bits_per_byte(
     """
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
     kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= longest]
+    if not kept:
+        raise UserError(
+            f"none of {len(pairs)} held-out replies is, with its prompt, within {longest} tokens; give shorter"
+        )
     nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id, bar=bar).sum().item()
     return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
 

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline import chat
 from pipeline.artifact import read_lines, write_lines
 from pipeline.columns import Message
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require_most
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,15 @@ def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> TokenisedPa
     return TokenisedPairs(rows, kept, len(pairs) - len(kept))
 
 
-def load(folder: Path, tokenizer: Any, max_length: int) -> tuple[TokenisedPairs, TokenisedPairs]:
-    """Training and held-out pairs of a comparisons artifact. Raises `UserError` when none of either fits."""
-    train, test = (tokenised(tokenizer, read(folder, split), max_length) for split in ("train", "test"))
-    if not train.rows or not test.rows:
-        raise UserError(f"max_length={max_length}: no training or no held-out pair of {folder.name} fits; raise it")
-    return train, test
+def load(
+    folder: Path, tokenizer: Any, max_length: int, share: float, stage: str
+) -> tuple[TokenisedPairs, TokenisedPairs]:
+    """Training and held-out pairs of a comparisons artifact.
+
+    Raises `UserError` when none of either fits, or more than a `share` of them do not.
+    """
+    found = [tokenised(tokenizer, read(folder, split), max_length) for split in ("train", "test")]
+    for pairs, what in zip(found, ("training pairs", "held-out pairs"), strict=True):
+        key, allowed = f"{stage}.max_length={max_length}", "data.preferences.max_unusable_share"
+        require_most(pairs.dropped, pairs.dropped + len(pairs.rows), share, key, what, allowed)
+    return found[0], found[1]

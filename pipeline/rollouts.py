@@ -41,6 +41,16 @@ def prompt_pool(job: Job, tokenizer: Any, policy: Any) -> list[Prompt]:
     return [Prompt(ids[i], wanted[i].prompt, wanted[i].reply) for i in fitting]
 
 
+def left_out(job: Job, pool: list[Prompt]) -> dict[str, dict[str, Any]]:
+    """What of the training split is not in the pool of prompts, by reason; prompts are asked once, for any reply."""
+    source, dialogue = job.config.data.replies, job.config.data.dialogue
+    wanted = min(len(data.prompts(source, "train", dialogue)), job.config.ppo.episodes)
+    unused = data.left_out(source, "train", dialogue, once=True)
+    if wanted > len(pool):
+        unused["prompt leaves no room for a reply"] = {"count": wanted - len(pool)}
+    return unused
+
+
 def batch_of(prompts: list[Prompt], number: int, size: int, samples: int = 1) -> list[Prompt]:
     """The prompts of the `size` replies of rollout `number`, each `samples` times in a row, from the pool in its order.
 

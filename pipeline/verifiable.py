@@ -64,7 +64,7 @@ def require_checkable(key: str, check: str, answers: list[str]) -> None:
 
 def check(key: str, task: DictConfig) -> None:
     """Read all of a task's source before any work; raises `UserError` as `load` does."""
-    data.check(task)
+    data.read_all(task)
     load(key, task)
 
 

@@ -69,7 +69,7 @@ STAGES = {
     ),
     "reward": Stage(
         parents=("sft", "comparisons"),
-        keys=("reward", "sampling", "precision"),
+        keys=("reward", "sampling", "data.preferences.max_unusable_share", "precision"),
         without=("reward.gate",),
         version=5,
         metric="accuracy",
@@ -77,7 +77,7 @@ STAGES = {
     ),
     "dpo": Stage(
         parents=("sft", "comparisons"),
-        keys=("dpo", "precision"),
+        keys=("dpo", "data.preferences.max_unusable_share", "precision"),
         version=3,
         metric="accuracy",
         several_processes=True,

@@ -95,11 +95,16 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
     judge = rewards.load(config.judge, rewards.GIVEN["comparisons"]) if config.label_by == "judge" else None
-    sampled, held_out, unfinished = sampled_answers(job)
+    sampled, held_out, unfinished, unusable = sampled_answers(job)
     train, kept, unscored = paired(job, sampled, judge, generator)
     test, _, unscored_held_out = paired(job, held_out, judge, generator)
     pool = write_pool(job.out / "pool.jsonl", train, test, generator)
-    metrics: dict[str, Any] = {"pool": pool, "kept_share": kept, "samples_without_end": unfinished}
+    metrics: dict[str, Any] = {
+        "pool": pool,
+        "kept_share": kept,
+        "samples_without_end": unfinished,
+        "unusable": unusable,
+    }
     if judge is None:
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
         return [], [], metrics
@@ -139,8 +144,10 @@ def require_scores(unscored: int, samples: int) -> None:
         )
 
 
-def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], int]:
-    """Replies of every policy, grouped by prompt, for training and held-out prompts, and how many did not end.
+def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], int, dict[str, Any]]:
+    """Replies of every policy, grouped by prompt, for training and held-out prompts.
+
+    Also returns how many did not end, and what of each split is not used, by reason.
 
     Replies without an end token are left out: the token would have to be made up.
     """
@@ -151,7 +158,12 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
     train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
     train, held_out = (chat.accepted(tokenizer, found, source)[0] for found in (train, held_out))
+    unusable = {split: data.left_out(source, split, dialogue, once=True) for split in ("train", "validation")}
+    drawn = len(train), len(held_out)
     train, held_out = (with_room(found, tokenizer, room, job.config.sampling) for found in (train, held_out))
+    for split, before, after in zip(unusable, drawn, (train, held_out), strict=True):
+        if before > len(after):
+            unusable[split]["prompt leaves no room for a reply"] = {"count": before - len(after)}
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
     flops = 2 * models.parameter_count(room) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
@@ -167,7 +179,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
             if reply.ended and (text := chat.reply_text(tokenizer, reply.ids)):
                 groups[i // config.samples_per_prompt].append(Answer(asked[i].prompt, text, name))
     bar.close()
-    return groups[: len(train)], groups[len(train) :], unfinished
+    return groups[: len(train)], groups[len(train) :], unfinished, unusable
 
 
 def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:

@@ -45,7 +45,8 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template(made | earlier)
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
-    examples = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
+    examples, unusable = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
+    held_out.require_reply(smallest, tokenizer, examples)
     tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
     texts = data.texts(data.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
@@ -79,6 +80,7 @@ def run(job: Job) -> dict[str, Any]:
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
+        "unusable": unusable,
         "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
         "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),

@@ -22,7 +22,7 @@ def run(job: Job) -> dict[str, Any]:
     config = job.config.frontier
     tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
     reference = models.load_policy(job.inputs["sft"], job.device.type)
-    examples = held_out.prompts(job, tokenizer, reference, config.prompts, job.config.evaluate.seed)
+    examples, unusable = held_out.prompts(job, tokenizer, reference, config.prompts, job.config.evaluate.seed)
     judges = {
         "gold": rewards.load(job.config.evaluate.judge),
         "second": rewards.load(job.config.evaluate.second_judge),
@@ -34,7 +34,7 @@ def run(job: Job) -> dict[str, Any]:
         points = policy_points(job, reference, judges, tokenizer, examples)
     write_lines(job.out / "points.jsonl", points)
     means = [{name: mean(point[name]) if name in SCORES else point[name] for name in point} for point in points]
-    return {"points": means, "prompts": len(examples)}
+    return {"points": means, "prompts": len(examples), "unusable": unusable}
 
 
 def best_of_points(

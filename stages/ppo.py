@@ -83,7 +83,8 @@ def run(job: Job) -> dict[str, Any]:
     if ppo.accelerator.is_main_process:
         actors.save(ppo.actors, job.inputs, ppo.tokenizer, job.out)
     used = min(len(prompts), result["episodes"] // ppo.config.samples_per_prompt)
-    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": used}
+    unusable = rollouts.left_out(job, prompts)
+    return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": used, "unusable": unusable}
 
 
 def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and check the model up on held-out pairs."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length)
+    share = job.config.data.preferences.max_unusable_share
+    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "reward")
     train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
     require_margins(config, train)
     orders = [

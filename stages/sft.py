@@ -7,7 +7,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import chat, data, held_out, models, ranks, sampling, training
 from pipeline.data import Example
-from pipeline.errors import UserError
+from pipeline.errors import require_most
 from pipeline.job import Job
 
 
@@ -17,18 +17,18 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
     model = models.load_policy(job.inputs["pretrain"], job.device.type)
     train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
-    examples = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     train, refused = chat.accepted(tokenizer, train, source)
-    examples, _ = chat.accepted(tokenizer, examples, source)
     removed = chat.marks_removed(tokenizer, [e.prompt for e in train], [e.reply for e in train])
-    rows = [
-        row
-        for row in (tokenised(tokenizer, example) for example in train)
-        if len(row["input_ids"]) <= config.max_length
-    ]
+    rows = [row for row in (tokenised(tokenizer, e) for e in train) if len(row["input_ids"]) <= config.max_length]
     too_long = len(train) - len(rows)
-    if not rows:
-        raise UserError(f"sft.max_length={config.max_length}: none of {len(train):,} examples is that short")
+    key, allowed = f"sft.max_length={config.max_length}", "data.replies.max_unusable_share"
+    require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
+    asked = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
+    asked, _ = chat.accepted(tokenizer, asked, source)
+    examples = [e for e in asked if len(tokenised(tokenizer, e)["input_ids"]) <= config.max_length]
+    require_most(len(asked) - len(examples), len(asked), 1.0, key, "held-out examples", allowed)
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
+    prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
     order = training.in_order([len(row["input_ids"]) for row in rows], config.batch_size, config.epochs, config.seed)
     steps = max(1, len(order) // config.batch_size)
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
@@ -47,13 +47,14 @@ def run(job: Job) -> dict[str, Any]:
     return {
         "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, examples),
         "reply_bits_per_byte_base": before,
-        "ended_share": ended_share(job, model, tokenizer, examples),
+        "ended_share": ended_share(job, model, tokenizer, prompts),
         **counted,
         "dropped_too_long": too_long,
         "marks_removed": removed,
         "refused_by_template": refused,
         "template_hash": chat.template_hash(tokenizer),
-        "unusable": data.load(source, "train").unusable,
+        "eval_dropped_too_long": len(asked) - len(examples),
+        "unusable": data.left_out(source, "train", dialogue),
     }
 
 
@@ -88,10 +89,8 @@ def bits_per_byte(job: Job, model: Any, tokenizer: Any, examples: list[Example])
     return bits
 
 
-def ended_share(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
+def ended_share(job: Job, model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
     """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
     numbers = sampling.random_numbers(job.config.sft.seed, len(prompts), job.config.sampling)
     bar = job.progress(len(prompts), "samples", part="samples")
     replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, numbers, bar)

@@ -217,7 +217,7 @@ def gold(policy: Any, job: Job) -> float:
     """Mean score of the demo's judge over replies to held-out prompts."""
     tokenizer = chat.require_same_template(job.inputs)
     job = Job("evaluate", job.config, {**job.inputs, "comparisons": comparisons_of(job)}, job.out, job.checkpoints)
-    examples = held_out.prompts(job, tokenizer, policy, job.config.evaluate.prompts, job.config.evaluate.seed)
+    examples, _ = held_out.prompts(job, tokenizer, policy, job.config.evaluate.prompts, job.config.evaluate.seed)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     numbers = sampling.random_numbers(job.config.evaluate.seed, len(prompts), job.config.sampling)
     replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers)

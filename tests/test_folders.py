@@ -44,7 +44,7 @@ def test_files_named_after_splits_are_these_splits(layout, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"{tmp_path}/d: splits by the names of its files (") and said.count("\n") == 1
     assert all(f"{split} 1" in said for split in SPLITS)
-    with pytest.raises(UserError, match="has files for .*, which are kept apart; set split=test"):
+    with pytest.raises(UserError, match=r"has files for .*, which are kept apart; set split=test"):
         data.load(found, "all")
 
 
@@ -70,7 +70,7 @@ def test_validation_without_a_file_is_carved_from_training_and_metadata_is_no_ro
 def test_names_that_are_not_clear_are_refused_and_splits_decide(names, tmp_path):
     fill(tmp_path / "d", names)
     with pytest.raises(
-        UserError, match="are named after splits, not all clearly: .*; set splits, for example"
+        UserError, match=r"are named after splits, not all clearly: .*; set splits, for example"
     ) as caught:
         data.load(source(tmp_path / "d"), "train")
     assert "\n" not in str(caught.value)
@@ -127,7 +127,7 @@ def test_a_folder_of_save_to_disk_that_cannot_be_read_or_has_other_splits_is_one
     DatasetDict({name: Dataset.from_list(chats(name)) for name in ("train_sft", "train_prefs", "test")}).save_to_disk(
         tmp_path / "several"
     )
-    with pytest.raises(UserError, match="named after splits, not all clearly: .*; set splits, for example splits="):
+    with pytest.raises(UserError, match=r"named after splits, not all clearly: .*; set splits, for example splits="):
         data.load(source(tmp_path / "several", "messages"), "train")
     chosen = source(tmp_path / "several", "messages", splits={"train": "train_sft", "test": "test"})
     assert asked(chosen, "test") == {f"test {i}" for i in range(60)}

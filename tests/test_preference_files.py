@@ -203,6 +203,8 @@ def test_only_data_that_no_finished_stage_was_made_from_is_read_before_the_first
     (tmp_path / "p.jsonl").write_bytes(GOOD_LINES)
     read = []
     monkeypatch.setattr("pipeline.data.check", lambda source: read.append(source.path))
+    monkeypatch.setattr("pipeline.data.read_all", lambda source: read.append(source.path))
+    monkeypatch.setattr("pipeline.data.check_replies", lambda *_: None)
     config = compose(["experiment=smoke", f"runs={tmp_path}/runs", f"data.preferences.path={tmp_path}/p.jsonl"])
     planned = chain.plan(config)
     chain.check_sources(config, planned)
