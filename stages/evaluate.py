@@ -155,7 +155,7 @@ def on_validation(
     """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
     config, tokenizer = shared.job.config.evaluate, shared.tokenizer
     wanted = config.validation_prompts
-    examples = held_out.prompts(shared.job, tokenizer, smallest, wanted, config.seed, "validation")
+    examples, _ = held_out.prompts(shared.job, tokenizer, smallest, wanted, config.seed, "validation")
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
     found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
