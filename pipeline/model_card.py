@@ -95,7 +95,8 @@ def lineage(out: Path, manifest: dict[str, Any], store: Path) -> dict[str, DictC
 
 def base_model(configs: dict[str, DictConfig]) -> str | None:
     """The checkpoint that training started from; None where it started from nothing."""
-    return OmegaConf.to_container(configs["pretrain"])["model"]["checkpoint"] if "pretrain" in configs else None
+    written = OmegaConf.to_container(configs["pretrain"]) if "pretrain" in configs else {}
+    return written.get("model", {}).get("checkpoint")
 
 
 def data_names(configs: dict[str, DictConfig]) -> dict[str, bool]:
