@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 import rewards
 from pipeline import data, verifiable
 from pipeline.data import Example
-from pipeline.errors import UserError
 from rewards.numeric import numeric_match
+from rewards.scores import require_all
 
 NUMERIC = f"{numeric_match.__module__}:{numeric_match.__name__}"
 TRAINING = ("comparisons", "ppo")  # these score replies to training prompts, the others to held-out ones
@@ -57,11 +57,8 @@ def _try(reward_json: str, stage: str, rows_json: str) -> None:
     }
     given = {name: columns[name] for name in rewards.GIVEN[stage]}
     scores = function(list(prompts), list(replies), **given)
-    if stage == "ppo" and None in scores:
-        raise UserError(
-            f"{rewards.name(config)}: gives no score (None) to the reply {replies[scores.index(None)][:40]!r}; PPO "
-            "needs a reward that applies to all"
-        )
+    if stage == "ppo":
+        require_all(rewards.name(config), scores, list(replies))
 
 
 def _zero(prompts: list[Any], completions: list[str], **columns: Any) -> rewards.Scores:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pipeline import chat, data, ensemble, likelihood, models, sampling
 from pipeline.actors import Actors
-from pipeline.errors import UserError
 from pipeline.formats import Message
 from pipeline.job import Job
 from pipeline.sampling import Reply
 from rewards import RewardFunction
+from rewards.scores import require_all
 
 
 @dataclass(frozen=True)
@@ -167,15 +167,15 @@ def scores(
     reward: RewardFunction, name: str, tokenizer: Any, prompts: list[Prompt], replies: list[Reply]
 ) -> list[float]:
     """What the reward says of each reply. Raises `UserError` with the reward's `name` where it does not apply."""
+    texts = [chat.reply_text(tokenizer, r.ids) for r in replies]
     found = reward(
         prompts=[p.messages for p in prompts],
-        completions=[chat.reply_text(tokenizer, r.ids) for r in replies],
+        completions=texts,
         answer=[p.answer for p in prompts],
         prompt_ids=[p.ids for p in prompts],
         completion_ids=[r.ids for r in replies],
     )
-    if None in found:
-        raise UserError(f"{name}: gives no score (None) to a reply; PPO needs a reward that applies to all")
+    require_all(name, found, texts)
     return found
 
 

@@ -55,7 +55,7 @@ def scores(
         row = _failing(name, function, rows, completions)
         raise UserError(f"{error}; {row}{_advice(error, messages)}") from error
     listed = _listed(name, given, len(completions))
-    return [_number(f"{name}: gives", score, _row(i, completions)) for i, score in enumerate(listed)]
+    return [_number(f"{name}: gives", score, row_of(i, completions)) for i, score in enumerate(listed)]
 
 
 def _called(name: str, function: Callable[..., Any], rows: dict[str, list[Any]]) -> Any:
@@ -84,11 +84,12 @@ def _failing(name: str, function: Callable[..., Any], rows: dict[str, list[Any]]
                 start, end = half
                 break
         else:
-            return f"at {end - start} rows from {_row(start, completions)} on"
-    return f"at {_row(start, completions)}" if completions else "at no rows"
+            return f"at {end - start} rows from {row_of(start, completions)} on"
+    return f"at {row_of(start, completions)}" if completions else "at no rows"
 
 
-def _row(index: int, completions: list[str]) -> str:
+def row_of(index: int, completions: list[str]) -> str:
+    """A row as messages name it: its number, from 1, and how its reply begins."""
     text = completions[index]
     return f"row {index + 1}, {text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'!r}"
 
@@ -122,3 +123,10 @@ def _number(name: str, score: Any, row: str) -> float | None:
         shown = score if isinstance(score, float) else "a number too large for fp32"
         raise UserError(f"{name} {shown} to {row}; a score is finite, or None where none applies")
     return float(score)
+
+
+def require_all(name: str, given: Scores, completions: list[str]) -> None:
+    """Raise `UserError` with the reward's `name` and the row where it does not apply to one; PPO needs all."""
+    if None in given:
+        row = row_of(given.index(None), completions)
+        raise UserError(f"{name}: gives no score (None) to {row}; PPO needs a reward that applies to all")

@@ -348,7 +348,7 @@ def test_a_rule_gives_the_score_and_sees_the_prompt_the_reply_and_the_answer(tmp
 def test_a_rule_that_does_not_apply_is_refused(tmp_path):
     made = make_ppo(tmp_path, 5, "ppo.reward.function=mod:rule")
     made.reward = lambda completions, **_: [None] * len(completions)
-    with pytest.raises(UserError, match="mod:rule: gives no score"):
+    with pytest.raises(UserError, match=r"^mod:rule: gives no score \(None\) to row \d+, "):
         ppo.roll_out(made, PROMPTS, 0)
 
 

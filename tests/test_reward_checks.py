@@ -61,7 +61,7 @@ def test_a_judge_scores_two_rows_of_its_split_once_for_all_seeds(tmp_path, mine)
 
 def test_ppos_reward_gets_its_columns_and_must_apply(tmp_path, mine):
     name = mine("[None for _ in completions]")
-    with pytest.raises(UserError, match=rf"^{name}:f: gives no score \(None\) to the reply '"):
+    with pytest.raises(UserError, match=rf"^{name}:f: gives no score \(None\) to row 1, '"):
         reward_checks.check(config(tmp_path, ppo__reward=f"{name}:f"), "ppo", "ppo.reward")
     [(_, completions, columns)] = importlib.import_module(name).seen
     assert set(columns) == {"answer", "prompt_ids", "completion_ids"}
