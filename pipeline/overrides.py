@@ -138,7 +138,11 @@ def fitted(value: Any, kind: Any) -> Any:
         inner = get_args(kind)[0] if get_origin(kind) is list else None
         return [fitted(entry, inner) for entry in value]
     if isinstance(value, dict):
-        return {fitted(name, str): fitted(entry, _below(kind, str(name))) for name, entry in value.items()}
+        # names stay unquoted: Hydra's grammar has no quotes there
+        return {
+            str(name) if isinstance(name, Typed) else name: fitted(entry, _below(kind, str(name)))
+            for name, entry in value.items()
+        }
     if isinstance(value, Typed):
         return QuotedString(str(value), Quote.single) if kind is str else value.value
     if isinstance(value, str) and "${" in value:  # Hydra would escape its signs

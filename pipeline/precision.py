@@ -17,12 +17,17 @@ BF16_CAPABILITY = 8  # major compute capability
 
 
 def resolved(config: DictConfig, stage: str) -> str:
-    """The precision that `stage` is made with, fp32 or bf16. Jobs of Slurm that ask for GPUs count as bf16."""
+    """The precision that `stage` is made with, fp32 or bf16.
+
+    Where jobs of Slurm ask for GPUs it is bf16, for this machine may have none; their resources decide with
+    launcher=slurm, and wherever they name GPUs.
+    """
     if config.precision != "auto":
         return config.precision
-    if config.launcher.kind == "slurm":  # this machine is not that of the job
-        own = config.resources.stages[stage].gpus
-        return "bf16" if (config.resources.gpus if own is None else own) and config.runtime.device != "cpu" else "fp32"
+    own = config.resources.stages[stage].gpus
+    gpus = config.resources.gpus if own is None else own
+    if config.launcher.kind == "slurm" or gpus:
+        return "bf16" if gpus and config.runtime.device != "cpu" else "fp32"
     return of_device(config.runtime.device)
 
 

@@ -182,6 +182,7 @@ def test_in_slurm_auto_is_what_the_job_asks_for_wherever_it_is_asked(monkeypatch
     assert precision.resolved(composed(*asked), "sft") == "fp32"
     assert precision.resolved(composed(*slurm, "resources.gpus=2"), "sft") == "bf16"
     assert precision.resolved(composed(*slurm, "resources.gpus=2", "runtime.device=cpu"), "sft") == "fp32"
+    assert precision.resolved(composed("precision=auto", "resources.gpus=1"), "sft") == "bf16"  # threefold submit
 
 
 @pytest.mark.parametrize(("visible", "answer"), [("0", 9), ("GPU-abc", 9), ("1", 7), ("", 9)])

@@ -85,6 +85,11 @@ def test_a_sweep_over_texts_keeps_them_and_its_runs_get_them():
     assert numbers.values == (0.1, 2)
 
 
+def test_a_mapping_with_names_like_numbers_is_read_as_before():
+    assert as_typed("data.text.splits={train: 1e3, 2: x}") == "data.text.splits={train:'1e3',2:x}"
+    PARSER.parse_override(as_typed("comparisons.judge.args={1e3: 1_0}"))
+
+
 def test_the_type_of_a_key_is_that_of_the_schema():
     assert kind_of("run") is str and kind_of("model.revision") is str and kind_of("evaluate.tasks.n.path") is str
     assert kind_of("data.text.splits.train") is str and kind_of("tracker.tags.0") is str
