@@ -73,6 +73,12 @@ def test_the_alarm_needs_falling_chosen_replies_and_growing_ones():
     found = displacement.alarm(FALLEN, long, short)
     assert found["alarm"] and found["length_change"] == pytest.approx(3.95) and "ALARM" in displacement.in_words(found)
     assert not displacement.alarm(FALLEN, short, long)["alarm"]
+    alike = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9)  # nothing is known of how much lengths differ
+    assert (
+        not alike["alarm"]
+        and alike["length_change_ci95"] is None
+        and "+1 characters [–]" in displacement.in_words(alike)
+    )
     assert not displacement.alarm(FALLEN, long[:10] + short[:10], short[:10] + long[:10])["alarm"]
     risen = displacement.alarm(FALLEN | {"chosen_falls": False}, long, short)
     assert not risen["alarm"] and "ALARM" not in displacement.in_words(risen)
@@ -98,7 +104,7 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
     assert [row["text_change"] for row in found] == [1.0, 1.0, 1.0]
     assert changes.most_changed(rows, "ppo")[2]["text_change"] == pytest.approx(0.25)
     assert changes.most_changed(rows, "dpo") == []
-    drift = displacement.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9)
+    drift = displacement.alarm(FALLEN, ["abcd" + "e" * (i % 2) for i in range(9)], ["abc"] * 9)
     tested = {"model": "ppo", "against": "sft", "judge": "gold", "difference": 0.2, "ci95": [0.1, 0.3], "p": 0.01}
     evaluate = {"judge": "vader", "second_judge": "textblob", "dpo_drift": drift}
     evaluate |= {"paired": [tested | {"p_holm": 0.02, "prompts": 9}], "models": {"sft": {}, "dpo": {}, "ppo": {}}}
