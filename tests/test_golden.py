@@ -133,6 +133,66 @@ def test_losses_are_the_golden_ones(tmp_path, stage, noise):
     assert STAGES[stage](tmp_path, noise) == near(json.loads(GOLDEN.read_text())[stage], FP32)
 
 
+# The same ten steps written out: AdamW on one unpadded row after the other, in double precision
+
+
+def logprob(model: nn.Module, prompt: list[int], reply: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(reply)), reply]
+
+
+def score(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    return model.score(model.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1])
+
+
+def sft_loss(model: nn.Module, rows: list[dict], _: nn.Module) -> torch.Tensor:
+    return -torch.cat([logprob(model, row["prompt_ids"], row["chosen_ids"]) for row in rows]).mean()
+
+
+def reward_loss(model: nn.Module, rows: list[dict], _: nn.Module) -> torch.Tensor:
+    chosen, rejected = (
+        torch.cat([score(model, row["prompt_ids"] + row[f"{side}_ids"]) for row in rows])
+        for side in ("chosen", "rejected")
+    )
+    return (nn.functional.softplus(rejected - chosen) + 0.01 * (chosen + rejected) ** 2).mean()
+
+
+def dpo_loss(model: nn.Module, rows: list[dict], reference: nn.Module) -> torch.Tensor:
+    def change(row: dict, side: str) -> torch.Tensor:
+        given = row["prompt_ids"], row[f"{side}_ids"]
+        return logprob(model, *given).sum() - logprob(reference, *given).sum().detach()
+
+    margins = torch.stack([change(row, "chosen") - change(row, "rejected") for row in rows])
+    return nn.functional.softplus(-0.1 * margins).mean()
+
+
+@pytest.mark.parametrize(
+    ("stage", "made", "seed", "loss_of"),
+    [
+        ("sft", tiny_policy, 2, sft_loss),
+        ("reward", tiny_reward_model, 3, reward_loss),
+        ("dpo", tiny_policy, 4, dpo_loss),
+    ],
+)
+def test_golden_losses_are_those_of_a_plain_loop(stage, made, seed, loss_of):
+    """The learning rate falls linearly from 0.003, gradients are clipped at norm 1, and there is no weight decay."""
+    model, reference = (weighted(made(), seed, 0.0).double() for _ in range(2))
+    rows, losses = preferences.tokenised(tiny_tokenizer(), pairs(), 512).rows, []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.0)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.003 * (1 - step / STEPS)
+        loss = loss_of(model, rows[step * BATCH : (step + 1) * BATCH], reference)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == near(json.loads(GOLDEN.read_text())[stage], FP32)["loss"]
+
+
+# Processors
+
+
 SETTINGS = [
     {"ATEN_CPU_CAPABILITY": "avx2"},
     {"ATEN_CPU_CAPABILITY": "default"},

@@ -29,5 +29,6 @@ def test_votes_on_the_pairs_of_a_run_train_a_reward_model(smoke, tmp_path, capsy
         assert all(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
         assert len(pairs) == sum(vote["split"] == split and vote["winner"] != "tie" for vote in given) > 3
     metrics = read_json(smoke / "voted" / "reward" / "metrics.json")
-    assert metrics["pairs"] + metrics["test_pairs"] == len(given) - ties
+    used = metrics["pairs"] + metrics["left_out_per_epoch"] + metrics["test_pairs"]
+    assert used == len(given) - ties
     assert metrics["accuracy_length_only"] == 1.0  # these votes were about length
