@@ -12,7 +12,7 @@ import torch
 from checkpoint_helpers import edit, hf, refused, settings, take
 from helpers import composed, tiny_policy, tiny_tokenizer, write_model
 
-from pipeline import chain, chat, cli, judge_model, models
+from pipeline import chain, chat, judge_model, models
 from pipeline.errors import UserError
 from stages import tokenizer as tokenizer_stage
 
@@ -103,17 +103,14 @@ def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tm
     assert not (folder / "ran").exists() and not list(tmp_path.glob("runs/artifacts/*.work"))
 
 
-def test_chat_does_not_run_code_planted_in_an_artifact(borrowed, tmp_path):
-    artifact = next((borrowed / "artifacts").glob("ppo-*"))
-    copied = shutil.copytree(artifact.resolve(), tmp_path / "copy")
-    artifact.unlink()
-    copied.rename(artifact)
-    line = ["experiment=smoke", "tracker=none", f"runs={borrowed}"]
-    cli.main(["run", *line])
+def test_chat_does_not_run_code_planted_in_an_artifact(folder, tmp_path):
+    artifact = tmp_path / "runs/smoke/ppo"
+    shutil.copytree(folder, artifact)
+    (artifact / "manifest.json").write_text("{}")
     plant(artifact)
-    command = [sys.executable, "-m", "pipeline", "chat", *line, "chat.model=ppo"]
-    done = subprocess.run(command, input="y\ny\nhi\n", capture_output=True, text=True)
-    assert done.returncode == 2 and not (artifact / "ran").exists()
+    line = ["chat", "experiment=smoke", f"runs={tmp_path}/runs", "chat.model=ppo"]
+    done = subprocess.run([sys.executable, "-m", "pipeline", *line], input="y\ny\nhi\n", capture_output=True, text=True)
+    assert done.returncode == 2 and not (artifact / "ran").exists() and not done.stdout
     assert done.stderr.count("\n") == 1 and "needs code of its own" in done.stderr
 
 
