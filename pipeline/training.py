@@ -203,10 +203,9 @@ class Reports(TrainerCallback):
         step = self.before + state.global_step
         metrics = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         if names := guards.broken(metrics):
-            raise UserError(
-                f"{self.job.stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower "
-                f"{self.job.stage}.learning_rate"
-            )
+            stage = self.job.stage
+            rates = [f"{stage}.{key}" for key in self.job.config[stage] if key.endswith("learning_rate")]
+            raise UserError(f"{stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower {' or '.join(rates)}")
         if "train_runtime" not in metrics:
             self.job.log(step, metrics, {OPTIMISER_STEP: step, self.unit: step * self.per_step})
 
