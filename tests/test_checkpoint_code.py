@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import edit, hf, refused, settings, take
+from checkpoint_helpers import DATE, edit, hf, refused, settings, take
 from helpers import composed, tiny_policy, tiny_tokenizer, write_model
 
 from pipeline import chain, chat, judge_model, models
@@ -56,7 +56,7 @@ def test_code_of_a_checkpoint_or_an_artifact_does_not_run_and_nothing_is_asked(f
         refused("needs code of its own", load, folder)
     refused("needs code of its own", models.load_policy, folder, "meta")
     judge = composed(f"evaluate.judge_model.path={folder}").evaluate.judge_model
-    refused("needs code of its own", judge_model.check, judge)
+    refused("needs code of its own", judge_model.check, judge, DATE)
     assert not (folder / "ran").exists()
 
 
@@ -66,7 +66,7 @@ def test_code_of_a_tokenizer_does_not_run(folder, monkeypatch):
     planted = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["planted.PlantedTokenizer", None]}}
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked on standard input"))
     file.write_text(json.dumps(planted))  # beside a class that transformers has
-    taken = tokenizer_stage.from_checkpoint(settings(folder))
+    taken = tokenizer_stage.from_checkpoint(settings(folder), DATE)
     assert taken(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     file.write_text(json.dumps(planted | {"tokenizer_class": "PlantedTokenizer"}))
     refused("its tokenizer: needs code of its own", take, folder)

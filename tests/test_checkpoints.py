@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_helpers import edit, hf, refused, settings, take
+from checkpoint_helpers import DATE, edit, hf, refused, settings, take
 from helpers import composed, make_job, tiny_config, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -173,10 +173,10 @@ def test_reward_models_encoders_and_encoder_decoders_are_no_policies(tmp_path, b
         ("t5", t5, r"is no causal language model \(T5ForConditionalGeneration\)"),
     ]:
         folder = write_model(model, tmp_path / name)
-        refused(line, tokenizer_stage.from_checkpoint, settings(folder))
+        refused(line, tokenizer_stage.from_checkpoint, settings(folder), DATE)
         refused(line, models.from_checkpoint, settings(folder), tiny_tokenizer())
         judge = composed("evaluate.judge_model.path=" + str(folder)).evaluate.judge_model
-        refused(f"evaluate.judge_model.path=.*{line}", judge_model.check, judge)
+        refused(f"evaluate.judge_model.path=.*{line}", judge_model.check, judge, DATE)
 
 
 def test_what_config_json_says_nothing_of_shows_in_the_model(tmp_path):

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from checkpoint_helpers import DATE
 from helpers import composed, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -101,7 +102,7 @@ def settings(folder, file="tiny.gguf"):
 def test_a_gguf_file_is_an_ordinary_fp32_model(tmp_path, model, quantised):
     stored = write(tmp_path / "tiny.gguf", model, chat.TEMPLATE, quantised)
     assert not quantised or any((stored[name] != value).any() for name, value in model.state_dict().items())
-    tokenizer = tokenizer_stage.from_checkpoint(settings(tmp_path))
+    tokenizer = tokenizer_stage.from_checkpoint(settings(tmp_path), DATE)
     taken = models.from_checkpoint(settings(tmp_path), tokenizer)
     for place in (None, tmp_path / "saved"):
         if place:
@@ -120,7 +121,7 @@ def test_a_gguf_file_is_an_ordinary_fp32_model(tmp_path, model, quantised):
 
 def test_its_tokenizer_and_template_are_those_of_the_file(tmp_path, model):
     write(tmp_path / "tiny.gguf", model, chat.TEMPLATE)
-    tokenizer, ours = tokenizer_stage.from_checkpoint(settings(tmp_path)), tiny_tokenizer()
+    tokenizer, ours = tokenizer_stage.from_checkpoint(settings(tmp_path), DATE), tiny_tokenizer()
     text = "The weather is nice;  and 雨, thank you\n"
     assert tokenizer(text)["input_ids"] == ours(text, add_special_tokens=False)["input_ids"]
     messages = [{"role": "user", "content": "Hello there"}]
@@ -149,7 +150,7 @@ def test_the_file_in_the_folder_is_taken_and_not_one_in_the_working_directory(tm
         model.lm_head.weight.zero_()
     write(tmp_path / "here/tiny.gguf", model)
     monkeypatch.chdir(tmp_path / "here")
-    taken = models.from_checkpoint(settings(tmp_path), tokenizer_stage.from_checkpoint(settings(tmp_path)))
+    taken = models.from_checkpoint(settings(tmp_path), tokenizer_stage.from_checkpoint(settings(tmp_path), DATE))
     assert taken.lm_head.weight.abs().sum() > 0
 
 
@@ -180,7 +181,10 @@ def test_a_file_that_cannot_be_taken_is_one_line(tmp_path, model, file, line):
     write(tmp_path / "tiny.gguf", model)
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "short.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:4000])
-    for call in (tokenizer_stage.from_checkpoint, lambda model: models.from_checkpoint(model, tiny_tokenizer())):
+    for call in (
+        lambda model: tokenizer_stage.from_checkpoint(model, DATE),
+        lambda model: models.from_checkpoint(model, tiny_tokenizer()),
+    ):
         with pytest.raises(UserError, match=line) as caught:
             call(settings(tmp_path, file))
         assert "\n" not in str(caught.value)

@@ -153,9 +153,9 @@ def test_a_broken_judge_is_refused_before_it_is_asked(world, tmp_path):
     settings = OmegaConf.merge(
         composed().evaluate.judge_model, {"path": str(tmp_path / "judge"), "verdicts": list(word), "chat": True}
     )
-    preflight._check_judge(json.dumps(OmegaConf.to_container(settings)))
+    preflight._check_judge(json.dumps(OmegaConf.to_container(settings)), "2026-01-01")
     preflight._check_judge.cache_clear()
     judge.get_input_embeddings().weight.data[:] = float("nan")
     models.save(judge, tiny_tokenizer(), tmp_path / "judge")
     with pytest.raises(UserError, match="its verdicts are no numbers"):
-        preflight._check_judge(json.dumps(OmegaConf.to_container(settings)))
+        preflight._check_judge(json.dumps(OmegaConf.to_container(settings)), "2026-01-01")
