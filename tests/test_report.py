@@ -373,9 +373,7 @@ def test_two_runs_beside_each_other(two):
     assert float(metrics["ppo.score"]["difference"]) == pytest.approx(1.25)
     assert float(metrics["pretrain.bits_per_byte"]["difference"]) == 0
     assert "Both runs use the same tokenizer, pretrain, sft, comparisons, reward, dpo." in html
-    assert (
-        "PPO of smoke scores lower than that of other by vader: -0.100 [-0.100, -0.100] on 16 common prompts." in html
-    )
+    assert "PPO of smoke scores lower than that of other by vader: -0.100 [–] on 16 common prompts." in html
     assert "DPO of smoke is not distinguishable from that of other" in html and "## Configuration that differs" in text
     html, _ = write(two)
     assert 'id="compare"' not in html
