@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from pipeline import chat, data, decoding, judge_model, models, sampling
+from pipeline import chat, data, decoding, judge_model, models, sampling, template
 from pipeline.columns import Message
 from pipeline.device import Device
 from pipeline.errors import UserError, first_line
@@ -27,7 +27,7 @@ from stages import sources
 from stages import tokenizer as tokenizer_stage
 
 CONVERSATION: list[Message] = [{"role": "user", "content": "Hi"}]
-FIRST = 20  # rows of a source that are rendered
+FIRST = 200  # rows of a source that are rendered
 LARGE = 2 * 2**30  # bytes of a judge's weights from which only its tokenizer and its verdicts are looked at
 
 
@@ -103,7 +103,7 @@ def require_score(config: Any) -> None:
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            scorer = AutoModelForSequenceClassification.from_config(config)
+            scorer = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError:
         scorer = None
     if not hasattr(scorer, "score"):
@@ -135,7 +135,10 @@ def _tokenizer(config: DictConfig, planned: dict[str, Any]) -> Any:
 
 
 def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
-    """Render the first rows of sources; raises `UserError` with file and line where the template refuses one."""
+    """Render the first rows of sources.
+
+    Raises `UserError` with file and line where the template refuses a larger share of them than the source allows.
+    """
     for key in keys:
         source = OmegaConf.select(config, key)
         if source.path is None:
@@ -144,14 +147,14 @@ def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
             prompts = [example.prompt for example in data.examples(source, "train", config.data.dialogue)[:FIRST]]
         else:
             prompts = [row["prompt"] for row in data.load(source, "train").rows[:FIRST] if "prompt" in row]
-        for prompt in prompts:
-            try:
-                chat.prompt_ids(tokenizer, prompt)
-            except (UserError, jinja2.TemplateError) as error:
-                raise UserError(
-                    f"{key}: the chat template of model.checkpoint={config.model.checkpoint} refuses "
-                    f"{data.place_of(source, prompt)}: {first_line(error)}"
-                ) from error
+        reasons = [template.refusal(tokenizer, chat.without_special(tokenizer, prompt)) for prompt in prompts]
+        refused = [(prompt, reason) for prompt, reason in zip(prompts, reasons, strict=True) if reason is not None]
+        if len(refused) > source.max_unusable_share * len(prompts):
+            prompt, reason = refused[0]
+            raise UserError(
+                f"{key}: the chat template of model.checkpoint={config.model.checkpoint} refuses {len(refused)} of the "
+                f"first {len(prompts)} dialogues, {data.place_of(source, prompt)} for one: {reason}"
+            )
 
 
 def tell(text: str) -> None:

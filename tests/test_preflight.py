@@ -118,7 +118,7 @@ def test_a_row_that_the_template_refuses_is_named_by_file_and_line(world, tmp_pa
     preflight._check_model.cache_clear()
     config = compose(["experiment=smoke", *overrides])
     tokenizer = preflight._tokenizer(config, {})
-    with pytest.raises(UserError, match=r"chats\.jsonl, line 3: System role not supported"):
+    with pytest.raises(UserError, match=r"chats\.jsonl, line 3 for one: System role not supported"):
         preflight.check_rows(config, tokenizer, ["data.replies"])
 
 
