@@ -208,7 +208,7 @@ def test_the_evaluation_asks_a_model_folder(smoke, tmp_path, capsys):
     verdicts = read_lines(job.out / "verdicts.jsonl")
     assert len(verdicts) == known["pairs"] == 15 - known["same"] - known["too_long"]
     assert all(0 < v["as_a"] < 1 and 0 < v["as_b"] < 1 for v in verdicts)
-    found = evaluate.in_arena(job, wins, models, replies)
+    found = evaluate.in_arena(wins, models, replies)
     assert {row["model"] for row in found["standings"]} == set(models)
     assert "questions to the judge model" in capsys.readouterr().out
     assert np.isfinite([row["elo"] for row in found["standings"]]).all()
