@@ -164,13 +164,11 @@ def test_content_that_cannot_be_written_leaves_the_old_file_as_it_was(tmp_path, 
 @pytest.mark.parametrize(("write", "read"), [(write_json, read_json), (write_lines, read_lines)])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_what_is_no_finite_number_is_refused_with_its_place_as_json_has_no_word_for_it(tmp_path, write, read, number):
-    write(tmp_path / "metrics.json", [{"a": 1}])
+    write(tmp_path / "scores.json", [{"a": 1}])
     rows = [{"models": {"ppo": {"gold_ci95": [0.5, number]}}}]
-    with pytest.raises(
-        UserError, match=rf"^metrics.json: .*models.ppo.gold_ci95.1 is {number}, no finite number; look"
-    ):
-        write(tmp_path / "metrics.json", rows)
-    assert read(tmp_path / "metrics.json") == [{"a": 1}] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match=rf"^scores.json: .*models.ppo.gold_ci95.1 is {number}, no finite number; look"):
+        write(tmp_path / "scores.json", rows)
+    assert read(tmp_path / "scores.json") == [{"a": 1}] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_lines_of_a_file_that_is_not_there_are_none(tmp_path):

@@ -120,6 +120,6 @@ def test_what_the_reward_stage_refuses_it_refuses_before_it_samples(tmp_path, ba
 def test_the_search_for_copies_counts_what_it_has_read():
     bar = Bar("copies", 5)
     trained = {"pretrain": [*SENTENCES[:3]], "sft": [*SENTENCES[3:]]}
-    found = contamination.against({"prompts": [SENTENCES[0]], "tasks.sums": ["1 + 1"]}, trained, bar)
+    found = contamination.against({"prompts": [SENTENCES[0]], "tasks.sums": ["1 + 1"]}, trained, bar=bar)
     assert bar.count == bar.total == 5
     assert found["prompts"][0]["pretrain"]["copies"] == 1 and found["prompts"][0]["sft"]["copies"] == 0

@@ -69,7 +69,7 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
     plans = chain.plan(config), chain.plan(config, needed_by("frontier", config))
     covered = {part for plan in plans for planned in plan.values() for part in planned.parts}
     neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.", "chat.")
-    neutral += ("launcher.", "cluster.", "resources.", "dashboard.", "sweep.")
+    neutral += ("launcher.", "cluster.", "resources.", "dashboard.", "sweep.", "data.limits_for")
     # which runs the frontier consists of, and how laws are fitted to them
     neutral += tuple(
         f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap")

@@ -5,7 +5,7 @@ import io
 import sys
 
 import pytest
-from helpers import composed, favour, perturb, tiny_policy, tiny_reward_model, tiny_tokenizer, write_model
+from helpers import composed, perturb, tiny_policy, tiny_reward_model, write_model
 
 from pipeline import cli, config
 from pipeline.artifact import write_json
@@ -20,7 +20,7 @@ def arguments(tmp_path_factory):
     """`chat` on a run with tiny models of stages sft, ppo and reward."""
     runs = tmp_path_factory.mktemp("chat") / "runs"
     for seed, stage in enumerate(("sft", "ppo")):
-        policy = favour(tiny_policy(seed=seed), tiny_tokenizer().eos_token_id, 2.5)
+        policy = tiny_policy(seed=seed)
         perturb(policy, 0.05)
         write_model(policy, runs / "tiny" / stage)
     write_model(tiny_reward_model(), runs / "tiny" / "reward")

@@ -8,7 +8,6 @@ import torch
 from helpers import (
     PAIRS,
     SENTENCES,
-    favour,
     make_job,
     perturb,
     plain_logprobs,
@@ -162,7 +161,7 @@ def test_the_score_head_starts_small_and_the_body_is_the_sft_model(tmp_path):
 
 def test_stored_normalisation_gives_mean_0_and_deviation_1(tmp_path):
     job = make_job("reward", tmp_path, "sampling.max_new_tokens=6")
-    models.save(favour(tiny_policy(), tiny_tokenizer().eos_token_id, 2.0), tiny_tokenizer(), tmp_path / "sft")
+    models.save(tiny_policy(), tiny_tokenizer(), tmp_path / "sft")
     job.inputs["sft"], model = tmp_path / "sft", tiny_reward_model()
     reward.normalise(model, tiny_tokenizer(), reward.sft_samples(job, tiny_tokenizer(), PAIRS))
     policy = models.load_policy(tmp_path / "sft")

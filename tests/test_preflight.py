@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import composed, favour, tiny_policy, tiny_tokenizer
+from helpers import composed, tiny_policy, tiny_tokenizer
 from omegaconf import OmegaConf
 from test_architectures import made
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +41,8 @@ def world(tmp_path):
 def checkpoint(folder, model, template=None):
     """Overrides for a model folder as transformers saves it."""
     tokenizer = tiny_tokenizer()
-    models.save(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return ["model=hf", f"model.checkpoint={folder}"]
@@ -75,7 +76,7 @@ def test_an_encoder_is_no_policy(world, tmp_path):
     torch.manual_seed(0)
     overrides = checkpoint(tmp_path / "model", AutoModelForCausalLM.from_config(config))
     said = refusal([*world, *overrides])
-    assert said.startswith(f"model.checkpoint={tmp_path / 'model'}: bert: its states after each token")
+    assert said.startswith(f"model.checkpoint={tmp_path / 'model'}: is no causal language model (BertLMHeadModel)")
 
 
 def test_weights_that_are_no_numbers_are_refused(world, tmp_path):
@@ -136,18 +137,18 @@ def test_nothing_is_loaded_for_stages_that_are_made(world, tmp_path, monkeypatch
 def test_a_new_model_that_cannot_be_sampled_from_is_refused(monkeypatch):
     """Blocks of a new model are the identity, so it is its shape, with other weights, that is tried."""
     config = OmegaConf.merge(composed("model=tiny").model, {"hidden_size": 16, "head_dim": 8})
-    tokenizer, model = preflight.start(config)
+    tokenizer, model = preflight.start(config, "2026-01-01")
     assert all(parameter.any() for parameter in model.parameters())
     monkeypatch.setattr(decoding, "kind_for", decoding.kind_for)  # as it is: this one passes
     settings = OmegaConf.create({"temperature": 1.0, "max_new_tokens": 2, "batch_size": 1, "static_cache": False})
     preflight.check_model(model, tokenizer, settings, scored=True)
     wrong = decoding.FusedDecoder.step
     monkeypatch.setattr(decoding.FusedDecoder, "step", lambda self, tokens: 1 + wrong(self, tokens))
-    assert decoding.kind_for(preflight.start(config)[1]) is decoding.Decoder
+    assert decoding.kind_for(preflight.start(config, "2026-01-01")[1]) is decoding.Decoder
 
 
 def test_a_broken_judge_is_refused_before_it_is_asked(world, tmp_path):
-    judge = favour(tiny_policy(), 0, 1.0)
+    judge = tiny_policy()
     models.save(judge, tiny_tokenizer(), tmp_path / "judge")
     word = tiny_tokenizer().decode([40]), tiny_tokenizer().decode([41])
     settings = OmegaConf.merge(
@@ -156,6 +157,6 @@ def test_a_broken_judge_is_refused_before_it_is_asked(world, tmp_path):
     preflight._check_judge(json.dumps(OmegaConf.to_container(settings)), "2026-01-01")
     preflight._check_judge.cache_clear()
     judge.get_input_embeddings().weight.data[:] = float("nan")
-    models.save(judge, tiny_tokenizer(), tmp_path / "judge")
-    with pytest.raises(UserError, match="its verdicts are no numbers"):
+    judge.save_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match="its probabilities are no finite numbers"):
         preflight._check_judge(json.dumps(OmegaConf.to_container(settings)), "2026-01-01")
