@@ -1,5 +1,6 @@
 """Stage comparisons: given pairs, several policies, earlier pairs, a scorer, and pairs for people to label."""
 
+import importlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -109,22 +110,25 @@ def test_another_policy_replies_beside_the_sft_model_under_its_own_name(smoke, t
 
 @pytest.fixture
 def judges(tmp_path, monkeypatch):
-    """A module of judges: one has no score for replies of an odd length, one for none."""
+    """A module of judges: one has no score for the longest of the replies it is given at a time, one for none."""
     folder = tmp_path / "judges"
     folder.mkdir()
     (folder / "few_scores.py").write_text(
-        "def even(prompts, completions, cap=None, **given):\n"
-        "    return [len(c) if len(c) % 2 == 0 else None for c in completions]\n"
+        "left_out = []\n"
+        "def shorter(prompts, completions, cap=None, **given):\n"
+        "    left_out.append(max(completions, key=len))\n"
+        "    return [None if c == left_out[-1] else len(c) for c in completions]\n"
         "def never(prompts, completions, cap=None, **given):\n    return [None] * len(completions)\n"
     )
     monkeypatch.syspath_prepend(folder)
 
 
 def test_replies_without_a_score_are_counted_and_take_no_part(smoke, tmp_path, judges):
-    out, metrics = made(smoke, tmp_path / "even", "comparisons.judge.function=few_scores:even")
+    out, metrics = made(smoke, tmp_path / "shorter", "comparisons.judge.function=few_scores:shorter")
     _, by_length = made(smoke, tmp_path / "all")
     pairs = [row for split in ("train", "test") for row in read_lines(out / f"{split}.jsonl")]
-    assert pairs and all(len(row[side]) % 2 == 0 for row in pairs for side in ("chosen", "rejected"))
+    left_out = importlib.import_module("few_scores").left_out
+    assert pairs and left_out and not {row[side] for row in pairs for side in ("chosen", "rejected")} & set(left_out)
     assert metrics["samples_unscored"] > 0 and metrics["people_unscored"] > 0
     assert by_length["samples_unscored"] == by_length["people_unscored"] == 0
 
