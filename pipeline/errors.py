@@ -42,8 +42,12 @@ def first_line(error: BaseException) -> str:
 
 
 def queued_again(error: SystemExit) -> bool:
-    """Whether Python ends because Slurm signalled and submitit, in its signal handler, has queued the job again."""
-    return any("submitit" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-1:])
+    """Whether Python ends because Slurm signalled and submitit, in its signal handler, has queued the job again.
+
+    The handler is not always the last to be called: W&B puts a function of its own in the place of `sys.exit`.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename.endswith("submitit/core/job_environment.py") for frame in frames)
 
 
 def require_most(left_out: int, of: int, share: float, key: str, what: str, share_key: str) -> None:

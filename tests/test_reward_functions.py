@@ -132,9 +132,14 @@ def test_an_interrupt_passes(mine):
         scored(mine(RAISING.format("(_ for _ in ()).throw(KeyboardInterrupt)")))
 
 
-def test_the_signal_by_which_slurm_queues_a_job_again_passes(mine):
+@pytest.mark.parametrize("tracked", [False, True])
+def test_the_signal_by_which_slurm_queues_a_job_again_passes(mine, monkeypatch, tracked):
+    """W&B puts a function of its own in the place of sys.exit, which is then the last to be called."""
     from submitit.core.job_environment import SignalHandler
 
+    original = sys.exit
+    if tracked:
+        monkeypatch.setattr(sys, "exit", lambda code=0: original(code))
     handler = SignalHandler.__new__(SignalHandler)
     handler._logger = logging.getLogger("test")
     sys.modules["handler_of_the_test"] = handler
@@ -154,7 +159,7 @@ def test_the_signal_by_which_slurm_queues_a_job_again_passes(mine):
         ),
         ("x = 1 / 0\ndef f(prompts, completions, **_): pass\n", "ZeroDivisionError: division by zero (mine_"),
         ("def f(strength): raise OSError('disk')\n", "OSError: disk (mine_"),
-        ("import sys\ndef f(strength): sys.exit()\n", "called sys.exit(None)"),
+        ("import sys\ndef f(strength): sys.exit(3)\n", "called sys.exit(3)"),
     ],
 )
 def test_a_module_or_maker_that_fails_is_told(mine, code, expected):
