@@ -69,7 +69,7 @@ UNREADABLE = "{} is a list of messages written as text, which cannot be read"
 
 
 def _shown_by_numpy(text: str) -> Any:
-    """A list as numpy and pandas write it: between its elements may stand a line end alone, which no string can hold."""
+    """A list as numpy and pandas write it: a line end alone may part its elements, and no string can hold one."""
     array = re.fullmatch(r"array\s*\((.*?)(?:,\s*dtype=\w+)?\)", text, re.DOTALL)
     return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "},{", array[1] if array else text))
 

@@ -27,6 +27,11 @@ SHAPES = {
 }
 DATE = "2026-01-01"  # of a checkpoint that no key dates, such as a judge model
 MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # how a mark is spelt: no word, no white space, no comma
+ROLE_NAMES = "system|user|assistant|human|chatbot|developer|role|turn|header"
+TURN_NAME = re.compile(  # of special tokens of checkpoints that are out: <|eot_id|>, <|endoftext|>, </s>, <|pad|>, ...
+    rf"(\w+_)?(im|eot|eom|bos|eos|(pad|reserved|unused|extra)\d*|{ROLE_NAMES})(_\w+)?|s|start|end|message|channel"
+    r"|return|call|tool|observation|(begin|start|end)_?of_?(text|sentence|turn|message|role|prompt|document|seq)"
+)
 CLOCK = re.compile(r"\{% macro strftime_now\(format\) %\}.*?\{% endmacro %\}\n", re.DOTALL)
 DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime; none that asks for the time zone
 
@@ -110,20 +115,28 @@ def end_of_turn(tokenizer: Any) -> str | None:
 def turn_marks(tokenizer: Any) -> list[str]:
     """The tokens that could open or close a turn if a message held them, longest first, then by their text.
 
-    These are the special tokens, and the added tokens that the template writes around contents. Tokens that come as a
-    pair of brackets, such as <think> and </think>, stand within a turn: they are marks only where one of the two has a
-    name among the special tokens (<s>, </s>) or the template puts a user's words between them ([INST], [/INST]).
+    These are the special tokens that have a part (bos_token, eos_token and others, but unk_token), those whose names
+    are those of turns (`TURN_NAME`), and the added tokens that the template writes around contents. Other special
+    tokens, such as [TOOL_CALLS] or <unk>, stay text. Tokens that come as a pair of brackets, such as <think> and
+    </think>, stand within a turn: they are marks only where one of the two has a part (<s>, </s>) or the template puts
+    a user's words between them ([INST], [/INST]).
     """
-    named = set(tokenizer.special_tokens_map.values())
+    named = {token for part, token in tokenizer.special_tokens_map.items() if part != "unk_token"}
     tokens = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
     special = {*tokenizer.all_special_tokens, *(token for token, is_special in tokens.items() if is_special)}
+    of_turns = named | {token for token in special if _is_named_after_turns(token)}
     around, before_reply = _written(tokenizer)
-    written = {token for token in tokens if MARK.fullmatch(token) and any(token in t for t in around + before_reply)}
+    marks = {token for token in tokens if token in special or MARK.fullmatch(token)}
+    written = {token for token in marks if any(token in text for text in around + before_reply)}
     within: set[str] = set()
     for opening, closing in _brackets({*tokens, *special}):
         if not {opening, closing} & named and all(text.count(opening) == text.count(closing) for text in around):
             within |= {opening, closing}
-    return sorted((special | written) - within, key=lambda token: (-len(token), token))
+    return sorted((of_turns | written) - within, key=lambda token: (-len(token), token))
+
+
+def _is_named_after_turns(token: str) -> bool:
+    return TURN_NAME.fullmatch(re.sub(r"[\W_]+", "_", token).strip("_").lower()) is not None
 
 
 def _written(tokenizer: Any) -> tuple[list[str], list[str]]:

@@ -88,8 +88,9 @@ def test_columns_that_take_no_messages_refuse_those_written_as_text(kind, column
 @pytest.mark.parametrize(
     "text",
     ["[1] see below", '[{"name": "x"}]', '{"role": "admin", "content": "x"}', '[{"role": "admin"}]', "{x}", "[{} {}]",
-     'Mend this: [{"role": "user", "content": "q"}]', '{"from": "a", "to": "b"}', '[{"role": "user", "content": "q"}] is what?',
-     '[INST] {"role": "user", "content": "q"}', '{"role": 1, "x": [{"content": 2}]}'],
+     'Mend this: [{"role": "user", "content": "q"}]', '{"from": "a", "to": "b"}',
+     '[{"role": "user", "content": "q"}] is what?', '[INST] {"role": "user", "content": "q"}',
+     '{"role": 1, "x": [{"content": 2}]}'],
 )  # fmt: skip
 def test_text_with_brackets_or_json_stays_text(text):
     (row,) = FORMATS["prompt_completion"]({"prompt": text, "completion": text}, Counter())
