@@ -7,8 +7,6 @@ import datetime
 import re
 from typing import Any
 
-from jinja2 import TemplateError
-
 from pipeline.columns import Message
 from pipeline.errors import UserError
 
@@ -24,6 +22,7 @@ SHAPES = {
     "a system message after a reply": (USER, REPLY, SYSTEM, LATER),
     "two user messages in a row": (USER, LATER),
     "a dialogue that the assistant begins": (REPLY, LATER),
+    "a dialogue of several turns": (USER, REPLY, LATER),
 }
 DATE = "2026-01-01"  # of a checkpoint that no key dates, such as a judge model
 MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # how a mark is spelt: no word, no white space, no comma
@@ -34,6 +33,8 @@ TURN_NAME = re.compile(  # of special tokens of checkpoints that are out: <|eot_
 )
 CLOCK = re.compile(r"\{% macro strftime_now\(format\) %\}.*?\{% endmacro %\}\n", re.DOTALL)
 DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime; none that asks for the time zone
+
+ASKED = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1", re.DOTALL)  # a format that a template asks the clock for
 
 
 def render(tokenizer: Any, messages: list[Message], generation_prompt: bool = True) -> str:
@@ -53,10 +54,10 @@ def refusal(tokenizer: Any, messages: list[Message]) -> str | None:
 def _attempt(tokenizer: Any, messages: list[Message], generation_prompt: bool) -> tuple[str, str | None]:
     try:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template may do whatever an expression can
         return "", " ".join(str(error).split()) or type(error).__name__
-    lost = any(m["role"] == "system" and m["content"].strip() not in rendered for m in messages)
-    return rendered, "it leaves a system message out" if lost else None
+    lost = [m["role"] for m in messages if m["role"] != "assistant" and m["content"].strip() not in rendered]
+    return rendered, f"it leaves a {lost[0]} message out" if lost else None
 
 
 def refusals(tokenizer: Any) -> dict[str, str]:
@@ -84,11 +85,17 @@ def with_date(source: str, date: str) -> str:
     """The template `source` with a `strftime_now` of its own, which gives midnight of `date` whatever the clock says.
 
     It stands in the template's text, so that every program that renders it writes the same. trim_blocks takes the line
-    break behind it, as it would behind every block.
+    break behind it, as it would behind every block. Raises `UserError` where the template asks for what no date says.
     """
     source = CLOCK.sub("", source, count=1)
     if "strftime_now" not in source:
         return source
+    for _, wanted in ASKED.findall(source):
+        if "%" in DIRECTIVE.sub("", wanted):
+            raise UserError(
+                f"its chat template asks the clock for {wanted!r}, of which a part cannot be fixed to a date; "
+                "change that format in its chat template"
+            )
     moment = datetime.datetime.fromisoformat(date)
     directives = sorted(set(DIRECTIVE.findall(source)))
     parts = "".join(f"|replace('{directive}', '{moment.strftime(directive)}')" for directive in directives)
@@ -102,8 +109,8 @@ def end_of_turn(tokenizer: Any) -> str | None:
     older template may write it after a reply without being asked.
     """
     rendered = render(tokenizer, [PLAIN[USER], PLAIN[REPLY]], False)
-    if USER not in rendered or REPLY not in rendered:
-        raise UserError("its chat template leaves out what user and assistant say as plain text")
+    if REPLY not in rendered:
+        raise UserError("its chat template leaves out what the assistant says as plain text")
     opening = rendered.partition(USER)[0].removeprefix(tokenizer.bos_token or "")
     tail = rendered.rpartition(REPLY)[2].lstrip()
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]

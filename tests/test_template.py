@@ -219,7 +219,7 @@ NO_END = {
     "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue .*Tools only"),
     "content in parts": (
         "{% for m in messages %}{% for part in m['content'] %}{% if part.type is defined %}{{ part.text }}{% endif %}"
-        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "leaves out what user and assistant say",
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "it leaves a user message out",
     ),
     "names": ({"tool_use": CHATML, "rag": CHATML}, r"none of its chat templates \(rag, tool_use\) is named default"),
 }  # fmt: skip
@@ -274,6 +274,36 @@ def test_the_shapes_that_a_template_refuses_are_named_with_its_words():
         "{{ '<|im_start|>' +", "{{ '' if m['role'] == 'system' else '<|im_start|>' +"
     )
     assert template.refusals(qwen(first_only)) == {"a system message after a reply": "it leaves a system message out"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("{{ messages[0].content.split('') }}", "empty separator"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ 'x'.index(messages[-1].content) }}", "substring not found"),
+    ],
+)
+def test_whatever_fails_in_a_template_is_a_refusal_in_its_words(expression, words):
+    assert words in template.refusal(qwen(expression + CHATML), HI)
+
+
+def test_a_template_that_leaves_turns_of_the_user_out_refuses_these():
+    tokenizer = qwen(CHATML.replace("in messages", "in messages[-1:]"))
+    dialogue = [*HI, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "well?"}]
+    assert template.refusal(tokenizer, HI) is None
+    assert template.refusal(tokenizer, dialogue) == "it leaves a user message out"
+    assert template.refusals(tokenizer)["a dialogue of several turns"] == "it leaves a user message out"
+    forgets = qwen(CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"))
+    dialogue[1]["content"] = "<think>so</think>fine"  # what the assistant thought may go
+    assert template.refusal(forgets, dialogue) is None
+
+
+@pytest.mark.parametrize("format", ["%s", "%d %Z", "%k:%M", "%%d", "%_d"])
+def test_what_no_date_says_of_a_clock_is_refused(format, tmp_path):
+    with pytest.raises(UserError, match=f"model.checkpoint=.*asks the clock for '{format}', of which a part") as caught:
+        of_checkpoint(qwen(DATED.replace("%d %b %Y", format)), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_rows_that_the_template_refuses_are_left_out_and_counted_up_to_the_share():
