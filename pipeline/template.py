@@ -60,6 +60,11 @@ def _attempt(tokenizer: Any, messages: list[Message], generation_prompt: bool) -
     return rendered, f"it leaves a {lost[0]} message out" if lost else None
 
 
+def counted(reasons: dict[str, int]) -> dict[str, dict[str, int]]:
+    """How many prompts a chat template refuses for each reason, as entries of the metric `unusable`."""
+    return {f"the chat template refuses it: {reason}": {"count": count} for reason, count in reasons.items()}
+
+
 def refusals(tokenizer: Any) -> dict[str, str]:
     """The shapes of dialogues that the chat template refuses, each with its words."""
     reasons = {shape: refusal(tokenizer, [PLAIN[name] for name in names]) for shape, names in SHAPES.items()}

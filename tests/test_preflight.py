@@ -151,8 +151,8 @@ def test_the_line_of_a_prompt_is_that_of_the_whole_message(tmp_path):
     config = compose([f"data.replies.path={file}", "data.replies.format=messages"]).data
     for prompt, line in (([hi], 4), (rows[1][:3], 2), (rows[3][:3], 4)):
         assert data.place_of(config.replies, prompt, config.dialogue) == f"the row in chats.jsonl, line {line}"
-    config.dialogue.context_turns = 1
-    assert data.place_of(config.replies, [said("user", "well?")], config.dialogue).endswith("line 4")
+    last_turn = OmegaConf.merge(config.dialogue, {"context_turns": 1})
+    assert data.place_of(config.replies, [said("user", "well?")], last_turn).endswith("line 4")
     pairs = [{"prompt": question, "chosen": "a", "rejected": "b"} for question in ("Hi there", "Hi")]
     found = source(lines(tmp_path / "pairs.jsonl", pairs), "preference")
     assert data.place_of(found, [hi], config.dialogue) == "the row in pairs.jsonl, line 2"
