@@ -38,7 +38,8 @@ def plain_text_of(raw: Row, column: str) -> str:
 
 
 # how messages begin where an export wrote them as text: brackets, perhaps dumped twice, then an object's first name
-OPENING = re.compile(r"""\s*["']?\s*(?:array\s*\(|[\[(]|\s)*\{\s*\\*["']""")
+SPACE = r"(?:\s|\\[nrt])*"
+OPENING = re.compile(rf"""{SPACE}(?:["']{SPACE})?(?:(?:array\s*)?[\[(]{SPACE})*\{{{SPACE}\\*["']""")
 FIELDS = re.compile(r"""["'](role|content|from|value)\\*["']\s*:""")
 READING_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
@@ -60,8 +61,9 @@ def value_of(raw: Row, column: str) -> Any:
             if isinstance(parsed, dict | list | tuple):
                 return _messages_in(parsed, value, column)
     with contextlib.suppress(*READING_ERRORS):
-        json.JSONDecoder().raw_decode(value.strip())
-        return value  # other words follow
+        _, end = json.JSONDecoder().raw_decode(value.strip())
+        if not OPENING.match(value.strip()[end:].lstrip(", ")):
+            return value  # other words follow
     raise UnusableRowError(UNREADABLE.format(column))
 
 

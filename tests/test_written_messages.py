@@ -63,6 +63,8 @@ def test_messages_written_as_text_give_the_row_that_messages_give(case, way, tmp
         (json.dumps([[Q, A]]), "written as text, which cannot be read"),
         (str({"messages": [Q, A]}), "written as text, which cannot be read"),
         (f"{[Q, A]}"[:-1] + ", ...]", "written as text, which cannot be read"),
+        ("\n".join(map(json.dumps, [Q, A | {"name": None}])), "written as text, which cannot be read"),
+        (json.dumps(json.dumps([Q, A], indent=1))[:-9], "written as text, which cannot be read"),
         (json.dumps([Q, A])[:-9], "written as text, which cannot be read"),
         ('[{"role": "user", "content": "q"}]', "does not end with an assistant's reply"),
     ],
