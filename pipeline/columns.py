@@ -1,9 +1,11 @@
 """What a column of a raw row holds, checked: text, messages, a reply, a number; all else is refused with a reason."""
 
 import ast
+import contextlib
 import json
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 Row = dict[str, Any]
@@ -30,37 +32,71 @@ def text_of(raw: Row, column: str) -> str:
     return value.strip()
 
 
-# text that begins and ends as messages do where an export wrote them as text, and names what messages have
-WRITTEN = re.compile(r"\s*(\[\s*\{.*\}\s*\]|\{.*\})\s*", re.DOTALL)
-FIELDS = re.compile(r"""["'](role|content|from|value)["']\s*:""")
+def plain_text_of(raw: Row, column: str) -> str:
+    """As `text_of`, of a prompt or a reply; messages that an export wrote as text are no text."""
+    return text_of(raw | {column: value_of(raw, column)} if column in raw else raw, column)
+
+
+# how messages begin where an export wrote them as text: brackets, perhaps dumped twice, then an object's first name
+SPACE = r"(?:\s|\\[nrt])*"
+OPENING = re.compile(rf"""{SPACE}(?:["']{SPACE})?(?:(?:array\s*)?[\[(]{SPACE})*\{{{SPACE}\\*["']""")
+FIELDS = re.compile(r"""["'](role|content|from|value)\\*["']\s*:""")
+READING_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 def value_of(raw: Row, column: str) -> Any:
-    """What a column that may hold messages has; messages that an export wrote as text are read from it."""
+    """What a column that may hold messages has; messages that an export wrote as text are read from it.
+
+    Raises `UnusableRowError` where text begins as messages do and cannot be read as a list of them.
+    """
     value = raw.get(column)
-    if not isinstance(value, str) or not WRITTEN.fullmatch(value):
-        return value
-    if not {"role", "content"} <= (names := set(FIELDS.findall(value))) and not {"from", "value"} <= names:
+    if not isinstance(value, str) or not OPENING.match(value) or not _is_message(set(FIELDS.findall(value))):
         return value
     for read in (json.loads, ast.literal_eval, _shown_by_numpy):
-        try:
-            return _messages_in(read(value.strip()), value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-    raise UnusableRowError(f"{column} is a list of messages written as text, which cannot be read")
+        with contextlib.suppress(*READING_ERRORS):
+            parsed = read(value.strip())
+            if isinstance(parsed, str):  # dumped twice
+                inner = value_of({column: parsed}, column)
+                return value if isinstance(inner, str) else inner
+            if isinstance(parsed, dict | list | tuple):
+                return _messages_in(parsed, value, column)
+    with contextlib.suppress(*READING_ERRORS):
+        _, end = json.JSONDecoder().raw_decode(value.strip())
+        if not OPENING.match(value.strip()[end:].lstrip(", ")):
+            return value  # other words follow
+    raise UnusableRowError(UNREADABLE.format(column))
+
+
+UNREADABLE = "{} is a list of messages written as text, which cannot be read"
 
 
 def _shown_by_numpy(text: str) -> Any:
-    """A list as pandas writes it to CSV: between its elements stands a line end alone, which no string can hold."""
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "},{", text))
+    """A list as numpy and pandas write it: a line end alone may part its elements, and no string can hold one."""
+    array = re.fullmatch(r"array\s*\((.*?)(?:,\s*dtype=\w+)?\)", text, re.DOTALL)
+    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "},{", array[1] if array else text))
 
 
-def _messages_in(parsed: Any, text: str) -> Any:
+def _messages_in(parsed: Any, text: str, column: str) -> Any:
     """What was read from `text` where that is messages, and otherwise the text: people write about JSON as well."""
-    if isinstance(parsed, dict):
-        return [parsed] if parsed.get("role") in ROLES and "content" in parsed else text
-    fields = [set(entry) if isinstance(entry, dict) else set() for entry in parsed]
-    return parsed if all({"role", "content"} <= names or {"from", "value"} <= names for names in fields) else text
+    if isinstance(parsed, dict) and parsed.get("role") in ROLES and "content" in parsed:
+        return [parsed]
+    entries = list(parsed.values() if isinstance(parsed, dict) else parsed)
+    if not any(map(_has_message, entries)):
+        return text
+    if isinstance(parsed, dict) or not all(isinstance(entry, dict) for entry in entries):
+        raise UnusableRowError(UNREADABLE.format(column))
+    return entries
+
+
+def _has_message(entry: Any) -> bool:
+    """Whether an entry of what was read is a message, or has one within."""
+    if isinstance(entry, dict):
+        return _is_message(entry.keys()) or any(map(_has_message, entry.values()))
+    return isinstance(entry, list | tuple) and any(map(_has_message, entry))
+
+
+def _is_message(names: Collection[str]) -> bool:
+    return {"role", "content"} <= set(names) or {"from", "value"} <= set(names)
 
 
 def messages_of(raw: Row, column: str) -> list[Message]:

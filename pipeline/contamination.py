@@ -50,23 +50,31 @@ def long_enough(text: str) -> bool:
 
 
 def same(evaluated: list[str | None], trained: list[str]) -> np.ndarray:
-    """Which evaluated texts are, as a whole and by `plain`, a trained text; None is none."""
-    whole = {plain(text) for text in trained}
-    return np.array([text is not None and plain(text) in whole for text in evaluated], dtype=bool)
+    """Which evaluated texts are, as a whole and by a form of `plain`, a trained text; None is none."""
+    whole = {form for text in trained for form in plain(text)}
+    return np.array([text is not None and not plain(text).isdisjoint(whole) for text in evaluated], dtype=bool)
 
 
 OPERATOR = re.compile(r"(?<=\d)(\s*)([-*/%])|([-*/%])(?=\s*\d)")  # beside a number: 7-5 and 7*5 are two texts
-KEPT = dict(zip("-*/%", "\ue000\ue001\ue002\ue003", strict=True))  # what stands for an operator: no punctuation
+KEPT = dict(zip("-*/%.", "\ue000\ue001\ue002\ue003\ue004", strict=True))  # what stands for an operator: no punctuation
 
 
-def plain(text: str) -> str:
+UNWRITTEN = re.compile(r"(?<=[^\W\d])['’](?=[^\W\d])|(?<=\d),(?=\d{3}(?!\d))")  # don't is dont, and 3,000 is 3000
+DECIMAL = re.compile(r"(?<=\d)\.(?=\d)")  # 1.5 and 1 5 are two texts
+WITHIN = re.compile(r"(?<=[^\W\d])(?:[^\w\s]|_)(?=[^\W\d])")  # a sign between two letters
+
+
+def plain(text: str) -> set[str]:
     """A text without what a copy may change: case, forms of a letter, white space and punctuation.
 
-    Operators beside a number stay, and so do other symbols (+ and =). A text of punctuation alone stays as it is.
+    It has two forms, for a sign between letters may go (wellknown) or become a space (well known). Operators beside a
+    number and the point within one stay, and so do other symbols (+ and =). A text of punctuation alone stays as it is.
     """
     folded = _folded(text)
-    marked = OPERATOR.sub(lambda found: f" {KEPT[found[2] or found[3]]} ", folded)
-    return " ".join(marked.translate(_punctuation()).split()) or " ".join(folded.split())
+    numbers = DECIMAL.sub(KEPT["."], UNWRITTEN.sub("", folded))
+    marked = OPERATOR.sub(lambda found: f" {KEPT[found[2] or found[3]]} ", numbers)
+    forms = marked, WITHIN.sub(lambda sign: sign[0].translate(_punctuation()).strip(), marked)
+    return {" ".join(form.translate(_punctuation()).split()) or " ".join(folded.split()) for form in forms}
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline import files, tasks
+from pipeline import raw_rows
 from pipeline.columns import Message, Row, UnusableRowError
 from pipeline.errors import UserError
-from pipeline.folders import ALL, local_files, split_files
+from pipeline.folders import ALL, split_files
 from pipeline.formats import FORMATS, alternating
 from pipeline.preference_formats import PREFERENCE_FORMATS
 from pipeline.sources import is_local, is_package, is_task, package_file
@@ -153,7 +153,7 @@ def _parse(source_json: str, given_split: str) -> Rows:
     source, rows = SimpleNamespace(**json.loads(source_json)), []  # a DictConfig costs seconds in a loop over rows
     unusable: dict[str, dict[str, Any]] = {}
     dropped: Counter = Counter()
-    raws = _read(source, given_split)
+    raws = raw_rows.read(source, given_split)
     for where, line, raw in raws:
         try:
             rows += _rows_of(raw, source, dropped)
@@ -177,6 +177,21 @@ def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
     return [row | {"split": split} for row in found] if split else found
 
 
+def place_of(source: DictConfig, prompt: list[Message], dialogue: DictConfig) -> str:
+    """File and line of the first row that has `prompt`, or a reply to it, for an error message."""
+    given, most = SimpleNamespace(**json.loads(_as_json(source))), dialogue.context_turns
+    for where, line, raw in raw_rows.read(given, "train"):
+        with contextlib.suppress(UnusableRowError):
+            if any(prompt in _prompts(row, most) for row in _rows_of(raw, given, Counter())):
+                return f"the row in {where}, line {line}"
+    return f"a row of {source.path}"
+
+
+def _prompts(row: Row, most: int | None) -> list[list[Message]]:
+    turns = _turns(row)
+    return [row.get("prompt", [])] + [_context(turns, i, row, most or len(turns)) for i in range(1, len(turns))]
+
+
 def _refuse_bad_source(
     source: SimpleNamespace, raws: list[tuple[str, int, Row]], unusable: dict[str, dict[str, Any]]
 ) -> None:
@@ -196,51 +211,6 @@ def _refuse_bad_source(
         f"{source.path}: {bad} of {len(raws)} rows cannot be used as format={source.format}, most often because "
         f"{reason} (first in {worst['file']}, {unit} {worst['first_line']}); mend them, or set {remedy}"
     )
-
-
-def _read(source: SimpleNamespace, split: str) -> list[tuple[str, int, Row]]:
-    """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
-    of_split = getattr(source, "files", {})
-    local = [Path(file) for file in of_split.get(split) or of_split.get(ALL, ())]
-    if source.format == "chitchat":
-        return [row for file in local or local_files(source.path) for row in _read_chitchat(file)]
-    if is_task(source.path):
-        return [(source.path, number, row) for number, row in enumerate(tasks.generator(source.path)(), start=1)]
-    if local:
-        return [row for file in local for row in files.read(file)]
-    return [(source.path, number, row) for number, row in enumerate(_read_hub(source, split), start=1)]
-
-
-def place_of(source: DictConfig, prompt: list[Message]) -> str:
-    """File and line of the first row that says what the last message of `prompt` says, for an error message."""
-    given, wanted = SimpleNamespace(**json.loads(_as_json(source))), json.dumps(prompt[-1]["content"])[1:-1]
-    for where, line, raw in _read(given, "train"):
-        with contextlib.suppress(UnusableRowError):
-            if wanted in json.dumps(_rows_of(raw, given, Counter())):
-                return f"the row in {where}, line {line}"
-    return f"a row of {source.path}"
-
-
-def _read_chitchat(file: Path) -> list[tuple[str, int, Row]]:
-    try:
-        conversations = json.loads(file.read_text())
-        named = [{"id": key, **conversation} for key, conversation in conversations.items()]
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{file}: not a chitchat-dataset file (one JSON object of conversations); set format"
-        ) from error
-    return [(file.name, number, conversation) for number, conversation in enumerate(named, start=1)]
-
-
-def _read_hub(source: SimpleNamespace, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    name = source.splits.get(split, split)
-    try:
-        return load_dataset(source.path, source.config_name, revision=source.revision, split=name).to_list()
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source.path}: neither a file or folder here nor loadable from the hub ({reason})") from error
 
 
 def texts(rows: list[Row]) -> list[str]:
@@ -265,7 +235,8 @@ def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Examp
 def left_out(source: DictConfig, split: str, dialogue: DictConfig, once: bool = False) -> dict[str, dict[str, Any]]:
     """What is not used of a split's prompts and replies: reason → {"count"}, for unusable rows with the first line.
 
-    With `once` the replies after the first to a prompt count as well: those who ask a prompt once do not use them.
+    With `once` the replies after the first to a prompt count as well: a stage that asks each prompt once does not use
+    them.
     """
     unused = _unused(source, split, dialogue, once)
     return load(source, split).unusable | {why: {"count": count} for why, count in unused.items()}

@@ -14,7 +14,10 @@ KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
+    "held out": ("heldout", "held", "holdout"),  # of no split in particular, so the files are refused
 }
+SHARD = re.compile(r"[-_.]\d+-of-\d+")
+ABOUT = re.compile(r"((readme|licen[sc]e|copying|requirements)([-_. ]\w+)*|notice|authors|changelog)\.txt")  # no data
 ALL = "all"  # of a source whose files name no splits
 NONE, SEVERAL = "no split", "several splits"  # what a name tells otherwise
 
@@ -44,11 +47,12 @@ def split_files(path: str, splits: dict[str, str]) -> dict[str, list[Path]]:
     root, files, by_split = Path(path).expanduser(), local_files(path), {}
     for file in files if root.is_dir() and not is_saved(root) else ():
         by_split.setdefault(_split_of(file, root), []).append(file)
-    if by_split.keys() <= {NONE, "train"} or by_split.keys() == {SEVERAL}:
+    several = any(_are_several(named, root) for split, named in by_split.items() if split != NONE)
+    if not several and list(by_split) in ([], [NONE], ["train"], [SEVERAL]):
         return {ALL: files}
-    twice = is_dictionary(root) and any(len(named) > 1 for named in by_split.values())
-    if by_split.keys() & {NONE, SEVERAL} or "train" not in by_split or twice:
-        seen = ", ".join(f"{named[0].relative_to(root)} ({split})" for split, named in by_split.items())
+    if several or "train" not in by_split or by_split.keys() - {"train", "validation", "test"}:
+        ends = {split: dict.fromkeys((named[0], named[-1])) for split, named in by_split.items()}
+        seen = ", ".join(f"{file.relative_to(root)} ({split})" for split, named in ends.items() for file in named)
         raise UserError(
             f"{path}: some of its files are named after splits, not all clearly: {seen}; set splits, for example "
             "splits={train: PATTERN, test: PATTERN}, or splits={train: '*'} to train on all"
@@ -67,18 +71,39 @@ def is_dictionary(folder: Path) -> bool:
 
 
 def _all(root: Path) -> list[Path]:
-    """What is in a folder and in those below it that are named after a split, or data, as on the hub."""
+    """What is in a folder and in those below it that are named after a split, or data, as on the hub.
+
+    Raises `UserError` where a folder below holds data files that are in neither.
+    """
     if is_dictionary(root):
         return [folder for folder in sorted(root.iterdir()) if is_saved(folder)]
-    inside = sorted(root.iterdir())
+    inside = sorted(f for f in root.iterdir() if not f.name.startswith("."))
     below = [f for f in inside if f.is_dir() and not is_saved(f) and (f.name == "data" or _named(f.name))]
-    return [*inside, *(file for folder in below for file in sorted(folder.iterdir()))]
+    taken = [*inside, *(file for folder in below for file in sorted(folder.iterdir()))]
+    read = {file for file in taken if _has_rows(file)}
+    for file in sorted(root.rglob("*")):
+        place = file.relative_to(root)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if not hidden and _has_rows(file) and not read & {file, *file.parents}:
+            raise UserError(
+                f"{root}: {place} is in a folder that is not read; set splits, for example splits={{train: "
+                "'data/train/*', test: 'data/test/*'}, or splits={train: '**/*'} to train on all"
+            )
+    return taken
 
 
 def _has_rows(file: Path) -> bool:
-    if file.is_dir():
-        return is_saved(file)
-    return file.is_file() and file.name.removesuffix(".gz").endswith(SUFFIXES) and file.name not in METADATA
+    name = file.name.removesuffix(".gz")
+    if file.is_dir() or name.startswith(".") or name in METADATA or ABOUT.fullmatch(name.lower()):
+        return file.is_dir() and is_saved(file)
+    return file.is_file() and name.endswith(SUFFIXES)
+
+
+def _are_several(named: list[Path], root: Path) -> bool:
+    """Whether the files of one split are several data sets: folders of a dictionary, or shards of several names."""
+    wholes = {SHARD.split(str(file.relative_to(root)))[0] for file in named}
+    sharded = any(SHARD.search(file.name) for file in named)
+    return len(wholes) > 1 and (sharded or is_dictionary(root))
 
 
 def _split_of(file: Path, root: Path) -> str:
@@ -88,5 +113,7 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _named(name: str) -> set[str]:
-    words = set(re.split(r"[-._ 0-9]+", name.removesuffix(".gz").lower()))
+    """The splits that words of a name tell: my-train.jsonl, trainData.jsonl and trainset.jsonl name one."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name.removesuffix(".gz")).lower()
+    words = {word.removesuffix("set").removesuffix("data") for word in re.split(r"[-._ 0-9]+", apart)}
     return {split for split, keywords in KEYWORDS.items() if words.intersection(keywords)}

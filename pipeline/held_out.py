@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pipeline import chat, data, likelihood, models, sampling
+from pipeline import chat, data, likelihood, models, sampling, template
 from pipeline.artifact import read_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
@@ -38,10 +38,9 @@ def prompts(
     fitting = sampling.with_room(ids, model, job.config.sampling)
     more = {
         "prompt is in training": len(distinct) - len(new),
-        **{f"the chat template refuses it: {reason}": number for reason, number in refused.items()},
         "prompt leaves no room for a reply": len(ids) - len(fitting),
     }
-    unused = {why: {"count": number} for why, number in more.items() if number}
+    unused = {why: {"count": number} for why, number in more.items() if number} | template.counted(refused)
     return [drawn[i] for i in fitting][:count], data.left_out(source, split, dialogue, once=True) | unused
 
 

@@ -11,7 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, number_of, text_of
+from pipeline.columns import (
+    Message,
+    Row,
+    UnusableRowError,
+    dialogue_of,
+    key_of,
+    messages_of,
+    number_of,
+    plain_text_of,
+)
 
 PASSAGE_CHARS = 600  # with a question and a reply, 95 % of the pairs fit 512 tokens of a small vocabulary
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -63,8 +72,8 @@ def pandalm(raw: Row, dropped: Counter) -> list[Row]:
     """
     context = raw.get("input")
     context = f"\n\n{context.strip()}" if isinstance(context, str) and context.strip() else ""
-    prompt = [{"role": "user", "content": text_of(raw, "instruction") + context}]
-    replies = [text_of(raw, "response1"), text_of(raw, "response2")]
+    prompt = [{"role": "user", "content": plain_text_of(raw, "instruction") + context}]
+    replies = [plain_text_of(raw, "response1"), plain_text_of(raw, "response2")]
     columns = [name for name in raw if re.fullmatch(r"annotator_?\d+", name) and raw[name] not in (None, "")]
     if not columns:
         raise UnusableRowError("no column annotator1")
@@ -104,11 +113,11 @@ def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
     The votes are in the order 1 and 2, 1 and 3, ..., 2 and 3, ...: 1 for the first, 2 for the second, 0 for a tie. The
     prompt is the passages, shortened to PASSAGE_CHARS, and then the question.
     """
-    question, votes = text_of(raw, "question"), raw.get("preference")
+    question, votes = plain_text_of(raw, "question"), raw.get("preference")
     names = [name for name in raw if name.startswith("prediction ") and raw[name] is not None]
     if len(names) < 2:
         raise UnusableRowError("fewer than two predictions")
-    replies = [text_of(raw, f"prediction {number}") for number in range(1, len(names) + 1)]
+    replies = [plain_text_of(raw, f"prediction {number}") for number in range(1, len(names) + 1)]
     pairs = list(itertools.combinations(replies, 2))
     if not isinstance(votes, list) or len(votes) != len(pairs):
         raise UnusableRowError("preference does not hold one vote on each two predictions")
@@ -181,7 +190,7 @@ def _scored_completions(raw: Row, dropped: Counter) -> list[Row]:
         raise UnusableRowError("completions is not a list of objects with response and overall_score")
     if len(completions) < 2:
         raise UnusableRowError("fewer than two completions")
-    scored = [(number_of(c, "overall_score"), text_of(c, "response")) for c in completions]
+    scored = [(number_of(c, "overall_score"), plain_text_of(c, "response")) for c in completions]
     found = []
     for (a, first), (b, second) in itertools.combinations(scored, 2):
         winner = 0 if a == b else 1 if a > b else 2
@@ -200,7 +209,7 @@ def _asked(dialogue: list[Message]) -> list[Message]:
 
 
 def _transcript(raw: Row, column: str) -> list[Message]:
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text_of(raw, column))
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + plain_text_of(raw, column))
     if parts[0].strip() or len(parts) < 5:
         raise UnusableRowError(f"{column} does not alternate Human: and Assistant:")
     roles = {"Human": "user", "Assistant": "assistant"}

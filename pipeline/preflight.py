@@ -134,23 +134,28 @@ def _tokenizer(config: DictConfig, planned: dict[str, Any]) -> Any:
 def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
     """Render the first rows of sources.
 
-    Raises `UserError` with file and line where the template refuses a larger share of them than the source allows.
+    Raises `UserError` with file and line where the template refuses more of them than the source allows of all its
+    rows, or every one of them.
     """
     for key in keys:
         source = OmegaConf.select(config, key)
         if source.path is None:
             continue
         if key == "data.replies":
-            prompts = [example.prompt for example in data.examples(source, "train", config.data.dialogue)[:FIRST]]
+            prompts = [example.prompt for example in data.examples(source, "train", config.data.dialogue)]
         else:
-            prompts = [row["prompt"] for row in data.load(source, "train").rows[:FIRST] if "prompt" in row]
-        reasons = [template.refusal(tokenizer, chat.without_special(tokenizer, prompt)) for prompt in prompts]
-        refused = [(prompt, reason) for prompt, reason in zip(prompts, reasons, strict=True) if reason is not None]
-        if len(refused) > source.max_unusable_share * len(prompts):
+            prompts = [row["prompt"] for row in data.load(source, "train").rows if "prompt" in row]
+        first, share = prompts[:FIRST], source.max_unusable_share
+        reasons = [template.refusal(tokenizer, chat.without_special(tokenizer, prompt)) for prompt in first]
+        refused = [(prompt, reason) for prompt, reason in zip(first, reasons, strict=True) if reason is not None]
+        all_of_many = len(refused) == len(first) and share < 1
+        if refused and (all_of_many or len(refused) > min(share * len(prompts), len(prompts) - 1)):
             prompt, reason = refused[0]
+            place = data.place_of(source, prompt, config.data.dialogue)
             raise UserError(
                 f"{key}: the chat template of model.checkpoint={config.model.checkpoint} refuses {len(refused)} of the "
-                f"first {len(prompts)} dialogues, {data.place_of(source, prompt)} for one: {reason}"
+                f"first {len(first)} of {len(prompts):,} dialogues, {place} for one: {reason}; give "
+                f"dialogues that it renders, or a checkpoint that takes them, or set {key}.max_unusable_share higher"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import chat, data, ensemble, likelihood, models, sampling
+from pipeline import chat, data, ensemble, likelihood, models, sampling, template
 from pipeline.actors import Actors
 from pipeline.formats import Message
 from pipeline.job import Job
@@ -31,23 +31,28 @@ class Prompt:
 def prompt_pool(job: Job, tokenizer: Any, policy: Any) -> list[Prompt]:
     """The training split's prompts that leave room for a reply, in an order that the seed decides.
 
-    Those that the chat template refuses are left out; SFT, on the same data, counts them.
+    Those that the chat template refuses are left out.
     """
-    source = job.config.data.replies
-    found = data.prompts(source, "train", job.config.data.dialogue)
-    wanted, _ = chat.accepted(tokenizer, data.draw(found, job.config.ppo.episodes, job.config.ppo.seed), source)
+    wanted, _ = _drawn(job, tokenizer)
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in wanted]
     fitting = sampling.with_room(ids, policy, job.config.sampling)
     return [Prompt(ids[i], wanted[i].prompt, wanted[i].reply) for i in fitting]
 
 
-def left_out(job: Job, pool: list[Prompt]) -> dict[str, dict[str, Any]]:
+def _drawn(job: Job, tokenizer: Any) -> tuple[list[data.Example], dict[str, int]]:
+    """The prompts that the seed draws and the chat template renders, and how many it refuses, by reason."""
+    source = job.config.data.replies
+    found = data.prompts(source, "train", job.config.data.dialogue)
+    return chat.accepted(tokenizer, data.draw(found, job.config.ppo.episodes, job.config.ppo.seed), source)
+
+
+def left_out(job: Job, tokenizer: Any, pool: list[Prompt]) -> dict[str, dict[str, Any]]:
     """What of the training split is not in the pool of prompts, by reason; prompts are asked once, for any reply."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
-    wanted = min(len(data.prompts(source, "train", dialogue)), job.config.ppo.episodes)
-    unused = data.left_out(source, "train", dialogue, once=True)
-    if wanted > len(pool):
-        unused["prompt leaves no room for a reply"] = {"count": wanted - len(pool)}
+    wanted, refused = _drawn(job, tokenizer)
+    unused = data.left_out(source, "train", dialogue, once=True) | template.counted(refused)
+    if len(wanted) > len(pool):
+        unused["prompt leaves no room for a reply"] = {"count": len(wanted) - len(pool)}
     return unused
 
 

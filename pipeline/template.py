@@ -7,8 +7,6 @@ import datetime
 import re
 from typing import Any
 
-from jinja2 import TemplateError
-
 from pipeline.columns import Message
 from pipeline.errors import UserError
 
@@ -24,11 +22,19 @@ SHAPES = {
     "a system message after a reply": (USER, REPLY, SYSTEM, LATER),
     "two user messages in a row": (USER, LATER),
     "a dialogue that the assistant begins": (REPLY, LATER),
+    "a dialogue of several turns": (USER, REPLY, LATER),
 }
 DATE = "2026-01-01"  # of a checkpoint that no key dates, such as a judge model
 MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # how a mark is spelt: no word, no white space, no comma
+ROLE_NAMES = "system|user|assistant|human|chatbot|developer|role|turn|header"
+TURN_NAME = re.compile(  # of special tokens of checkpoints that are out: <|eot_id|>, <|endoftext|>, </s>, <|pad|>, ...
+    rf"(\w+_)?(im|eot|eom|bos|eos|(pad|reserved|unused|extra)\d*|{ROLE_NAMES})(_\w+)?|s|start|end|message|channel"
+    r"|return|call|tool|observation|(begin|start|end)_?of_?(text|sentence|turn|message|role|prompt|document|seq)"
+)
 CLOCK = re.compile(r"\{% macro strftime_now\(format\) %\}.*?\{% endmacro %\}\n", re.DOTALL)
 DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime; none that asks for the time zone
+
+ASKED = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1", re.DOTALL)  # a format that a template asks the clock for
 
 
 def render(tokenizer: Any, messages: list[Message], generation_prompt: bool = True) -> str:
@@ -48,10 +54,15 @@ def refusal(tokenizer: Any, messages: list[Message]) -> str | None:
 def _attempt(tokenizer: Any, messages: list[Message], generation_prompt: bool) -> tuple[str, str | None]:
     try:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template may do whatever an expression can
         return "", " ".join(str(error).split()) or type(error).__name__
-    lost = any(m["role"] == "system" and m["content"].strip() not in rendered for m in messages)
-    return rendered, "it leaves a system message out" if lost else None
+    lost = [m["role"] for m in messages if m["role"] != "assistant" and m["content"].strip() not in rendered]
+    return rendered, f"it leaves a {lost[0]} message out" if lost else None
+
+
+def counted(reasons: dict[str, int]) -> dict[str, dict[str, int]]:
+    """How many prompts a chat template refuses for each reason, as entries of the metric `unusable`."""
+    return {f"the chat template refuses it: {reason}": {"count": count} for reason, count in reasons.items()}
 
 
 def refusals(tokenizer: Any) -> dict[str, str]:
@@ -79,11 +90,17 @@ def with_date(source: str, date: str) -> str:
     """The template `source` with a `strftime_now` of its own, which gives midnight of `date` whatever the clock says.
 
     It stands in the template's text, so that every program that renders it writes the same. trim_blocks takes the line
-    break behind it, as it would behind every block.
+    break behind it, as it would behind every block. Raises `UserError` where the template asks for what no date says.
     """
     source = CLOCK.sub("", source, count=1)
     if "strftime_now" not in source:
         return source
+    for _, wanted in ASKED.findall(source):
+        if "%" in DIRECTIVE.sub("", wanted):
+            raise UserError(
+                f"its chat template asks the clock for {wanted!r}, of which a part cannot be fixed to a date; "
+                "change that format in its chat template"
+            )
     moment = datetime.datetime.fromisoformat(date)
     directives = sorted(set(DIRECTIVE.findall(source)))
     parts = "".join(f"|replace('{directive}', '{moment.strftime(directive)}')" for directive in directives)
@@ -97,8 +114,8 @@ def end_of_turn(tokenizer: Any) -> str | None:
     older template may write it after a reply without being asked.
     """
     rendered = render(tokenizer, [PLAIN[USER], PLAIN[REPLY]], False)
-    if USER not in rendered or REPLY not in rendered:
-        raise UserError("its chat template leaves out what user and assistant say as plain text")
+    if REPLY not in rendered:
+        raise UserError("its chat template leaves out what the assistant says as plain text")
     opening = rendered.partition(USER)[0].removeprefix(tokenizer.bos_token or "")
     tail = rendered.rpartition(REPLY)[2].lstrip()
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
@@ -110,20 +127,28 @@ def end_of_turn(tokenizer: Any) -> str | None:
 def turn_marks(tokenizer: Any) -> list[str]:
     """The tokens that could open or close a turn if a message held them, longest first, then by their text.
 
-    These are the special tokens, and the added tokens that the template writes around contents. Tokens that come as a
-    pair of brackets, such as <think> and </think>, stand within a turn: they are marks only where one of the two has a
-    name among the special tokens (<s>, </s>) or the template puts a user's words between them ([INST], [/INST]).
+    These are the special tokens that have a part (bos_token, eos_token and others, but unk_token), those whose names
+    are those of turns (`TURN_NAME`), and the added tokens that the template writes around contents. Other special
+    tokens, such as [TOOL_CALLS] or <unk>, stay text. Tokens that come as a pair of brackets, such as <think> and
+    </think>, stand within a turn: they are marks only where one of the two has a part (<s>, </s>) or the template puts
+    a user's words between them ([INST], [/INST]).
     """
-    named = set(tokenizer.special_tokens_map.values())
+    named = {token for part, token in tokenizer.special_tokens_map.items() if part != "unk_token"}
     tokens = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
     special = {*tokenizer.all_special_tokens, *(token for token, is_special in tokens.items() if is_special)}
+    of_turns = named | {token for token in special if _is_named_after_turns(token)}
     around, before_reply = _written(tokenizer)
-    written = {token for token in tokens if MARK.fullmatch(token) and any(token in t for t in around + before_reply)}
+    marks = {token for token in tokens if token in special or MARK.fullmatch(token)}
+    written = {token for token in marks if any(token in text for text in around + before_reply)}
     within: set[str] = set()
     for opening, closing in _brackets({*tokens, *special}):
         if not {opening, closing} & named and all(text.count(opening) == text.count(closing) for text in around):
             within |= {opening, closing}
-    return sorted((special | written) - within, key=lambda token: (-len(token), token))
+    return sorted((of_turns | written) - within, key=lambda token: (-len(token), token))
+
+
+def _is_named_after_turns(token: str) -> bool:
+    return TURN_NAME.fullmatch(re.sub(r"[\W_]+", "_", token).strip("_").lower()) is not None
 
 
 def _written(tokenizer: Any) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 import rewards
-from pipeline import chat, data, ensemble, models, pairing, preferences, sampling
+from pipeline import chat, data, ensemble, models, pairing, preferences, sampling, template
 from pipeline.artifact import write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
@@ -25,8 +25,10 @@ def run(job: Job) -> dict[str, Any]:
         train, test, metrics = made(job)
     if job.config.data.preferences.path is None and job.config.comparisons.label_by == "people":
         return metrics
-    if earlier := earlier_pairs(job, test):
+    earlier, dropped = earlier_pairs(job, test)
+    if earlier:
         train, metrics = train + earlier, metrics | {"pairs_from_earlier": len(earlier)}
+    metrics["dropped_held_out_prompt"] += dropped
     train, test, template_counts = as_the_template_allows(job, train, test)
     if not train or not test:
         raise UserError(
@@ -46,14 +48,16 @@ def as_the_template_allows(
     given = job.config.data.preferences
     source = job.config.data.replies if given.path is None else given
     train, refused = chat.accepted(tokenizer, train, source, Pair.prompts)
-    test, _ = chat.accepted(tokenizer, test, source, Pair.prompts)
+    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.prompts)
     prompts = [p for pair in train for p in (pair.prompt, pair.rejected_prompt) if p]
     removed = chat.marks_removed(
         tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
     )
     if removed or refused:
-        job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
-    return train, test, {"marks_removed": removed, "refused_by_template": refused}
+        count = sum(refused.values())
+        job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} pairs")
+    counts = {"refused_by_template": refused, "eval_refused_by_template": held_out_refused}
+    return train, test, {"marks_removed": removed, **counts}
 
 
 def given(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
@@ -63,7 +67,10 @@ def given(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     train, test = (pairs_of(loaded[split].rows, config.seed, split == "test") for split in ("train", "test"))
     kept = not_held_out(train, test)
     noisy, flipped = pairing.with_label_noise(kept, config.label_noise, np.random.default_rng(config.seed))
-    unusable = {split: rows.unusable for split, rows in loaded.items()}
+    unusable = {split: dict(rows.unusable) for split, rows in loaded.items()}
+    held_out = loaded["test"].rows
+    if held_out and "label" in held_out[0] and len(held_out) > 2 * len(test):
+        unusable["test"]["no reply of the other label is left for it"] = {"count": len(held_out) - 2 * len(test)}
     counts = {"dropped_held_out_prompt": len(train) - len(kept), "labels_flipped": flipped}
     return noisy, test, counts | {"unusable": unusable}
 
@@ -82,10 +89,11 @@ def not_held_out(train: list[Pair], test: list[Pair]) -> list[Pair]:
     return [pair for pair, *known in zip(train, chosen, rejected, strict=True) if not any(known)]
 
 
-def earlier_pairs(job: Job, test: list[Pair]) -> list[Pair]:
-    """The training pairs of the artifacts `comparisons.earlier` whose prompts are not held out here."""
-    found = [pair for folder in job.config.comparisons.earlier for pair in preferences.read(Path(folder), "train")]
-    return not_held_out(found, test)
+def earlier_pairs(job: Job, test: list[Pair]) -> tuple[list[Pair], int]:
+    """The training pairs of `comparisons.earlier` whose prompts are not held out here, and how many are."""
+    pairs = [pair for folder in job.config.comparisons.earlier for pair in preferences.read(Path(folder), "train")]
+    kept = not_held_out(pairs, test)
+    return kept, len(pairs) - len(kept)
 
 
 def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
@@ -95,15 +103,14 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
     judge = rewards.load(config.judge, rewards.GIVEN["comparisons"]) if config.label_by == "judge" else None
-    sampled, held_out, unfinished, unusable = sampled_answers(job)
+    sampled, held_out, left_out = sampled_answers(job)
     train, kept, unscored = paired(job, sampled, judge, generator)
     test, _, unscored_held_out = paired(job, held_out, judge, generator)
     pool = write_pool(job.out / "pool.jsonl", train, test, generator)
     metrics: dict[str, Any] = {
         "pool": pool,
         "kept_share": kept,
-        "samples_without_end": unfinished,
-        "unusable": unusable,
+        **left_out,
     }
     if judge is None:
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
@@ -144,10 +151,10 @@ def require_scores(unscored: int, samples: int) -> None:
         )
 
 
-def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], int, dict[str, Any]]:
+def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], dict[str, Any]]:
     """Replies of every policy, grouped by prompt, for training and held-out prompts.
 
-    Also returns how many did not end, and what of each split is not used, by reason.
+    Also returns, as metrics, how many did not end or have no text, and what of each split is not used, by reason.
 
     Replies without an end token are left out: the token would have to be made up.
     """
@@ -157,8 +164,10 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
     room = models.load_policy(job.inputs["sft"], "meta")
     train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
-    train, held_out = (chat.accepted(tokenizer, found, source)[0] for found in (train, held_out))
     unusable = {split: data.left_out(source, split, dialogue, once=True) for split in ("train", "validation")}
+    (train, refused), (held_out, held_out_refused) = (chat.accepted(tokenizer, e, source) for e in (train, held_out))
+    unusable["train"] |= template.counted(refused)
+    unusable["validation"] |= template.counted(held_out_refused)
     drawn = len(train), len(held_out)
     train, held_out = (with_room(found, tokenizer, room, job.config.sampling) for found in (train, held_out))
     for split, before, after in zip(unusable, drawn, (train, held_out), strict=True):
@@ -169,17 +178,20 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], i
     flops = 2 * models.parameter_count(room) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
     total = len(asked) * len(policies)
     job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(policies))
-    bar, unfinished = job.progress(total, "samples"), 0
+    bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
     for number, (name, folder) in enumerate(policies.items()):
         numbers = sampling.random_numbers(config.seed + number, len(ids), job.config.sampling)
         model = models.load_policy(folder, job.device.type)
         for i, reply in enumerate(sampling.sample(model, ids, job.config.sampling, tokenizer, numbers, bar)):
             unfinished += not reply.ended
-            if reply.ended and (text := chat.reply_text(tokenizer, reply.ids)):
+            text = chat.reply_text(tokenizer, reply.ids)
+            empty += reply.ended and not text
+            if reply.ended and text:
                 groups[i // config.samples_per_prompt].append(Answer(asked[i].prompt, text, name))
     bar.close()
-    return groups[: len(train)], groups[len(train) :], unfinished, unusable
+    metrics = {"samples_without_end": unfinished, "samples_empty": empty, "unusable": unusable}
+    return groups[: len(train)], groups[len(train) :], metrics
 
 
 def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:

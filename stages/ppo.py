@@ -83,7 +83,7 @@ def run(job: Job) -> dict[str, Any]:
     if ppo.accelerator.is_main_process:
         actors.save(ppo.actors, job.inputs, ppo.tokenizer, job.out)
     used = min(len(prompts), result["episodes"] // ppo.config.samples_per_prompt)
-    unusable = rollouts.left_out(job, prompts)
+    unusable = rollouts.left_out(job, ppo.tokenizer, prompts)
     return result | {"template_hash": chat.template_hash(ppo.tokenizer), "prompts": used, "unusable": unusable}
 
 

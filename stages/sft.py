@@ -24,7 +24,7 @@ def run(job: Job) -> dict[str, Any]:
     key, allowed = f"sft.max_length={config.max_length}", "data.replies.max_unusable_share"
     require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
     asked = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
-    asked, _ = chat.accepted(tokenizer, asked, source)
+    asked, held_out_refused = chat.accepted(tokenizer, asked, source)
     examples = [e for e in asked if len(tokenised(tokenizer, e)["input_ids"]) <= config.max_length]
     require_most(len(asked) - len(examples), len(asked), 1.0, key, "held-out examples", allowed)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
@@ -35,7 +35,8 @@ def run(job: Job) -> dict[str, Any]:
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
     if removed or refused:
-        job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
+        count = sum(refused.values())
+        job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} examples")
     measured = len(examples) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
     job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * measured))
     before = bits_per_byte(job, model, tokenizer, examples) if job.main else None
@@ -53,6 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         "marks_removed": removed,
         "refused_by_template": refused,
         "template_hash": chat.template_hash(tokenizer),
+        "eval_refused_by_template": held_out_refused,
         "eval_dropped_too_long": len(asked) - len(examples),
         "unusable": data.left_out(source, "train", dialogue),
     }

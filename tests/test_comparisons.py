@@ -79,6 +79,14 @@ def test_given_rows_that_cannot_be_used_are_counted(given_pairs):
     }
 
 
+def test_held_out_replies_without_a_partner_of_the_other_label_are_counted(given_pairs):
+    rows = [{"prompt": f"test {i}", "completion": f"reply {i}", "label": i < 5} for i in range(105)]
+    train = [{"prompt": f"train {i}", "completion": f"reply {i}", "label": i < 5} for i in range(20)]
+    _, test, metrics = given_pairs(train, rows, "unpaired")
+    assert len(test) == 5
+    assert metrics["unusable"]["test"] == {"no reply of the other label is left for it": {"count": 95}}
+
+
 # Pairs that the stage makes, on the models of the smoke run
 
 FEW = ["comparisons.prompts=12", "comparisons.eval_prompts=8", "comparisons.human_pairs=4", "comparisons.min_gap=0"]
@@ -141,12 +149,13 @@ def test_a_judge_without_any_score_is_refused(smoke, tmp_path, judges):
 def test_earlier_comparisons_are_added_but_for_prompts_that_are_held_out_now(smoke, tmp_path):
     earlier = tmp_path / "earlier"
     earlier.mkdir()
-    before, _ = made(smoke, tmp_path / "before")
+    before, first = made(smoke, tmp_path / "before")
     held_out = preferences.read(before, "test")
     new = Pair([{"role": "user", "content": "an old prompt"}], "good", "bad", None, "samples")
     preferences.write(earlier / "train.jsonl", [new, held_out[0]])
     out, metrics = made(smoke, tmp_path / "after", f"comparisons.earlier=[{earlier}]")
     assert metrics["pairs_from_earlier"] == 1
+    assert metrics["dropped_held_out_prompt"] == first["dropped_held_out_prompt"] + 1
     assert preferences.read(out, "train") == [*preferences.read(before, "train"), new]
     assert preferences.read(out, "test") == held_out
 

@@ -92,11 +92,22 @@ def test_every_prompt_that_is_in_training_but_for_case_and_punctuation_is_found(
 @pytest.mark.parametrize(
     ("one", "other"),
     [("7-5", "7+5"), ("7*5", "7-5"), ("7 / 5", "7 % 5"), ("-5", "5"), ("x = 5", "x 5"), ("?", "..."), ("yes", "no"),
-     ("\u0915\u093f", "\u0915\u0940"), ("x - 5", "x * 5"), ("12", "1 2"), ("it", "its")],
+     ("\u0915\u093f", "\u0915\u0940"), ("x - 5", "x * 5"), ("12", "1 2"), ("it", "its"),
+     ("1.5", "1 5"), ("1.5", "15"), ("3,000", "3"), ("1,5", "15"), ("3.000", "3,000")],
 )  # fmt: skip
 def test_other_texts_are_not_the_same(one, other):
     assert contamination.same([one, one], [other, one.upper()]).tolist() == [True, True]
     assert contamination.same([one], [other]).tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("don't", "dont"), ("Don\u2019t I?", "dont i"), ("3,000", "3000"), ("1,234,567.5!", "1234567.5"),
+     ("well-known", "well known"), ("well-known", "wellknown"), ("I don't: well-known.", "i dont well known")],
+)  # fmt: skip
+def test_signs_within_a_word_or_a_number_do_not_count(one, other):
+    assert contamination.same([one, other], [other]).tolist() == [True, True]
+    assert contamination.same([other], [one]).tolist() == [True]
 
 
 def test_a_text_too_short_for_eight_grams_is_a_copy_of_its_like_alone():

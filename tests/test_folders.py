@@ -16,6 +16,7 @@ LAYOUTS = {
     "numbered": ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl", "val-0.jsonl"),
     "folders": ("train/a.jsonl", "test/a.jsonl", "valid/a.jsonl"),
     "hub": ("data/train-0.jsonl", "data/test-0.jsonl", "data/validation-0.jsonl"),
+    "words in one": ("trainset.jsonl", "testData.jsonl", "XYValidation_set.jsonl"),
     "folder first": ("train/of_the_test.jsonl", "test/train.jsonl", "valid/a.jsonl"),
 }
 SPLITS = ("train", "test", "validation")
@@ -65,6 +66,12 @@ def test_validation_without_a_file_is_carved_from_training_and_metadata_is_no_ro
         ("test.jsonl", "dev.jsonl"),
         ("train.jsonl", "train_and_test.jsonl"),
         ("a.jsonl", "test/a.jsonl"),
+        ("train.jsonl", "heldout.jsonl"),
+        ("train.jsonl", "more.jsonl"),
+        ("a.jsonl", "my-held-out.jsonl"),
+        ("train/part-0.jsonl", "heldout/part-0.jsonl"),
+        ("data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl", "data/test-0.jsonl"),
+        ("train_sft-00000-of-00001-a1.jsonl", "train_gen-00000-of-00001-b2.jsonl"),
     ],
 )
 def test_names_that_are_not_clear_are_refused_and_splits_decide(names, tmp_path):
@@ -74,7 +81,34 @@ def test_names_that_are_not_clear_are_refused_and_splits_decide(names, tmp_path)
     ) as caught:
         data.load(source(tmp_path / "d"), "train")
     assert "\n" not in str(caught.value)
-    assert data.load(source(tmp_path / "d", splits={"train": "*.jsonl"}), "train").rows
+    assert data.load(source(tmp_path / "d", splits={"train": "**/*.jsonl"}), "train").rows
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (("train/part-0.jsonl", "rest/part-0.jsonl"), "rest/part-0.jsonl"),
+        (("x.jsonl", "data/train/a.jsonl", "data/test/b.jsonl"), "data/test/b.jsonl"),
+        (("all.jsonl", "de/train.jsonl", "en/train.jsonl"), "de/train.jsonl"),
+    ],
+)
+def test_a_folder_below_is_not_left_out_silently(names, unread, tmp_path):
+    texts = fill(tmp_path / "d", names)
+    with pytest.raises(UserError, match=f"/d: {unread} is in a folder that is not read; set splits, for") as caught:
+        data.load(source(tmp_path / "d"), "train")
+    assert "\n" not in str(caught.value)
+    whole = texts_of(source(tmp_path / "d", splits={"train": "**/*"}))
+    assert set().union(*whole.values()) == set().union(*texts.values())
+
+
+def test_hidden_files_and_texts_about_the_data_are_no_rows(tmp_path):
+    texts = fill(tmp_path / "d", ("train-00000-of-00002-a1.jsonl", "train-00001-of-00002-b2.jsonl"))
+    for name in ("._a.jsonl", ".train.jsonl", "README.txt", "LICENSE-MIT.txt", "requirements.txt", ".cache/a.jsonl"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text("no row")
+    for options in ({}, {"splits": {"train": "*"}}):
+        found = texts_of(source(tmp_path / "d", **options))
+        assert set().union(*found.values()) == set().union(*texts.values())
 
 
 @pytest.mark.parametrize(

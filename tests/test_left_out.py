@@ -8,7 +8,8 @@ from pipeline import data, held_out, preferences, rollouts
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.preferences import Pair, write
-from stages import sft
+from pipeline.sampling import Reply
+from stages import comparisons, sft
 
 SPLITS = ("train", "validation", "test")
 
@@ -107,12 +108,58 @@ def test_prompts_without_room_are_counted(tmp_path):
     file = lines(tmp_path / "chats.jsonl", rows)
     job = make_job("ppo", tmp_path / "job", *own(file, "ppo.episodes=1000", "sampling.max_new_tokens=8"))
     pool = rollouts.prompt_pool(job, tiny_tokenizer(), tiny_policy())
-    reasons = rollouts.left_out(job, pool)
+    reasons = rollouts.left_out(job, tiny_tokenizer(), pool)
     in_split = len(data.load(job.config.data.replies, "train").rows)
     assert reasons == {"prompt leaves no room for a reply": {"count": in_split - len(pool)}} and 20 < len(pool) < 60
     examples, unused = held_out.prompts(job, tiny_tokenizer(), tiny_policy(), 100, 1)
     in_test = len(data.load(job.config.data.replies, "test").rows)
     assert unused == {"prompt leaves no room for a reply": {"count": in_test - len(examples)}} and examples
+
+
+def tokenizer_without_system():
+    """The tiny tokenizer with a template that takes no system message."""
+    tokenizer = tiny_tokenizer()
+    refusing = "{% for m in messages if m['role'] == 'system' %}{{ raise_exception('No system') }}{% endfor %}"
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    return tokenizer
+
+
+def test_prompts_that_the_template_refuses_are_counted_as_such(tmp_path, monkeypatch):
+    turns = [[said("user", f"{i}"), said("assistant", "yes")] for i in range(300)]
+    rows = [{"messages": [said("system", "s")] * (i % 5 == 0) + turn} for i, turn in enumerate(turns)]
+    overrides = own(lines(tmp_path / "chats.jsonl", rows), "data.replies.max_unusable_share=0.5")
+    tokenizer, words = tokenizer_without_system(), "the chat template refuses it: No system"
+    asked = {s: [r["messages"] for r in data.load(compose(overrides).data.replies, s).rows] for s in SPLITS[:2]}
+    expected = {s: {words: {"count": sum(len(m) == 3 for m in dialogues)}} for s, dialogues in asked.items()}
+    job = make_job("ppo", tmp_path / "ppo", *overrides, "ppo.episodes=1000", "sampling.max_new_tokens=8")
+    pool = rollouts.prompt_pool(job, tokenizer, tiny_policy())
+    assert rollouts.left_out(job, tokenizer, pool) == expected["train"] and len(pool) > 100
+    more = ["comparisons.prompts=1000", "comparisons.eval_prompts=1000", "comparisons.samples_per_prompt=2"]
+    job = make_job("comparisons", tmp_path / "job", *overrides, *more, "sampling.max_new_tokens=8")
+    job.inputs["sft"] = write_model(tiny_policy(), tmp_path / "sft")
+    replies = [[tokenizer.eos_token_id], [*tokenizer.encode("yes"), tokenizer.eos_token_id], tokenizer.encode("no")]
+
+    def sampled(model, ids, *_):
+        return [Reply(replies[i % 3], [], i % 3 < 2, []) for i in range(len(ids))]
+
+    monkeypatch.setattr(comparisons.chat, "require_same_template", lambda _: tokenizer)
+    monkeypatch.setattr(comparisons.sampling, "sample", sampled)
+    train, held_out, metrics = comparisons.sampled_answers(job)
+    assert metrics["unusable"] == expected
+    count = 2 * (len(train) + len(held_out))
+    assert metrics["samples_empty"] == -(-count // 3) and metrics["samples_without_end"] == count // 3
+    assert sum(map(len, train + held_out)) == count - metrics["samples_empty"] - metrics["samples_without_end"]
+
+
+def test_training_and_held_out_pairs_that_the_template_refuses_are_counted(tmp_path, monkeypatch):
+    pairs = [Pair([said("system", "s")] * (i < 3) + [said("user", "<|end|>")], "a", "b", None, "x") for i in range(10)]
+    job = make_job("comparisons", tmp_path, *own("x.jsonl", "data.replies.max_unusable_share=0.9"))
+    job.inputs["sft"] = tmp_path
+    monkeypatch.setattr(comparisons.chat, "require_same_template", lambda _: tokenizer_without_system())
+    train, test, metrics = comparisons.as_the_template_allows(job, pairs, pairs[1:8])
+    assert (train, test) == (pairs[3:], pairs[3:8])
+    refused = {"refused_by_template": {"No system": 3}, "eval_refused_by_template": {"No system": 2}}
+    assert metrics == {"marks_removed": 7, **refused}
 
 
 HELLO = [said("system", "Be kind."), said("user", "Hello"), said("assistant", "Hi.")]

@@ -5,12 +5,13 @@ import time
 
 import pytest
 import torch
+from data_helpers import lines, said, source
 from helpers import composed, tiny_policy, tiny_tokenizer
 from omegaconf import OmegaConf
 from test_architectures import made
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import chain, decoding, models, preflight
+from pipeline import chain, data, decoding, models, preflight
 from pipeline.config import compose
 from pipeline.errors import UserError
 
@@ -113,14 +114,48 @@ TEMPLATE = (
 )
 
 
-def test_a_row_that_the_template_refuses_is_named_by_file_and_line(world, tmp_path):
-    overrides = [*world, *checkpoint(tmp_path / "model", tiny_policy(), TEMPLATE), "target=sft"]
-    overrides += ["data.dialogue.reply_min_chars=1"]
-    preflight._check_model.cache_clear()
-    config = compose(["experiment=smoke", *overrides])
-    tokenizer = preflight._tokenizer(config, {})
-    with pytest.raises(UserError, match=r"chats\.jsonl, line 3 for one: System role not supported"):
-        preflight.check_rows(config, tokenizer, ["data.replies"])
+def dialogues(file, rows, with_system):
+    """A file of `rows` dialogues, those numbered in `with_system` with a system message; overrides that use it."""
+    turns = [[said("user", f"question {i}?"), said("assistant", f"This is answer {i}.")] for i in range(rows)]
+    system = [said("system", "Be kind.")]
+    lines(file, [{"messages": system * (i in with_system) + turn, "split": "train"} for i, turn in enumerate(turns)])
+    return [f"data.replies.path={file}", "data.replies.format=messages", "model.checkpoint=here", "model=hf"]
+
+
+def rows_checked(overrides):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    preflight.check_rows(compose(["experiment=smoke", *overrides]), tokenizer, ["data.replies"])
+
+
+def test_a_row_that_the_template_refuses_is_named_by_file_and_line_with_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"chats\.jsonl, line 3 for one: System role not sup.*; give .*, or set data."):
+        rows_checked(dialogues(tmp_path / "chats.jsonl", 40, {2, 5}))
+
+
+def test_refused_rows_at_the_top_are_held_to_all_rows(tmp_path):
+    rows_checked(dialogues(tmp_path / "few.jsonl", 3000, range(6)))  # 0.2 %
+    with pytest.raises(UserError, match=r"refuses 31 of the first 200 of 3,000 dialogues"):
+        rows_checked(dialogues(tmp_path / "more.jsonl", 3000, range(31)))
+    every = [*dialogues(tmp_path / "all.jsonl", 600, range(200)), "data.replies.max_unusable_share=0.5"]
+    with pytest.raises(UserError, match=r"refuses 200 of the first 200 of 600 dialogues"):
+        rows_checked(every)
+    rows_checked([*every, "data.replies.max_unusable_share=1"])
+
+
+def test_the_line_of_a_prompt_is_that_of_the_whole_message(tmp_path):
+    history, hi = [said("user", "History of Rome?"), said("assistant", "Hi there")], said("user", "Hi")
+    rows = [history, [*history, hi, said("assistant", "a")], [said("user", "Hi!"), said("assistant", "Hi")]]
+    rows += [[hi, said("assistant", "b"), said("user", "well?"), said("assistant", "c")]]
+    file = lines(tmp_path / "chats.jsonl", [{"messages": row} for row in rows])
+    config = compose([f"data.replies.path={file}", "data.replies.format=messages"]).data
+    for prompt, line in (([hi], 4), (rows[1][:3], 2), (rows[3][:3], 4)):
+        assert data.place_of(config.replies, prompt, config.dialogue) == f"the row in chats.jsonl, line {line}"
+    last_turn = OmegaConf.merge(config.dialogue, {"context_turns": 1})
+    assert data.place_of(config.replies, [said("user", "well?")], last_turn).endswith("line 4")
+    pairs = [{"prompt": question, "chosen": "a", "rejected": "b"} for question in ("Hi there", "Hi")]
+    found = source(lines(tmp_path / "pairs.jsonl", pairs), "preference")
+    assert data.place_of(found, [hi], config.dialogue) == "the row in pairs.jsonl, line 2"
 
 
 def test_nothing_is_loaded_for_stages_that_are_made(world, tmp_path, monkeypatch):

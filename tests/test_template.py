@@ -11,6 +11,7 @@ from tokenizer_kinds import (
     CHATML,
     CODE,
     DATED,
+    FORMATS_OF_TOOLS,
     KINDS,
     REASONING,
     THINKING,
@@ -42,8 +43,12 @@ def of_checkpoint(tokenizer, folder, date="2026-01-01"):
     return stage.prepared(saved(tokenizer, folder), "model.checkpoint=here", date)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", [CODE, REASONING, TOOLS, "I don't know, assistant: <b> [x] unwritten>"])
+WORDS = "I don't know, assistant: <b> [x] unwritten>"
+TEXTS = [(kind, text) for kind in KINDS for text in (CODE, REASONING, TOOLS, WORDS)]
+BYTE_LEVEL = [kind for kind in KINDS if kind not in ("llama", "unigram")]  # the others have no character of their space
+
+
+@pytest.mark.parametrize(("kind", "text"), TEXTS + [(kind, text) for kind in BYTE_LEVEL for text in FORMATS_OF_TOOLS])
 def test_tokens_keep_code_reasoning_and_tool_calls(kind, text):
     tokenizer = KINDS[kind]()
     end = tokenizer.eos_token_id
@@ -97,6 +102,23 @@ def test_brackets_that_a_default_system_message_mentions_are_kept():
     assert "<think>" not in template.turn_marks(qwen(said + CHATML))
 
 
+TURNS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "</s>"]
+TURNS += ["<|begin_of_text|>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<start_of_turn>", "<|START_OF_TURN_TOKEN|>"]
+TURNS += ["<|reserved_special_token_7|>", "<unused3>", "<|observation|>", "<|end|>", "<|assistant|>", "[PAD]"]
+TEXT = ["[TOOL_CALLS]", "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁end｜>", "<|fim_prefix|>", "<unk>"]
+TEXT += ["<|file_sep|>", "<|vision_start|>", "[TOOL_RESULTS]", "<|tool_response|>"]
+
+
+def test_special_tokens_that_open_or_close_no_turn_are_text_and_those_of_any_turn_are_not():
+    tokenizer = bytes_bpe(chat.TEMPLATE.replace("|>", "$>"), special(*TURNS, *TEXT), eos_token="[X]", unk_token="<unk>")
+    assert set(template.turn_marks(tokenizer)) == {*TURNS, "[X]"}
+    text = " ".join(TEXT)
+    assert chat.marks_removed(tokenizer, [], [text]) == 0
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, text)) == text
+    gpt2 = bytes_bpe(None, bos_token="<start>x", eos_token="<start>x", unk_token="<start>x")
+    assert template.turn_marks(gpt2) == ["<start>x"]
+
+
 def test_a_mark_of_turns_need_not_be_special():
     tokenizer = bytes_bpe(CHATML, plain("<|im_start|>", "<|im_end|>", "user"), eos_token="<|im_end|>")
     assert template.turn_marks(tokenizer) == ["<|im_start|>", "<|im_end|>"]
@@ -105,8 +127,9 @@ def test_a_mark_of_turns_need_not_be_special():
 HASHED = """
 from pipeline import chat
 class Stub:
-    chat_template, special_tokens_map, added_tokens_decoder = None, {}, {}
+    chat_template, added_tokens_decoder = None, {}
     all_special_tokens = ["<|a", "a|>", "<|a|>b", "|>", "|><", "<<", "a|", "b<"]
+    special_tokens_map = dict(enumerate(all_special_tokens))
     __len__ = lambda self: 9
     convert_tokens_to_ids = lambda self, tokens: []
 for text in ("x<|a|>y", "x<|a|>b<y", "<|a|><|a", "b<<|a|>b<<", "aa|><|>"):
@@ -196,7 +219,7 @@ NO_END = {
     "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue .*Tools only"),
     "content in parts": (
         "{% for m in messages %}{% for part in m['content'] %}{% if part.type is defined %}{{ part.text }}{% endif %}"
-        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "leaves out what user and assistant say",
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "it leaves a user message out",
     ),
     "names": ({"tool_use": CHATML, "rag": CHATML}, r"none of its chat templates \(rag, tool_use\) is named default"),
 }  # fmt: skip
@@ -251,6 +274,36 @@ def test_the_shapes_that_a_template_refuses_are_named_with_its_words():
         "{{ '<|im_start|>' +", "{{ '' if m['role'] == 'system' else '<|im_start|>' +"
     )
     assert template.refusals(qwen(first_only)) == {"a system message after a reply": "it leaves a system message out"}
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("{{ messages[0].content.split('') }}", "empty separator"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ 'x'.index(messages[-1].content) }}", "substring not found"),
+    ],
+)
+def test_whatever_fails_in_a_template_is_a_refusal_in_its_words(expression, words):
+    assert words in template.refusal(qwen(expression + CHATML), HI)
+
+
+def test_a_template_that_leaves_turns_of_the_user_out_refuses_these():
+    tokenizer = qwen(CHATML.replace("in messages", "in messages[-1:]"))
+    dialogue = [*HI, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "well?"}]
+    assert template.refusal(tokenizer, HI) is None
+    assert template.refusal(tokenizer, dialogue) == "it leaves a user message out"
+    assert template.refusals(tokenizer)["a dialogue of several turns"] == "it leaves a user message out"
+    forgets = qwen(CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1] +"))
+    dialogue[1]["content"] = "<think>so</think>fine"  # what the assistant thought may go
+    assert template.refusal(forgets, dialogue) is None
+
+
+@pytest.mark.parametrize("format", ["%s", "%d %Z", "%k:%M", "%%d", "%_d"])
+def test_what_no_date_says_of_a_clock_is_refused(format, tmp_path):
+    with pytest.raises(UserError, match=f"model.checkpoint=.*asks the clock for '{format}', of which a part") as caught:
+        of_checkpoint(qwen(DATED.replace("%d %b %Y", format)), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_rows_that_the_template_refuses_are_left_out_and_counted_up_to_the_share():

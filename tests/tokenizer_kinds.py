@@ -21,6 +21,13 @@ GEMMA = (TRL / "gemma.jinja").read_text()
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 CODE = "def f(x):\n    if x:\n        return  1\n\n\treturn 0"
 REASONING = "<think>\nred  tea\n</think>\n\nblue"
+CALL = '{"name": "f", "arguments": {"x": 1}}'
+FORMATS_OF_TOOLS = [
+    f"[TOOL_CALLS][{CALL}]",
+    f"<|python_tag|>{CALL}",
+    f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n{CALL}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "<|fim_prefix|>a<|fim_suffix|>c<|fim_middle|>b",
+]
 TOOLS = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 
 
@@ -63,6 +70,28 @@ def neox():
 def gemma():
     added = [*special("<start_of_turn>", "<end_of_turn>"), *plain("\n\n", "   ")]
     return bytes_bpe(GEMMA, added, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+def mistral():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    )
+    template += "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    added = special("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+    return bytes_bpe(template, added, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama3():
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
+    template, ends = (TRL / "llama3.jinja").read_text(), {"eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
+    return bytes_bpe(template, special(*names), bos_token="<|begin_of_text|>", **ends)
+
+
+def deepseek():
+    calls = [f"<｜tool▁{part}｜>" for part in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")]
+    added = special("<｜User｜>", "<｜Assistant｜>", *calls, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    named = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"}
+    return bytes_bpe((TRL / "deepseekv3.jinja").read_text(), [*added, *plain("<think>", "</think>")], **named)
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -111,4 +140,5 @@ def wordpiece():
 
 
 KINDS = {"own": lambda: stage.train([CODE, REASONING], 300), "qwen": qwen, "neox": neox, "gemma": gemma}
+KINDS |= {"mistral": mistral, "llama3": llama3, "deepseek": deepseek}
 KINDS |= {"llama": llama, "unigram": unigram}
