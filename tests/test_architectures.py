@@ -176,6 +176,22 @@ def test_an_architecture_without_a_longest_sequence_has_room_for_every_prompt():
     assert sampling.with_room(prompts, made("mpt"), limits) == [0]  # 64 tokens
 
 
+def test_longrope_reads_no_more_than_one_set_of_factors_holds_for():
+    """Prompt and reply together stay within 16 tokens, beyond which every row of a batch is turned by other factors."""
+    factors = {"short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 4.0, 8.0, 16.0]}
+    rope = factors | {"rope_type": "longrope", "rope_theta": 10000.0}
+    model = made("phi3", original_max_position_embeddings=16, rope_parameters=rope)
+    assert models.context_length(model.config) == 16
+    assert models.context_length(made("phi3").config) == 64
+    limits = OmegaConf.create({"temperature": 1.0, "max_new_tokens": 8, "batch_size": 6, "static_cache": False})
+    kept = sampling.with_room(PROMPTS, model, limits)
+    assert [len(PROMPTS[i]) for i in kept] == [3, 1, 6, 5]
+    prompts = [PROMPTS[i] for i in kept]
+    replies = sampling.sample(model, prompts, limits, tiny_tokenizer(), sampling.random_numbers(0, 4, limits))
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert reply.logprobs == pytest.approx(plain(model, prompt, reply.ids).tolist(), abs=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["rwkv", "mamba", "gpt2"])
 def test_what_is_saved_is_what_was_loaded(model_type, tmp_path):
     """RWKV's layers change their weights with the mode that they run in, and would be saved like that."""
