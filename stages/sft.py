@@ -29,17 +29,18 @@ def run(job: Job) -> dict[str, Any]:
     require_most(len(asked) - len(examples), len(asked), 1.0, key, "held-out examples", allowed)
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
     prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
-    order = training.in_order([len(row["input_ids"]) for row in rows], config.batch_size, config.epochs, config.seed)
-    steps = max(1, len(order) // config.batch_size)
+    batch_size = training.rows_of_a_batch(config.batch_size, len(rows))
+    order = training.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
+    steps = len(order) // batch_size
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
-    counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
+    counted = training.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
     measured = len(examples) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
     job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * measured))
     before = bits_per_byte(job, model, tokenizer, examples) if job.main else None
-    model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
+    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
@@ -64,21 +65,21 @@ def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> Any:
+def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int) -> Any:
     """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
-    config, processes = job.config.sft, job.device.processes
+    config, processes, steps = job.config.sft, job.device.processes, len(rows) // batch_size
     if processes > 1:
         unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
-        rows = ranks.evened(rows, config.batch_size, processes, unseen)
+        rows = ranks.evened(rows, batch_size, processes, unseen)
     arguments = SFTConfig(
-        **training.arguments(job, config.batch_size, steps, config.seed),
+        **training.arguments(job, batch_size, steps, config.seed),
         **training.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return training.train(trainer, job, config.batch_size, "examples")
+    return training.train(trainer, job, batch_size, "examples")
 
 
 def bits_per_byte(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
