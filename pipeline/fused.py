@@ -55,8 +55,9 @@ def _layout(config: Any, name: str, module: nn.Module) -> Layout:
         return Layout(transposed, *rule(config, rows))
     if re.search(JOINED_NAMES, leaf):
         raise UserError(
-            f"model: {config.model_type} stores several matrices as one ({name}), and Muon does not know how; take "
-            "another architecture, or add it to pipeline/fused.py"
+            f"pretrain.tokens: Muon trains every matrix by itself, and {config.model_type} stores several as one "
+            f"({name}) in a way that is not known here; set it to 0 to take a checkpoint as it is, or choose another "
+            "architecture"
         )
     return Layout(transposed)
 

@@ -202,6 +202,8 @@ def output_logits(model: Any, states: Tensor) -> Tensor:
 def require_own_logits(model: nn.Module) -> None:
     """Raises `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
     kind, ids = model.config.model_type, torch.arange(1, 4, device=model.device)[None]
+    if model.base_model is model:
+        raise UserError(f"{kind}: its trunk cannot be run apart from its output layer; choose another model")
     try:
         expected = model(input_ids=ids, use_cache=False).logits
         logits = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)

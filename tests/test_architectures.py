@@ -148,6 +148,14 @@ def test_another_output_layer_than_the_models_own_is_refused(tmp_path, monkeypat
         models.load_policy(folder)
 
 
+def test_a_trunk_under_another_name_is_said():
+    """Llama 4 keeps its trunk as `model`, where transformers looks for `language_model`."""
+    shape = GATED | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 24, "vocab_size": 300}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **shape))
+    with pytest.raises(UserError, match=r"^llama4_text: its trunk cannot be run apart from its output layer"):
+        models.require_own_logits(model)
+
+
 @pytest.mark.parametrize("model_type", ["granite", "modernbert-decoder"])
 def test_the_loss_on_pretraining_text_is_the_models_own(model_type, tmp_path):
     overrides = ["ppo.ptx_coef=1", "ppo.ptx_batch_size=3", "ppo.ptx_context=9"]
