@@ -17,9 +17,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train against cached reference log-probabilities, and measure the change of held-out log-probabilities."""
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    share = job.config.data.preferences.max_unusable_share
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "dpo")
-    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
+    train, test = preferences.load(job, tokenizer)
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = models.load_policy(job.inputs["sft"])

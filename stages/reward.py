@@ -23,9 +23,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and check the model up on held-out pairs."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    share = job.config.data.preferences.max_unusable_share
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "reward")
-    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
+    train, test = preferences.load(job, tokenizer)
     require_margins(config, train)
     training.require_whole_batch(job, len(train.rows), config.batch_size)
     batch_size = training.rows_of_a_batch(config.batch_size, len(train.rows))

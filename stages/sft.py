@@ -25,9 +25,11 @@ def run(job: Job) -> dict[str, Any]:
     require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
     asked = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     asked, _ = chat.accepted(tokenizer, asked, source)
-    examples = [e for e in asked if len(tokenised(tokenizer, e)["input_ids"]) <= config.max_length]
-    require_most(len(asked) - len(examples), len(asked), 1.0, key, "held-out examples", allowed)
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
+    pairs = held_out.reply_pairs(tokenizer, asked)
+    prompts = [prompt for prompt, _ in pairs]
+    fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
+    require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
+    measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
     prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
     batch_size = training.rows_of_a_batch(config.batch_size, len(rows))
     order = training.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
@@ -37,16 +39,16 @@ def run(job: Job) -> dict[str, Any]:
     counted = training.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         job.say(f"{removed:,} marks of turns removed from their text, {sum(refused.values())} refused by the template")
-    measured = len(examples) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
-    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * measured))
-    before = bits_per_byte(job, model, tokenizer, examples) if job.main else None
+    passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
+    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * passed))
+    before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
     model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
-        "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, examples),
+        "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, *measured),
         "reply_bits_per_byte_base": before,
         "ended_share": ended_share(job, model, tokenizer, prompts),
         **counted,
@@ -54,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         "marks_removed": removed,
         "refused_by_template": refused,
         "template_hash": chat.template_hash(tokenizer),
-        "eval_dropped_too_long": len(asked) - len(examples),
+        "eval_dropped_too_long": len(asked) - len(fitting),
         "unusable": data.left_out(source, "train", dialogue),
     }
 
@@ -82,10 +84,13 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
     return training.train(trainer, job, batch_size, "examples")
 
 
-def bits_per_byte(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
-    """Bits per byte of held-out replies."""
-    bar = job.progress(len(examples), "replies", part="held out")
-    bits = held_out.reply_bits_per_byte(model, tokenizer, examples, job.config.sft.max_length, bar)
+def bits_per_byte(
+    job: Job, model: Any, tokenizer: Any, pairs: list[tuple[list[int], list[int]]], replies: list[str]
+) -> float:
+    """Bits per byte of held-out `replies`; `pairs` are their prompts and themselves in token ids."""
+    bar = job.progress(len(pairs), "replies", part="held out")
+    longest = job.config.sft.max_length
+    bits = held_out.reply_bits_per_byte(model, pairs, replies, tokenizer.pad_token_id, longest, bar)
     bar.close()
     return bits
 

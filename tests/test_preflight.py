@@ -118,6 +118,19 @@ def test_a_layout_that_muon_does_not_know_is_refused_before_any_stage(world, tmp
     checked(overrides, "pretrain.tokens=0")
 
 
+def test_dpo_of_replies_that_were_labelled_one_by_one_is_refused_before_any_stage(world, tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"q {i}", "completion": "a", "label": i % 2}) + "\n" for i in range(40))
+    )
+    given = [*world, f"data.preferences.path={file}", "data.preferences.format=unpaired"]
+    for more in ((), ("target=dpo",)):
+        assert refusal(given, *more).startswith(
+            "data.preferences.format=unpaired: replies that were labelled one by one"
+        )
+    checked(given, "target=reward")
+
+
 def test_a_slow_decoder_is_said(world, tmp_path, capsys):
     checked([*world, *checkpoint(tmp_path / "model", made("rwkv")), "target=sft"])
     assert "every token takes a whole forward pass: slow" in capsys.readouterr().out
