@@ -203,6 +203,7 @@ def bring_up_to_date(config: DictConfig) -> list[str]:
 def check(config: DictConfig, planned: dict[str, Planned]) -> None:
     """All that can be known to be wrong before the first of the planned stages starts; raises `UserError`."""
     check_processes(config, planned)
+    check_pairs(config, planned)
     if not all(entry.artifact.finished for entry in planned.values()):
         tracker_kinds.require(config.tracker)
     check_checkpoint(config, planned)
@@ -212,6 +213,16 @@ def check(config: DictConfig, planned: dict[str, Planned]) -> None:
         from pipeline import preflight  # imports torch
 
         preflight.check(config, planned)
+
+
+def check_pairs(config: DictConfig, planned: dict[str, Planned]) -> None:
+    """Raise `UserError` where DPO is to be made of replies that were labelled one by one."""
+    given = config.data.preferences
+    if given.path and given.format == "unpaired" and "dpo" in planned and not planned["dpo"].artifact.finished:
+        raise UserError(
+            "data.preferences.format=unpaired: replies that were labelled one by one are no pairs, which dpo needs; "
+            "set target=reward or ppo, or take dpo out of evaluate.models"
+        )
 
 
 def check_checkpoint(config: DictConfig, planned: dict[str, Planned]) -> None:
@@ -327,7 +338,12 @@ def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path], others
         return launch.run(task, artifact.work, others)
     from pipeline.job import Job, execute
 
-    return execute(Job(stage, seen, inputs, artifact.out, artifact.checkpoints), entry.fingerprint)
+    job = Job(stage, seen, inputs, artifact.out, artifact.checkpoints)
+    if config.precision == "auto" and job.device.bf16 and job.device.type == "cpu":
+        job.say(
+            "precision=auto is bf16 here, as of a GPU, and torch sees none: it is slow; set fp32, or mend the driver"
+        )
+    return execute(job, entry.fingerprint)
 
 
 def _below(key: str, sections: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from pipeline.errors import UserError
-from pipeline.sources import ADAPTER, adapter_base
+from pipeline.sources import ADAPTER, adapter_base, adapter_revision
 
 SCORED = ("ForSequenceClassification", "ForTokenClassification", "RewardModel")
 NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForQuestionAnswering", "ForMultipleChoice")
@@ -43,9 +43,9 @@ def loading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        code = "trust_remote_code" in said
-        raise UserError(f"{name}: {NEEDS_CODE if code else f'cannot be loaded ({said[:200]})'}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        code = "trust_remote_code" in reason
+        raise UserError(f"{name}: {NEEDS_CODE if code else f'cannot be loaded ({reason[:200]})'}") from error
     finally:
         transformers.logging.set_verbosity(level)
 
@@ -89,7 +89,7 @@ def check_adapter(folder: Path, base: str, name: str, trust_remote_code: bool) -
         raise UserError(f"{name}: is an adapter without adapter_model.safetensors; save it again with peft")
     if Path(base).is_dir() and adapter_base(Path(base)):
         raise UserError(f"{name}: is an adapter on another one, {base}; merge that one first")
-    return check(base, f"{name}: its base model {base}", trust_remote_code=trust_remote_code)
+    return check(base, f"{name}: its base model {base}", adapter_revision(folder), trust_remote_code)
 
 
 def needs_code(config: dict[str, Any]) -> bool:
@@ -121,6 +121,8 @@ def problem_of(config: dict[str, Any], trust_remote_code: bool = False) -> str |
     masked = any(name.endswith(NOT_CAUSAL) for name in architectures)
     if encodes or masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"is no causal language model ({', '.join(architectures) or kind})"
+    if "text_config" in config or "text_config" in CONFIG_MAPPING[kind].sub_configs:
+        return f"is a model of text and images ({', '.join(architectures) or kind}); save its language model by itself"
     return None
 
 
@@ -200,7 +202,9 @@ def load_causal(path: str, name: str, **options: Any) -> nn.Module:
     """The causal language model of a checkpoint, fp32; an adapter is merged into its base."""
     base = adapter_base(Path(path))
     check(path, name, options.get("revision"), options.get("trust_remote_code", False))
-    model = load(AutoModelForCausalLM, base or path, name, dtype=torch.float32, **(options if not base else {}))
+    if base:
+        options["revision"] = adapter_revision(Path(path))
+    model = load(AutoModelForCausalLM, base or path, name, dtype=torch.float32, **options)
     if base:
         model = merged(model, Path(path), name)
     require_causal(model, name)

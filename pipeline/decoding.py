@@ -304,4 +304,6 @@ def _agrees(kind: type[Decoder], model: Any) -> bool:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False  # a cache of another kind than the decoder knows
-        return models.close(states, expected) and models.close(logits, models.output_logits(model, expected))
+        return models.logits_agree(states, expected) and models.logits_agree(
+            logits, models.output_logits(model, expected)
+        )

@@ -51,12 +51,14 @@ def _layout(config: Any, name: str, module: nn.Module) -> Layout:
     leaf, transposed = name.rsplit(".", 1)[-1], isinstance(module, Conv1D)
     rows = module.weight.size(1 if transposed else 0)
     rule = JOINED.get((config.model_type, leaf)) or JOINED.get(("", leaf))
-    if rule is not None:
-        return Layout(transposed, *rule(config, rows))
-    if re.search(JOINED_NAMES, leaf):
+    groups, sizes = rule(config, rows) if rule is not None else (1, ())
+    if rule is not None and groups * sum(sizes) == rows:
+        return Layout(transposed, groups, sizes)
+    if rule is not None or re.search(JOINED_NAMES, leaf):
         raise UserError(
-            f"model: {config.model_type} stores several matrices as one ({name}), and Muon does not know how; take "
-            "another architecture, or add it to pipeline/fused.py"
+            f"pretrain.tokens: Muon trains every matrix by itself, and {config.model_type} stores several as one "
+            f"({name}) in a way that is not known here; set it to 0 to take a checkpoint as it is, or choose another "
+            "architecture"
         )
     return Layout(transposed)
 
@@ -97,6 +99,25 @@ def _dbrx(config: Any, rows: int) -> tuple[int, tuple[int, ...]]:
     return _by_kind(config.n_heads, config.attn_config.kv_n_heads, rows)
 
 
+def _latent(config: Any, _: int) -> tuple[int, tuple[int, ...]]:
+    """Multi-head latent attention: what keys and values are made of, and the rotated part that all keys share."""
+    return 1, (config.kv_lora_rank, config.qk_rope_head_dim)
+
+
+def _from_latent(config: Any, _: int) -> tuple[int, tuple[int, ...]]:
+    """Multi-head latent attention: for each head the part of its key that is not rotated, and its value."""
+    return config.num_attention_heads, (config.qk_nope_head_dim, config.v_head_dim)
+
+
+def _selective(state: str) -> Callable[[Any, int], tuple[int, tuple[int, ...]]]:
+    """Mamba: what the step size is made of, then B and C of as many rows as the state that the configuration names."""
+    return lambda config, rows: (1, (rows - 2 * getattr(config, state), *(getattr(config, state),) * 2))
+
+
+def _one_head(config: Any, _: int) -> tuple[int, tuple[int, ...]]:
+    return 1, (config.head_dim,)
+
+
 # (architecture, layer): its rule; the architecture "" is every other one
 JOINED = {
     ("gpt2", "c_attn"): _equal(3),
@@ -116,10 +137,17 @@ JOINED = {
     ("mamba", "in_proj"): _equal(2),
     ("falcon_mamba", "in_proj"): _equal(2),
     ("jamba", "in_proj"): _equal(2),
+    ("mamba", "x_proj"): _selective("state_size"),
+    ("falcon_mamba", "x_proj"): _selective("state_size"),
+    ("jamba", "x_proj"): _selective("mamba_d_state"),
+    ("jetmoe", "kv_proj"): _equal(2),
+    ("deepseek_v4", "kv_proj"): _one_head,  # that of attention, keys being values; its compressors' are two, refused
     ("lfm2", "in_proj"): _equal(3),
     ("lfm2_moe", "in_proj"): _equal(3),
     ("modernbert-decoder", "Wi"): _equal(2),
+    ("", "kv_a_proj_with_mqa"): _latent,
+    ("", "kv_b_proj"): _from_latent,
     ("", "gate_up_proj"): _equal(2),
     ("", "input_linear"): _equal(2),
 }
-JOINED_NAMES = r"qkv|query_key_value|c_attn|att_proj|W_pack|gate_up|^in_proj|^Wi$"
+JOINED_NAMES = r"qkv|query_key_value|c_attn|att_proj|W_pack|gate_up|^in_proj|^Wi$|^x_proj$|^kv_proj$|^kv_[ab]_proj"

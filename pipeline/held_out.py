@@ -47,26 +47,31 @@ def prompts(
 def require_reply(model: nn.Module, tokenizer: Any, examples: list[Example]) -> None:
     """Raise `UserError` where no prompt with its reply fits into `model`: nothing could be measured on them."""
     longest = models.context_length(model.config)
-    lengths = [len(chat.prompt_ids(tokenizer, e.prompt)) + len(chat.reply_ids(tokenizer, e.reply)) for e in examples]
+    lengths = [len(prompt) + len(reply) for prompt, reply in reply_pairs(tokenizer, examples)]
     if min(lengths) > longest:
         raise UserError(f"data.replies: none of {len(lengths)} held-out prompts with its reply fits {longest} tokens")
 
 
-def reply_bits_per_byte(
-    model: nn.Module, tokenizer: Any, examples: list[Example], longest: int, bar: Any = None
-) -> float:
-    """Bits per byte of people's replies given their rendered prompts; the end token's bits count as well.
+def reply_pairs(tokenizer: Any, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and replies in token ids."""
+    return [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
 
-    Replies that are, with their prompt, longer than `longest` tokens are left out. `bar` counts replies.
+
+def reply_bits_per_byte(
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], replies: list[str], pad: int, longest: int,
+    bar: Any = None,
+) -> float:  # fmt: skip
+    """Bits per byte of people's `replies` given their rendered prompts; the end token's bits count as well.
+
+    `pairs` are prompts and replies in token ids; those longer than `longest` are left out. `bar` counts replies.
     """
-    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
     kept = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= longest]
     if not kept:
         raise UserError(
             f"none of {len(pairs)} held-out replies is, with its prompt, within {longest} tokens; give shorter"
         )
-    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], tokenizer.pad_token_id, bar=bar).sum().item()
-    return likelihood.bits_per_byte(nats, [examples[i].reply for i in kept])
+    nats = -likelihood.replies_logprobs(model, [pairs[i] for i in kept], pad, bar=bar).sum().item()
+    return likelihood.bits_per_byte(nats, [replies[i] for i in kept])
 
 
 def first_texts(texts: list[str], tokenizer: Any, tokens: int) -> list[str]:

@@ -29,11 +29,6 @@ def right_padded(sequences: list[list[int]], pad: int, device: str, length: int 
     return ids, mask
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position ids [B, T] that count real tokens only, whichever side the padding is on."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def tokens_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [B, T] with padding anywhere, and their mask, with all padding moved to the right.
 

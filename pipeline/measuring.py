@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from pipeline import best_of, decoding_policies, held_out, likelihood, models, suites
+from pipeline import best_of, chat, decoding_policies, held_out, likelihood, models, suites
 from pipeline.data import Example
 from pipeline.job import Job
 from pipeline.players import Player, most_samples
@@ -101,9 +101,11 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
     config, tokenizer, reference = shared.job.config, shared.tokenizer, shared.reference
     temperature, longest = config.sampling.temperature, models.context_length(policy.config)
     bar = shared.job.progress(2 * len(replies), "replies", part="measures")
+    pad, people = tokenizer.pad_token_id, [example.reply for example in shared.examples]
+    pairs = [(prompt, chat.reply_ids(tokenizer, reply)) for prompt, reply in zip(shared.prompts, people, strict=True)]
     found = {
-        "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, tokenizer.pad_token_id, bar=bar),
-        "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, tokenizer, shared.examples, longest, bar),
+        "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, pad, bar=bar),
+        "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, pairs, people, pad, longest, bar),
     }
     bar.close()
     if shared.texts:  # as pretraining measures it: what alignment took from the language model

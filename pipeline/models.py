@@ -202,6 +202,8 @@ def output_logits(model: Any, states: Tensor) -> Tensor:
 def require_own_logits(model: nn.Module) -> None:
     """Raises `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
     kind, ids = model.config.model_type, torch.arange(1, 4, device=model.device)[None]
+    if model.base_model is model:
+        raise UserError(f"{kind}: its trunk cannot be run apart from its output layer; choose another model")
     try:
         expected = model(input_ids=ids, use_cache=False).logits
         logits = output_logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
@@ -209,17 +211,25 @@ def require_own_logits(model: nn.Module) -> None:
         raise UserError(f"{kind}: is no model that predicts the next token of text ({first_line(error)})") from error
     if not expected.isfinite().all():
         raise UserError(f"{kind}: its logits are not finite; its weights are broken")
-    if not close(logits, expected):
+    if not logits_agree(logits, expected):
         raise UserError(f"{kind}: its output layer, given its hidden states, gives other logits than the model itself")
 
 
-def close(values: Tensor, expected: Tensor) -> bool:
+def logits_agree(values: Tensor, expected: Tensor) -> bool:
     """Whether two computations of the same thing in fp32 agree up to rounding: a thousandth of the largest value."""
     return torch.allclose(values, expected, rtol=0.0, atol=0.001 * expected.abs().max().item() + 1e-6)
 
 
 def context_length(config: Any) -> float:
-    """The longest sequence that a model reads, in tokens; infinite where its architecture sets no limit."""
+    """The longest sequence that a model reads, in tokens; infinite where its architecture sets no limit.
+
+    With longrope it is the length of pretraining: transformers turns all rows of a batch by the factors for long texts
+    where one row is longer, while keys in a cache keep those for short ones.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or of each kind of them
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            return parameters["original_max_position_embeddings"]
     names = ("max_position_embeddings", "max_seq_len")
     return next((length for name in names if (length := getattr(config, name, None))), math.inf)
 

@@ -70,8 +70,10 @@ def capability(visible: str) -> int:
     try:
         if first.startswith(("GPU-", "MIG-")):
             missing = nvml.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(handle))
-        else:
-            missing = nvml.nvmlDeviceGetHandleByIndex_v2(int(first) if first.isdigit() else 0, ctypes.byref(handle))
+        elif first.isdigit():
+            missing = nvml.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
+        else:  # NoDevFiles of older Slurms, -1 and the like: CUDA then shows no GPU
+            return 0
         unread = missing or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
         return 0 if unread else major.value
     finally:

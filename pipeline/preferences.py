@@ -10,6 +10,7 @@ from pipeline import chat
 from pipeline.artifact import read_lines, write_lines
 from pipeline.columns import Message
 from pipeline.errors import UserError, require_most
+from pipeline.job import Job
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Pair:
         chosen, rejected = self.prompts()
         other = None if self.rejected_prompt is None else chosen
         return Pair(rejected, self.rejected, self.chosen, self.gap, self.source, other)
+
+    def different_prompts(self) -> list[list[Message]]:
+        """The one prompt of both replies, or those of replies that were labelled one by one."""
+        return [self.prompt] if self.rejected_prompt is None else self.prompts()
 
     def prompts(self) -> list[list[Message]]:
         """The prompt of the chosen reply and that of the rejected one."""
@@ -91,12 +96,6 @@ class TokenisedPairs:
         """The pairs numbered in `order`, in that order."""
         return TokenisedPairs([self.rows[i] for i in order], [self.pairs[i] for i in order], self.dropped)
 
-    def drawn(self, count: int | None, seed: int) -> "TokenisedPairs":
-        """`count` of the pairs, which the seed decides; null is all, in their order."""
-        if count is None:
-            return self
-        return self.take(np.random.default_rng(seed).permutation(len(self.rows))[:count].tolist())
-
     def tokens(self) -> int:
         """Tokens of both replies with their prompts, over all pairs."""
         return sum(len(ids) for row in self.rows for ids in sequences(row))
@@ -112,10 +111,17 @@ def sequences(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     return row["prompt_ids"] + row["chosen_ids"], rejected
 
 
-def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> TokenisedPairs:
-    """Token ids of pairs, both replies with their end token; pairs longer than `max_length` tokens are dropped."""
-    rows, kept = [], []
+def tokenised(
+    tokenizer: Any, pairs: list[Pair], max_length: int, count: int | None = None, bar: Any = None
+) -> TokenisedPairs:
+    """Token ids of pairs, both replies with their end token; pairs longer than `max_length` tokens are dropped.
+
+    No more are tokenised than it takes for `count` that fit. `bar` is a progress bar that counts these.
+    """
+    rows, kept, dropped = [], [], 0
     for pair in pairs:
+        if len(rows) == count:
+            break
         chosen, rejected = chat.reply_ids(tokenizer, pair.chosen), chat.reply_ids(tokenizer, pair.rejected)
         row = {"prompt_ids": chat.prompt_ids(tokenizer, pair.prompt), "chosen_ids": chosen, "rejected_ids": rejected}
         if pair.rejected_prompt is not None:
@@ -123,18 +129,35 @@ def tokenised(tokenizer: Any, pairs: list[Pair], max_length: int) -> TokenisedPa
         if max(map(len, sequences(row))) <= max_length:
             rows.append(row)
             kept.append(pair)
-    return TokenisedPairs(rows, kept, len(pairs) - len(kept))
+            if bar is not None:
+                bar.update(1)
+        else:
+            dropped += 1
+    return TokenisedPairs(rows, kept, dropped)
 
 
-def load(
-    folder: Path, tokenizer: Any, max_length: int, share: float, stage: str
-) -> tuple[TokenisedPairs, TokenisedPairs]:
-    """Training and held-out pairs of a comparisons artifact.
+def drawn(pairs: list[Pair], count: int | None, seed: int) -> list[Pair]:
+    """The pairs in an order that the seed decides, of which a stage takes the first `count`; null is as they stand."""
+    return pairs if count is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
 
-    Raises `UserError` when none of either fits, or more than a `share` of them do not.
+
+LONG = 2000  # pairs from which on tokenising takes so long that it has a bar
+
+
+def load(job: Job, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs]:
+    """Training and held-out pairs of a comparisons artifact, as many as the stage of `job` asks for.
+
+    Raises `UserError` when none of either fits, or more than the share that data.preferences allows do not.
     """
-    found = [tokenised(tokenizer, read(folder, split), max_length) for split in ("train", "test")]
-    for pairs, what in zip(found, ("training pairs", "held-out pairs"), strict=True):
-        key, allowed = f"{stage}.max_length={max_length}", "data.preferences.max_unusable_share"
-        require_most(pairs.dropped, pairs.dropped + len(pairs.rows), share, key, what, allowed)
-    return found[0], found[1]
+    config, share = job.config[job.stage], job.config.data.preferences.max_unusable_share
+    counts = {"train": config.pairs, "test": config.eval_pairs}
+    pairs = {split: drawn(read(job.inputs["comparisons"], split), n, config.seed) for split, n in counts.items()}
+    total = sum(len(pairs[split][:n]) for split, n in counts.items())
+    bar = job.progress(total, "pairs", part="tokens") if total > LONG else None
+    train, test = (tokenised(tokenizer, pairs[split], config.max_length, n, bar) for split, n in counts.items())
+    if bar is not None:
+        bar.close()
+    for split, what in ((train, "training pairs"), (test, "held-out pairs")):
+        key, allowed = f"{job.stage}.max_length={config.max_length}", "data.preferences.max_unusable_share"
+        require_most(split.dropped, split.dropped + len(split.rows), share, key, what, allowed)
+    return train, test

@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,12 +18,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from pipeline import chat, data, decoding, judge_model, models, sampling, template
+from pipeline import chat, data, decoding, fused, judge_model, models, sampling, template
 from pipeline.columns import Message
 from pipeline.device import Device
 from pipeline.errors import UserError, first_line
 from pipeline.job import quiet_libraries
-from stages import sources
+from stages import STAGES, sources
 from stages import tokenizer as tokenizer_stage
 
 CONVERSATION: list[Message] = [{"role": "user", "content": "Hi"}]
@@ -39,7 +40,12 @@ def check(config: DictConfig, planned: dict[str, Any]) -> None:
         if "pretrain" in unmade:
             settings = OmegaConf.to_container(OmegaConf.merge(config.sampling, {"max_new_tokens": 2, "batch_size": 1}))
             model = json.dumps(OmegaConf.to_container(config.model))
-            _check_model(model, config.tokenizer.template_date, json.dumps(settings), scored)
+            _check_model(
+                model, config.tokenizer.template_date, json.dumps(settings), scored, bool(config.pretrain.tokens)
+            )
+        elif "pretrain" in planned:
+            static = config.sampling.static_cache and any("sampling" in STAGES[name].keys for name in unmade)
+            check_made(planned["pretrain"].artifact.folder, static, scored)
         if "evaluate" in unmade and config.evaluate.judge_model.path:
             judge = json.dumps(OmegaConf.to_container(config.evaluate.judge_model))
             _check_judge(judge, config.tokenizer.template_date)
@@ -53,16 +59,18 @@ def _has_critic_of_its_own(ppo: DictConfig) -> bool:
 
 
 @functools.cache
-def _check_model(model_json: str, template_date: str, sampling_json: str, scored: bool) -> None:
+def _check_model(model_json: str, template_date: str, sampling_json: str, scored: bool, trained: bool) -> None:
     config, settings = OmegaConf.create(json.loads(model_json)), OmegaConf.create(json.loads(sampling_json))
     name = f"model.checkpoint={config.checkpoint}" if config.checkpoint else f"model.model_type={config.model_type}"
     if config.checkpoint:
         tell(f"{name}: loading it for one reply, one forward pass and one decoding step")
     try:
         tokenizer, model = start(config, template_date)
+        if trained:
+            fused.layouts(model)
         check_model(model, tokenizer, settings, scored)
     except UserError as error:
-        raise error if str(error).startswith("model.") else UserError(f"{name}: {error}") from error
+        raise error if str(error).startswith(("model.", "pretrain.")) else UserError(f"{name}: {error}") from error
     except (OSError, ValueError, jinja2.TemplateError) as error:
         raise UserError(f"{name}: cannot be used ({first_line(error)})") from error
     if decoding.kind_for(model) is decoding.RecomputingDecoder:
@@ -92,6 +100,20 @@ def check_model(model: nn.Module, tokenizer: Any, settings: DictConfig, scored: 
     models.require_own_logits(model)
     numbers = sampling.random_numbers(0, 1, settings)
     sampling.sample(model, [ids], settings, tokenizer, numbers)  # decoder and forward pass are compared in here
+    if scored:
+        require_score(model.config)
+
+
+def check_made(folder: Path, static: bool, scored: bool) -> None:
+    """Hold a base model that is made to what was asked for since, by its shape alone.
+
+    static: a stage samples with a static cache.
+    """
+    if not static and not scored:
+        return
+    model = models.load_policy(folder, "meta")
+    if static:
+        sampling.require_static(model)
     if scored:
         require_score(model.config)
 

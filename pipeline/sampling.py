@@ -64,13 +64,19 @@ def sample(
 
 def decoder_for(model: nn.Module, sampling: DictConfig) -> Decoder:
     """The fastest decoder that is right for the model, or the one with a static cache where that is asked for."""
-    if sampling.static_cache and not decoding.fusible(model):
+    if sampling.static_cache:
+        require_static(model)
+    kind = decoding.kind_for(model)
+    return StaticDecoder(model) if sampling.static_cache and kind is FusedDecoder else kind(model)
+
+
+def require_static(model: nn.Module) -> None:
+    """Raises `UserError` where the model cannot be sampled from with a static cache."""
+    if not decoding.fusible(model):
         raise UserError(
             f"sampling.static_cache=true: not for {model.config.model_type} of this form; set it to false "
             f"(known: {', '.join(decoding.FUSED)}, with full attention and SiLU)"
         )
-    kind = decoding.kind_for(model)
-    return StaticDecoder(model) if sampling.static_cache and kind is FusedDecoder else kind(model)
 
 
 def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) -> list[int]:

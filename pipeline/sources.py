@@ -174,6 +174,11 @@ def adapter_base(folder: Path) -> str | None:
         raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
 
 
+def adapter_revision(folder: Path) -> str:
+    """The commit, branch or tag of its base model that the adapter in `folder` belongs to."""
+    return json.loads((folder / ADAPTER).read_text()).get("revision") or "main"
+
+
 def model_digest(path: str, key: str) -> str:
     """What identifies a model: the fingerprint of an artifact, the content of another folder, or its name on the hub.
 

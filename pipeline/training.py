@@ -45,7 +45,8 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
     of the rows: passes of `micro` rows go to the processes in turn.
     """
     share = math.ceil(batch_size / job.device.processes)
-    micro = min(job.config.runtime.micro_batch_size or share, share)
+    most = min(job.config.runtime.micro_batch_size or share, share)
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)  # a batch of few rows need not divide by it
     return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
         "per_device_train_batch_size": micro,
@@ -75,8 +76,9 @@ def in_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> lis
     global random state, which a resumed run has not advanced in the same way. Rows that do not fill a batch are left
     out of an epoch before rows are sorted, drawn without regard to their length, and others in the next epoch.
     """
+    batch_size = rows_of_a_batch(batch_size, len(lengths))
     generator, order = np.random.default_rng(seed), []
-    turns, count = generator.permutation(len(lengths)), left_out_per_epoch(len(lengths), batch_size)
+    turns, count = generator.permutation(len(lengths)), len(lengths) % batch_size
     for epoch in range(epochs):
         left_out = np.take(turns, np.arange(epoch * count, (epoch + 1) * count), mode="wrap")
         shuffled = generator.permutation(np.setdiff1d(turns, left_out))
@@ -87,14 +89,14 @@ def in_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> lis
     return order
 
 
-def left_out_per_epoch(rows: int, batch_size: int) -> int:
-    """The rows of an epoch that do not fill a batch; 0 where all rows together do not, which are then one."""
-    return rows % batch_size if rows >= batch_size else 0
+def rows_of_a_batch(batch_size: int, rows: int) -> int:
+    """`batch_size`, or all rows where these are fewer: a batch holds no row twice, and every epoch is one of them."""
+    return min(batch_size, rows)
 
 
 def trained_on(job: Job, orders: list[list[int]], rows: int, batch_size: int, unit: str) -> dict[str, int]:
     """The different rows that the `orders` of the trainings hold, of `rows`, and how many an epoch leaves out."""
-    left_out = left_out_per_epoch(rows, batch_size)
+    left_out = rows % batch_size
     if left_out:
         job.say(f"{left_out} of {rows:,} {unit} fill no batch and are left out of an epoch, others in each, by chance")
     return {unit: len(set().union(*orders)), "left_out_per_epoch": left_out}

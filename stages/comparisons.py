@@ -47,9 +47,9 @@ def as_the_template_allows(
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     given = job.config.data.preferences
     source = job.config.data.replies if given.path is None else given
-    train, refused = chat.accepted(tokenizer, train, source, Pair.prompts)
-    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.prompts)
-    prompts = [p for pair in train for p in (pair.prompt, pair.rejected_prompt) if p]
+    train, refused = chat.accepted(tokenizer, train, source, Pair.different_prompts)
+    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.different_prompts)
+    prompts = [prompt for pair in train for prompt in pair.different_prompts()]
     removed = chat.marks_removed(
         tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
     )
@@ -84,7 +84,7 @@ def pairs_of(rows: list[dict[str, Any]], seed: int, once: bool) -> list[Pair]:
 
 def not_held_out(train: list[Pair], test: list[Pair]) -> list[Pair]:
     """The training pairs of whose prompts none is held out, begins one that is, or continues one."""
-    held_out = [prompt for pair in test for prompt in pair.prompts()]
+    held_out = [prompt for pair in test for prompt in pair.different_prompts()]
     chosen, rejected = (overlapping([pair.prompts()[side] for pair in train], held_out) for side in (0, 1))
     return [pair for pair, *known in zip(train, chosen, rejected, strict=True) if not any(known)]
 

@@ -17,21 +17,19 @@ def run(job: Job) -> dict[str, Any]:
     """Train against cached reference log-probabilities, and measure the change of held-out log-probabilities."""
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    share = job.config.data.preferences.max_unusable_share
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "dpo")
-    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
+    train, test = preferences.load(job, tokenizer)
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = models.load_policy(job.inputs["sft"])
-    order = training.in_order(train.lengths(), config.batch_size, config.epochs, config.seed)
-    counted = training.trained_on(job, [order], len(train.rows), config.batch_size, "pairs")
-    ordered = train.take(order)
-    steps = max(1, len(ordered.rows) // config.batch_size)
+    training.require_whole_batch(job, len(train.rows), config.batch_size)
+    batch_size = training.rows_of_a_batch(config.batch_size, len(train.rows))
+    order = training.in_order(train.lengths(), batch_size, config.epochs, config.seed)
+    counted = training.trained_on(job, [order], len(train.rows), batch_size, "pairs")
+    ordered, steps = train.take(order), len(order) // batch_size
     tokens = ordered.tokens()
     passes = (6 + 2) * tokens + 2 * 2 * test.tokens()  # trained, and by the reference; held out, by both
     job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * passes)
-    training.require_whole_batch(job, len(ordered.rows), config.batch_size)
-    model = fit(job, model, tokenizer, ordered, steps)
+    model = fit(job, model, tokenizer, ordered, batch_size)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
@@ -73,11 +71,11 @@ class TokenisedTrainer(DPOTrainer):
         return logprobs
 
 
-def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int) -> Any:
+def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size: int) -> Any:
     """Train with TRL on pairs that are already tokenised; reference log-probabilities are computed once and kept."""
-    config = job.config.dpo
+    config, steps = job.config.dpo, len(pairs.rows) // batch_size
     arguments = DPOConfig(
-        **training.arguments(job, config.batch_size, steps, config.seed),
+        **training.arguments(job, batch_size, steps, config.seed),
         **training.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         beta=config.beta,
@@ -90,7 +88,7 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, steps: int)
         rows = on_disk(job, pairs)
     bar = job.progress(len(rows), "pairs", part="reference")
     trainer = TokenisedTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, bar=bar)
-    return training.train(trainer, job, config.batch_size, "pairs")
+    return training.train(trainer, job, batch_size, "pairs")
 
 
 def on_disk(job: Job, train: TokenisedPairs) -> Dataset:

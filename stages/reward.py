@@ -23,19 +23,18 @@ def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and check the model up on held-out pairs."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    share = job.config.data.preferences.max_unusable_share
-    train, test = preferences.load(job.inputs["comparisons"], tokenizer, config.max_length, share, "reward")
-    train, test = train.drawn(config.pairs, config.seed), test.drawn(config.eval_pairs, config.seed)
+    train, test = preferences.load(job, tokenizer)
     require_margins(config, train)
+    training.require_whole_batch(job, len(train.rows), config.batch_size)
+    batch_size = training.rows_of_a_batch(config.batch_size, len(train.rows))
     orders = [
-        training.in_order(train.lengths(), config.batch_size, config.epochs, member_seed(job, number))
+        training.in_order(train.lengths(), batch_size, config.epochs, member_seed(job, number))
         for number in range(config.ensemble)
     ]
-    training.require_whole_batch(job, len(orders[0]), config.batch_size)
-    counted = training.trained_on(job, orders, len(train.rows), config.batch_size, "pairs")
-    announce(job, [train.take(order) for order in orders], test)
+    counted = training.trained_on(job, orders, len(train.rows), batch_size, "pairs")
+    announce(job, [train.take(order) for order in orders], batch_size, test)
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
-    members = [member(job, i, tokenizer, train.take(order), samples) for i, order in enumerate(orders)]
+    members = [member(job, i, tokenizer, train.take(order), batch_size, samples) for i, order in enumerate(orders)]
     if not job.main:
         return {}
     model = combined(job, members, tokenizer, samples)
@@ -64,11 +63,11 @@ def require_margins(config: Any, train: TokenisedPairs) -> None:
         )
 
 
-def announce(job: Job, ordered: list[TokenisedPairs], test: TokenisedPairs) -> None:
+def announce(job: Job, ordered: list[TokenisedPairs], batch_size: int, test: TokenisedPairs) -> None:
     """One line: device, batch, and the time of sampling, of training all members, and of the check-up."""
     config, limits = job.config.reward, job.config.sampling
     size = models.parameter_count(models.load_policy(job.inputs["sft"], "meta"))
-    steps, tokens = max(1, len(ordered[0].rows) // config.batch_size), sum(pairs.tokens() for pairs in ordered)
+    steps, tokens = len(ordered[0].rows) // batch_size, sum(pairs.tokens() for pairs in ordered)
     length = test.tokens() / 2 / len(test.rows)
     scored = config.ensemble * sequences_checked(config, test) * length
     sampled = len(_prompts(test.pairs)) * (length + limits.max_new_tokens)
@@ -82,14 +81,16 @@ def sequences_checked(config: Any, test: TokenisedPairs) -> int:
     return 2 * len(test.rows) + (1 + len(PROBES)) * probed + 3 * min(checkup.COMPARED, len(test.rows))
 
 
-def member(job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, samples: list[list[int]]) -> torch.nn.Module:
+def member(
+    job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, batch_size: int, samples: list[list[int]]
+) -> torch.nn.Module:
     """The `number`-th model of the ensemble: with a head and an order of its own; a finished one is read."""
     out = member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
         return models.load_reward_model(out, job.device.type)
     model = with_score_head(job, tokenizer, member_seed(job, number))
-    model = fit(job, model, tokenizer, ordered, number).eval()
+    model = fit(job, model, tokenizer, ordered, batch_size, number).eval()
     if job.main:
         normalise(model, tokenizer, samples)
         models.save(model, tokenizer, out)
@@ -137,12 +138,14 @@ class SmoothedTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def fit(job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs, number: int = 0) -> torch.nn.Module:
+def fit(
+    job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs, batch_size: int, number: int = 0
+) -> torch.nn.Module:
     """Train with TRL on rows that are already tokenised; LoRA adapters are merged, and left in adapter/ as well."""
     config, folder = job.config.reward, job.checkpoints / str(number)
-    steps = max(1, len(train.rows) // config.batch_size)
+    steps = len(train.rows) // batch_size
     arguments = RewardConfig(
-        **training.arguments(job, config.batch_size, steps, member_seed(job, number), folder),
+        **training.arguments(job, batch_size, steps, member_seed(job, number), folder),
         **training.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         center_rewards_coefficient=config.center_coef or None,
@@ -160,7 +163,7 @@ def fit(job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs,
             model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config
         )
         trainer.smoothing = config.label_smoothing
-    trained = training.train(trainer, job, config.batch_size, "pairs", number * steps)
+    trained = training.train(trainer, job, batch_size, "pairs", number * steps)
     if peft_config is None:
         return trained
     if job.main:

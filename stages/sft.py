@@ -25,28 +25,31 @@ def run(job: Job) -> dict[str, Any]:
     require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
     asked = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     asked, held_out_refused = chat.accepted(tokenizer, asked, source)
-    examples = [e for e in asked if len(tokenised(tokenizer, e)["input_ids"]) <= config.max_length]
-    require_most(len(asked) - len(examples), len(asked), 1.0, key, "held-out examples", allowed)
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
+    pairs = held_out.reply_pairs(tokenizer, asked)
+    prompts = [prompt for prompt, _ in pairs]
+    fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
+    require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
+    measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
     prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
-    order = training.in_order([len(row["input_ids"]) for row in rows], config.batch_size, config.epochs, config.seed)
-    steps = max(1, len(order) // config.batch_size)
+    batch_size = training.rows_of_a_batch(config.batch_size, len(rows))
+    order = training.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
+    steps = len(order) // batch_size
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
-    counted = training.trained_on(job, [order], len(rows), config.batch_size, "examples")
+    counted = training.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         count = sum(refused.values())
         job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} examples")
-    measured = len(examples) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
-    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * measured))
-    before = bits_per_byte(job, model, tokenizer, examples) if job.main else None
-    model = fit(job, model, tokenizer, [rows[i] for i in order], steps)
+    passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
+    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * passed))
+    before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
+    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
     if not job.main:
         return {}
     models.save(model, tokenizer, job.out)
     model = models.load_policy(job.out, job.device.type)
     return {
-        "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, examples),
+        "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, *measured),
         "reply_bits_per_byte_base": before,
         "ended_share": ended_share(job, model, tokenizer, prompts),
         **counted,
@@ -55,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
         "refused_by_template": refused,
         "template_hash": chat.template_hash(tokenizer),
         "eval_refused_by_template": held_out_refused,
-        "eval_dropped_too_long": len(asked) - len(examples),
+        "eval_dropped_too_long": len(asked) - len(fitting),
         "unusable": data.left_out(source, "train", dialogue),
     }
 
@@ -66,27 +69,30 @@ def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], steps: int) -> Any:
+def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int) -> Any:
     """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
-    config, processes = job.config.sft, job.device.processes
+    config, processes, steps = job.config.sft, job.device.processes, len(rows) // batch_size
     if processes > 1:
         unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
-        rows = ranks.evened(rows, config.batch_size, processes, unseen)
+        rows = ranks.evened(rows, batch_size, processes, unseen)
     arguments = SFTConfig(
-        **training.arguments(job, config.batch_size, steps, config.seed),
+        **training.arguments(job, batch_size, steps, config.seed),
         **training.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return training.train(trainer, job, config.batch_size, "examples")
+    return training.train(trainer, job, batch_size, "examples")
 
 
-def bits_per_byte(job: Job, model: Any, tokenizer: Any, examples: list[Example]) -> float:
-    """Bits per byte of held-out replies."""
-    bar = job.progress(len(examples), "replies", part="held out")
-    bits = held_out.reply_bits_per_byte(model, tokenizer, examples, job.config.sft.max_length, bar)
+def bits_per_byte(
+    job: Job, model: Any, tokenizer: Any, pairs: list[tuple[list[int], list[int]]], replies: list[str]
+) -> float:
+    """Bits per byte of held-out `replies`; `pairs` are their prompts and themselves in token ids."""
+    bar = job.progress(len(pairs), "replies", part="held out")
+    longest = job.config.sft.max_length
+    bits = held_out.reply_bits_per_byte(model, pairs, replies, tokenizer.pad_token_id, longest, bar)
     bar.close()
     return bits
 

@@ -11,7 +11,7 @@ from pipeline import chat, data, gguf_checkpoint, template
 from pipeline.errors import UserError
 from pipeline.job import Job
 from pipeline.models import check_checkpoint
-from pipeline.sources import adapter_base
+from pipeline.sources import adapter_base, adapter_revision
 
 ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded again
 
@@ -111,7 +111,7 @@ def own_tokenizer(model: Any) -> Any:
     if model.gguf_file:
         name, options["gguf_file"] = gguf_checkpoint.name_of(model), gguf_checkpoint.place(model)
     elif not (Path(place) / "tokenizer_config.json").is_file() and (base := adapter_base(Path(place))):
-        place, options["revision"] = base, "main"
+        place, options["revision"] = base, adapter_revision(Path(place))
     tokenizer = chat.load_tokenizer(place, name, **options)
     if not type(tokenizer).__module__.startswith("transformers."):
         raise UserError(f"{name}: its tokenizer is code of its own, which later stages do not run; save a fast one")

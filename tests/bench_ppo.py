@@ -32,6 +32,11 @@ CHUNK = 32  # rows per forward pass
 SHARED = ("ppo.critic=shared", "ppo.critic_learning_rate=0.01", "ppo.learning_rate=0.0005")
 
 
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [B, T] that count real tokens only, whichever side the padding is on."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 class Plain:
     """PPO as one would write it first. B: replies, T: tokens of prompt and reply, R: reply tokens, V: vocabulary."""
 
@@ -84,20 +89,20 @@ class Plain:
 
     def logprobs(self, model: Any, ids: Tensor, attention: Tensor, width: int) -> Tensor:
         """Log-probabilities [B, R] of the reply tokens."""
-        position = likelihood.positions(attention)
+        position = positions(attention)
         logits = model(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False).logits
         logprobs = torch.log_softmax(logits[:, :-1] / self.limits.temperature, -1)
         return logprobs.gather(-1, ids[:, 1:, None])[:, width - 1 :, 0]
 
     def values(self, model: Any, ids: Tensor, attention: Tensor, width: int) -> Tensor:
         """Values [B, R] of the text before each reply token."""
-        position = likelihood.positions(attention)
+        position = positions(attention)
         states = model.base_model(input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False)
         return ensemble.normalised(model, model.score(states.last_hidden_state)[:, width - 1 : -1, 0])
 
     def scores(self, ids: Tensor, attention: Tensor) -> Tensor:
         """Normalised scores [B] at the last token."""
-        position = likelihood.positions(attention)
+        position = positions(attention)
         states = self.reward_model.base_model(input_ids=ids, attention_mask=attention, position_ids=position)
         last = attention.size(1) - 1 - attention.flip(1).argmax(1)
         raw = self.reward_model.score(states.last_hidden_state)[torch.arange(len(ids)), last, 0]

@@ -148,6 +148,14 @@ def test_another_output_layer_than_the_models_own_is_refused(tmp_path, monkeypat
         models.load_policy(folder)
 
 
+def test_a_trunk_under_another_name_is_said():
+    """Llama 4 keeps its trunk as `model`, where transformers looks for `language_model`."""
+    shape = GATED | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 24, "vocab_size": 300}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **shape))
+    with pytest.raises(UserError, match=r"^llama4_text: its trunk cannot be run apart from its output layer"):
+        models.require_own_logits(model)
+
+
 @pytest.mark.parametrize("model_type", ["granite", "modernbert-decoder"])
 def test_the_loss_on_pretraining_text_is_the_models_own(model_type, tmp_path):
     overrides = ["ppo.ptx_coef=1", "ppo.ptx_batch_size=3", "ppo.ptx_context=9"]
@@ -174,6 +182,22 @@ def test_an_architecture_without_a_longest_sequence_has_room_for_every_prompt():
     assert sampling.with_room(prompts, made("bloom"), limits) == [0, 1, 2]
     assert sampling.with_room(prompts, made("mamba"), limits) == [0, 1, 2]
     assert sampling.with_room(prompts, made("mpt"), limits) == [0]  # 64 tokens
+
+
+def test_longrope_reads_no_more_than_one_set_of_factors_holds_for():
+    """Prompt and reply together stay within 16 tokens, beyond which every row of a batch is turned by other factors."""
+    factors = {"short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 4.0, 8.0, 16.0]}
+    rope = factors | {"rope_type": "longrope", "rope_theta": 10000.0}
+    model = made("phi3", original_max_position_embeddings=16, rope_parameters=rope)
+    assert models.context_length(model.config) == 16
+    assert models.context_length(made("phi3").config) == 64
+    limits = OmegaConf.create({"temperature": 1.0, "max_new_tokens": 8, "batch_size": 6, "static_cache": False})
+    kept = sampling.with_room(PROMPTS, model, limits)
+    assert [len(PROMPTS[i]) for i in kept] == [3, 1, 6, 5]
+    prompts = [PROMPTS[i] for i in kept]
+    replies = sampling.sample(model, prompts, limits, tiny_tokenizer(), sampling.random_numbers(0, 4, limits))
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert reply.logprobs == pytest.approx(plain(model, prompt, reply.ids).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "mamba", "gpt2"])

@@ -1,9 +1,11 @@
 """Every part of a stage that takes long has a bar, a key that bounds it and a place in the estimate."""
 
+from dataclasses import replace
+
 import pytest
 from helpers import SENTENCES, make_job, numbered_pairs, tiny_policy, tiny_tokenizer, with_comparisons, write_model
 
-from pipeline import baselines, contamination, data, preferences
+from pipeline import baselines, chat, contamination, data, preferences
 from pipeline.data import Example, Rows
 from pipeline.errors import UserError
 from pipeline.job import Job
@@ -76,10 +78,36 @@ def test_sft_and_pretraining_have_bars(tmp_path, bars, monkeypatch):
 
 
 def test_pairs_are_drawn_by_the_seed():
-    pairs = preferences.tokenised(tiny_tokenizer(), numbered_pairs(20), 512)
-    first, again, other = pairs.drawn(5, 1), pairs.drawn(5, 1), pairs.drawn(5, 2)
-    assert first.pairs == again.pairs != other.pairs and len({str(pair) for pair in first.pairs}) == 5
-    assert pairs.drawn(None, 1) == pairs and len(pairs.drawn(99, 1).rows) == 20
+    pairs = numbered_pairs(20)
+    first, again, other = (preferences.drawn(pairs, 5, seed) for seed in (1, 1, 2))
+    assert first == again != other and sorted(map(str, first)) == sorted(map(str, pairs))
+    assert preferences.drawn(pairs, None, 1) == pairs
+
+
+def test_no_more_pairs_are_tokenised_than_it_takes(tmp_path, bars, monkeypatch):
+    """Of 40 pairs every other one is too long for the limit: about 20 are tokenised for the 10 that are asked for."""
+    pairs = [replace(pair, chosen="yes " * (200 if i % 2 else 1)) for i, pair in enumerate(numbered_pairs(40))]
+    options = ["dpo.pairs=10", "dpo.eval_pairs=3", "dpo.max_length=100", "data.preferences.max_unusable_share=0.9"]
+    job = with_comparisons(make_job("dpo", tmp_path, *options), pairs, numbered_pairs(40))
+    tokenised, original = [], chat.reply_ids
+    monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
+    monkeypatch.setattr(preferences, "LONG", 12)
+    train, test = preferences.load(job, tiny_tokenizer())
+    assert len(train.rows) == len({str(pair) for pair in train.pairs}) == 10 and len(test.rows) == 3
+    assert len(tokenised) == 2 * (10 + train.dropped + 3 + test.dropped) < 2 * 40
+    assert [(bar.part, bar.total, bar.count, bar.closed) for bar in bars] == [("tokens", 13, 13, True)]
+
+
+def test_held_out_examples_of_sft_are_tokenised_once(tmp_path, monkeypatch):
+    examples = [Example(pair.prompt, pair.chosen) for pair in numbered_pairs(8)]
+    monkeypatch.setattr(data, "training_examples", lambda *_: examples[:4])
+    monkeypatch.setattr(data, "prompts", lambda *_: examples[4:])
+    tokenised, original = [], chat.reply_ids
+    monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
+    job = make_job("sft", tmp_path / "sft", "sft.batch_size=4", "sft.max_length=128")
+    job.inputs["pretrain"] = write_model(tiny_policy(), tmp_path / "base")
+    sft.run(job)
+    assert sorted(tokenised) == sorted(example.reply for example in examples)
 
 
 @pytest.mark.parametrize("stage", [reward, dpo])

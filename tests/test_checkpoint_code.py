@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_helpers import DATE, edit, hf, refused, settings, take
 from helpers import composed, tiny_policy, tiny_tokenizer, write_model
+from peft import LoraConfig, get_peft_model
 
 from pipeline import chain, chat, judge_model, models
 from pipeline.errors import UserError
@@ -93,6 +94,16 @@ def test_code_that_was_asked_for_runs_for_pretrain_and_is_refused_at_the_start_f
         chain.check(config, chain.plan(config, ["tokenizer", "pretrain", "sft"]))
     assert not (folder / "ran").exists()
     chain.check(config, chain.plan(config, ["tokenizer", "pretrain"]))
+
+
+def test_code_of_an_adapters_base_runs_where_it_was_asked_for(folder, tmp_path):
+    adapted = get_peft_model(models.load_policy(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    plant(folder)
+    refused("needs code of its own", take, tmp_path / "adapter")
+    assert not (folder / "ran").exists()
+    taken = take(tmp_path / "adapter", "model.trust_remote_code=true")
+    assert type(taken).__name__ == "PlantedModel" and (folder / "ran").exists()
 
 
 def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tmp_path):

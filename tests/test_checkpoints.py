@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -193,6 +194,19 @@ def test_what_config_json_says_nothing_of_shows_in_the_model(tmp_path):
     refused(r"no causal language model \(BertLMHeadModel\): its tokens see later", take, folder)
 
 
+IMAGES = {"vision_config": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5", "llama4", "mllama"])
+def test_a_model_of_text_and_images_is_one_line(folder, kind):
+    """transformers makes one as a causal language model, and its configuration has no hidden_size, no longest text."""
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": kind, "text_config": config, "architectures": ["AnyForConditionalGeneration"], **IMAGES}
+    (folder / "config.json").write_text(json.dumps(whole))
+    line = r"is a model of text and images \(AnyForConditionalGeneration\); save its language model by itself"
+    refused(line, models.check_checkpoint, settings(folder))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3"])
 def test_causal_models_are_let_through(tmp_path, kind):
     take(write_model(tiny_policy(kind), tmp_path / kind))
@@ -311,6 +325,25 @@ def test_an_adapter_without_its_base_or_its_weights_is_one_line(base, tmp_path):
     refused("is an adapter on another one", take, folder)
     settings_file.write_text("{}")
     refused("names no base_model_name_or_path", take, folder)
+
+
+def test_an_adapter_names_the_revision_of_its_base(base, tmp_path, monkeypatch):
+    """Configuration, tokenizer and weights are asked for at that revision (a folder has one and passes it over)."""
+    asked = []
+    reads = [(checkpoints.PreTrainedConfig, "get_config_dict")]
+    reads += [(kind, "from_pretrained") for kind in (AutoTokenizer, AutoModelForCausalLM)]
+    for kind, name, original in [(kind, name, getattr(kind, name)) for kind, name in reads]:
+
+        def recorded(path, *given, original=original, kind=kind, **options):
+            if "revision" in options and str(path) == str(base):
+                asked.append((kind.__name__, options["revision"]))
+            return original(path, *given, **options)
+
+        monkeypatch.setattr(kind, name, recorded)
+    adapter(base, tmp_path / "adapter", revision="v1")
+    asked.clear()
+    take(tmp_path / "adapter")
+    assert {(kind.__name__, "v1") for kind, _ in reads} <= set(asked)
 
 
 def test_an_adapter_in_an_artifact_or_as_a_judge_is_refused(base, folder, tmp_path):

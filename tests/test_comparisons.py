@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import preferences
 from pipeline.artifact import read_lines
-from pipeline.chat import load_tokenizer
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.preferences import Pair
@@ -164,7 +163,7 @@ def test_pairs_for_people_have_no_label_and_training_on_them_is_refused_until_th
     out, metrics = made(smoke, tmp_path, "comparisons.label_by=people", "comparisons.pairing=random")
     assert not (out / "train.jsonl").exists() and metrics["pool"] == len(read_lines(out / "pool.jsonl")) > 10
     with pytest.raises(UserError, match="has no labels yet; label its pairs with: make label"):
-        preferences.load(out, load_tokenizer(smoke / "smoke" / "sft"), 512, 1.0, "reward")
+        preferences.read(out, "train")
 
 
 def test_a_scorer_chooses_the_pairs_and_uncertainty_needs_several_models(smoke, tmp_path):

@@ -185,7 +185,7 @@ def test_in_slurm_auto_is_what_the_job_asks_for_wherever_it_is_asked(monkeypatch
     assert precision.resolved(composed("precision=auto", "resources.gpus=1"), "sft") == "bf16"  # threefold submit
 
 
-@pytest.mark.parametrize(("visible", "answer"), [("0", 9), ("GPU-abc", 9), ("1", 7), ("", 9)])
+@pytest.mark.parametrize(("visible", "answer"), [("0", 9), ("GPU-abc", 9), ("1", 7), ("NoDevFiles", 0), ("", 0)])
 def test_the_capability_of_the_first_gpu_is_asked_of_nvml(visible, answer, monkeypatch):
     class Nvml:
         def nvmlInit_v2(self):

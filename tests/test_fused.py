@@ -31,13 +31,39 @@ QUERY_KEY_VALUE = [
     ("codegen", {"rotary_dim": 4}, "qkv_proj", "attn"),
     ("mpt", {"max_seq_len": 32}, "Wqkv", "attn"),
     ("phi3", HALVES, "qkv_proj", "self_attn"),
+    ("openai-gpt", {}, "c_attn", "attn"),
 ]
-GATE_AND_UP = [("phi3", HALVES, "gate_up_proj", "mlp"), ("glm", HALVES | {"head_dim": 4}, "gate_up_proj", "mlp")]
+STATES = {"state_size": 4, "time_step_rank": 2}
+JAMBA = {
+    "intermediate_size": 24, "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+    "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 2, "use_mamba_kernels": False,
+}  # fmt: skip
+GATE_AND_UP = [
+    ("phi3", HALVES, "gate_up_proj", "mlp"),
+    ("glm", HALVES | {"head_dim": 4}, "gate_up_proj", "mlp"),
+    ("modernbert-decoder", {"intermediate_size": 24, "pad_token_id": 0}, "Wi", "mlp"),
+    ("mamba", STATES, "in_proj", "mixer"),
+    ("falcon_mamba", STATES, "in_proj", "mixer"),
+    ("jamba", JAMBA, "in_proj", "mamba"),
+]
+LATENT = {
+    "intermediate_size": 24, "num_key_value_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 8, "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8}
+# with the part without which there are no values, and the other one, which is of the keys alone
+KEYS_AND_VALUES = [
+    ("minicpm3", LATENT, "kv_a_proj_with_mqa", 0, 1),
+    ("minicpm3", LATENT, "kv_b_proj", 1, 0),
+    ("deepseek_v3", LATENT | EXPERTS | {"first_k_dense_replace": 1}, "kv_a_proj_with_mqa", 0, 1),
+    ("deepseek_v3", LATENT | EXPERTS | {"first_k_dense_replace": 1}, "kv_b_proj", 1, 0),
+    ("jetmoe", {"intermediate_size": 24, "kv_channels": 4, "num_key_value_heads": 2}, "kv_proj", 1, 0),
+]
 
 
 def made(architecture: str, settings: dict) -> nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **SHAPE | settings, dtype="float32")
+    config = AutoConfig.for_model(architecture, **SHAPE | settings, dtype="float32", use_cache=False)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -59,10 +85,10 @@ def output(model: nn.Module, name: str, watched: str, zeroed: set[int]) -> torch
     )
     module.weight.copy_(zero[0])
     hook = layer(model, watched).register_forward_hook(lambda _, __, given: heard.append(given))
-    model(input_ids=torch.arange(1, 9)[None], use_cache=False)
+    model(input_ids=torch.arange(1, 9)[None])
     hook.remove()
     module.weight.copy_(kept)
-    return heard[0][0] if isinstance(heard[0], tuple) else heard[0]
+    return heard[0] if isinstance(heard[0], torch.Tensor) else heard[0][0]
 
 
 @pytest.mark.parametrize(("architecture", "settings", "name", "watched"), QUERY_KEY_VALUE)
@@ -85,6 +111,34 @@ def test_gate_and_up_are_halves(architecture, settings, name, watched):
     model = made(architecture, settings)
     gate, up = (output(model, name, watched, {part}) for part in (0, 1))
     assert not gate.any() and not up.any() and output(model, name, watched, set()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("architecture", "settings", "name", "values", "keys"), KEYS_AND_VALUES)
+def test_keys_and_values_are_the_rows_that_the_model_uses_as_such(architecture, settings, name, values, keys):
+    """Attention gives nothing without values; without (a part of) keys it gives something else."""
+    model = made(architecture, settings)
+    watched = "self_attention" if architecture == "jetmoe" else "self_attn"
+    ordinary, without = (output(model, name, watched, zeroed) for zeroed in (set(), {keys}))
+    assert not output(model, name, watched, {values}).any()
+    assert without.any() and (without - ordinary).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "watched"),
+    [("mamba", STATES, "mixer"), ("falcon_mamba", STATES, "mixer"), ("jamba", JAMBA, "mamba")],
+)
+def test_step_size_b_and_c_are_the_rows_that_a_state_space_model_uses_as_such(architecture, settings, watched):
+    """Without B nothing enters the state and without C nothing leaves it, whatever the size of its steps is."""
+    model = made(architecture, settings)
+
+    def without(*parts: int) -> torch.Tensor:
+        return output(model, "x_proj", watched, set(parts))
+
+    no_state = without(1, 2)
+    for parts in ((1,), (2,), (0, 1), (0, 2)):
+        torch.testing.assert_close(without(*parts), no_state, atol=1e-6, rtol=1e-5)
+    assert (without() - no_state).abs().max() > 1e-3 and (without(0) - no_state).abs().max() > 1e-3
+    assert (without(0) - without()).abs().max() > 1e-3
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:
@@ -168,5 +222,18 @@ def test_an_update_is_as_large_as_the_shape_of_the_layer_asks(name, wanted):
 def test_a_joined_matrix_that_is_not_known_is_refused():
     model = made("qwen3", {"intermediate_size": 24, "num_key_value_heads": 2})
     model.model.layers[0].self_attn.qkv_proj = nn.Linear(16, 48)
-    with pytest.raises(UserError, match=r"^model: qwen3 stores several matrices as one \(model.layers.0.self_attn.qkv"):
+    with pytest.raises(UserError, match=r"^pretrain.tokens: .* qwen3 stores several as one \(model.layers.0.self_attn"):
+        fused.layouts(model)
+
+
+@pytest.mark.parametrize(("rows", "known"), [(4, True), (8, False)])
+def test_rows_that_are_not_those_of_the_rule_are_refused(rows, known):
+    """DeepSeek V4's attention has one head of keys that are its values; its compressors have two of them in one."""
+    model = made("qwen3", {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4})
+    model.model.layers[0].self_attn.kv_proj = nn.Linear(16, rows)
+    model.config.model_type = "deepseek_v4"
+    if known:
+        assert fused.layouts(model)[model.model.layers[0].self_attn.kv_proj.weight].sizes == (4,)
+        return
+    with pytest.raises(UserError, match="deepseek_v4 stores several as one"):
         fused.layouts(model)

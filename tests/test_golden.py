@@ -67,21 +67,21 @@ def pretraining(folder: Path, noise: float, *overrides: str) -> dict[str, list[f
 def finetuning(folder: Path, noise: float, *overrides: str) -> dict[str, list[float]]:
     job = make_job("sft", folder, f"sft.batch_size={BATCH}", "sft.learning_rate=0.003", *overrides)
     rows = [sft.tokenised(tiny_tokenizer(), Example(pair.prompt, pair.chosen)) for pair in pairs()]
-    sft.fit(job, weighted(tiny_policy(), 2, noise), tiny_tokenizer(), rows, STEPS)
+    sft.fit(job, weighted(tiny_policy(), 2, noise), tiny_tokenizer(), rows, BATCH)
     return logged(job, "loss", "grad_norm")
 
 
 def rewarding(folder: Path, noise: float, *overrides: str) -> dict[str, list[float]]:
     job = make_job("reward", folder, f"reward.batch_size={BATCH}", "reward.learning_rate=0.003", *overrides)
     rows = preferences.tokenised(tiny_tokenizer(), pairs(), 512)
-    reward.fit(job, weighted(tiny_reward_model(), 3, noise), tiny_tokenizer(), rows)
+    reward.fit(job, weighted(tiny_reward_model(), 3, noise), tiny_tokenizer(), rows, BATCH)
     return logged(job, "loss", "grad_norm")
 
 
 def preferring(folder: Path, noise: float, *overrides: str) -> dict[str, list[float]]:
     job = make_job("dpo", folder, f"dpo.batch_size={BATCH}", "dpo.learning_rate=0.003", *overrides)
     rows = preferences.tokenised(tiny_tokenizer(), pairs(), 512)
-    dpo.fit(job, weighted(tiny_policy(), 4, noise), tiny_tokenizer(), rows, STEPS)
+    dpo.fit(job, weighted(tiny_policy(), 4, noise), tiny_tokenizer(), rows, BATCH)
     return logged(job, "loss", "grad_norm")
 
 

@@ -91,13 +91,20 @@ def test_pairs_that_are_mostly_too_long_are_refused_by_the_key_of_the_stage(long
     for split, count, bad in zip(("train", "test"), (10, 4), long, strict=True):
         pairs = [Pair([said("user", "hi")], "y" * (300 if i < bad else 9), "no", None, "dataset") for i in range(count)]
         write(tmp_path / f"{split}.jsonl", pairs)
+
+    def asked(share: float):
+        options = ["dpo.max_length=100", f"data.preferences.max_unusable_share={share}"]
+        job = make_job("dpo", tmp_path / str(share), *options)
+        job.inputs["comparisons"] = tmp_path
+        return job
+
     if (long, share) == ((3, 2), 0.5):
-        train, test = preferences.load(tmp_path, tiny_tokenizer(), 100, share, "dpo")
+        train, test = preferences.load(asked(share), tiny_tokenizer())
         assert (len(train.rows), train.dropped, len(test.rows), test.dropped) == (7, 3, 2, 2)
         share = 0.49
     what = "4 of 4 held-out" if long == (9, 4) else "2 of 4 held-out" if long == (3, 2) else "10 of 10 training"
     with pytest.raises(UserError, match=f"^dpo.max_length=100: leaves out {what} pairs as too long; set it higher"):
-        preferences.load(tmp_path, tiny_tokenizer(), 100, share, "dpo")
+        preferences.load(asked(share), tiny_tokenizer())
 
 
 def test_prompts_without_room_are_counted(tmp_path):

@@ -34,11 +34,11 @@ STAGES = {
     "pretrain": lambda job: pretrain.fit(
         job, tiny_policy(), PackedRows(torch.arange(8 * 64).remainder(50).numpy().astype("int32"), 16), 5
     ),
-    "sft": lambda job: sft.fit(job, tiny_policy(), tiny_tokenizer(), sft_rows(), 5),
-    "reward": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), tokenised(PAIRS * 4)),
-    "reward unpaired": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), unpaired()),
-    "reward with LoRA": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), tokenised(PAIRS * 4), 1),
-    "dpo": lambda job: dpo.fit(job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS * 4), 5),
+    "sft": lambda job: sft.fit(job, tiny_policy(), tiny_tokenizer(), sft_rows(), 2),
+    "reward": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), tokenised(PAIRS * 4), 2),
+    "reward unpaired": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), unpaired(), 2),
+    "reward with LoRA": lambda job: reward.fit(job, tiny_reward_model(), tiny_tokenizer(), tokenised(PAIRS * 4), 2, 1),
+    "dpo": lambda job: dpo.fit(job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS * 4), 2),
 }
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from data_helpers import lines, said, source
-from helpers import composed, tiny_policy, tiny_tokenizer
+from helpers import composed, tiny_policy, tiny_tokenizer, write_model
 from omegaconf import OmegaConf
 from test_architectures import made
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,6 +90,46 @@ def test_an_architecture_without_a_reward_model_is_refused_only_where_one_is_mad
     overrides = [*world, *checkpoint(tmp_path / "model", made("mamba"))]
     assert "no reward model of the architecture mamba" in refusal(overrides, "target=reward")
     checked(overrides, "target=sft")
+
+
+def finished(overrides, model, *more):
+    """Checks the chain of `overrides` where tokenizer, pretrain and sft have made `model`."""
+    config = compose(["experiment=smoke", *overrides, *more])
+    planned = chain.plan(config, chain.wanted(config))
+    for name in ("tokenizer", "pretrain", "sft"):
+        write_model(model, planned[name].artifact.folder)
+        (planned[name].artifact.folder / "manifest.json").write_text("{}")
+    chain.check(config, planned)
+
+
+def test_what_is_asked_of_a_model_that_is_made_is_refused_before_any_stage(world):
+    """No reward model of mamba, and no static cache: both would show after the comparisons are sampled."""
+    with pytest.raises(UserError, match="no reward model of the architecture mamba"):
+        finished(world, made("mamba"), "target=reward")
+    with pytest.raises(UserError, match="static_cache=true: not for mamba"):
+        finished(world, made("mamba"), "target=comparisons", "sampling.static_cache=true")
+    finished(world, made("mamba"), "target=comparisons")
+    finished(world, tiny_policy(), "target=reward", "sampling.static_cache=true")
+
+
+def test_a_layout_that_muon_does_not_know_is_refused_before_any_stage(world, tmp_path):
+    overrides = [*world, *checkpoint(tmp_path / "model", made("mamba2")), "target=pretrain"]
+    message = refusal(overrides, "pretrain.tokens=10000")
+    assert message.startswith("pretrain.tokens: Muon") and "mamba2 stores several as one" in message
+    checked(overrides, "pretrain.tokens=0")
+
+
+def test_dpo_of_replies_that_were_labelled_one_by_one_is_refused_before_any_stage(world, tmp_path):
+    file = tmp_path / "labels.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"q {i}", "completion": "a", "label": i % 2}) + "\n" for i in range(40))
+    )
+    given = [*world, f"data.preferences.path={file}", "data.preferences.format=unpaired"]
+    for more in ((), ("target=dpo",)):
+        assert refusal(given, *more).startswith(
+            "data.preferences.format=unpaired: replies that were labelled one by one"
+        )
+    checked(given, "target=reward")
 
 
 def test_a_slow_decoder_is_said(world, tmp_path, capsys):

@@ -4,6 +4,8 @@ Wrong orders that trainers have had stand here too, and each must fail: batches 
 leaves out the same rows as the one before.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import make_job, numbered_pairs, with_comparisons
@@ -200,3 +202,25 @@ def test_metrics_count_what_is_trained_on(tmp_path, monkeypatch, capsys, epochs,
         unit = "examples" if name == "sft" else "pairs"
         assert counted[name] == {unit: trained, "left_out_per_epoch": 3}
         assert f"3 of 19 {unit} fill no batch and are left out of an epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "unpaired"), [("sft", False), ("dpo", False), ("reward", False), ("reward", True)])
+def test_rows_that_fill_no_batch_are_one_in_each_epoch(tmp_path, monkeypatch, name, unpaired):
+    """5 rows in batches of 8 and passes of 4 for 3 epochs: three steps, and in each of them every row once."""
+    options = [f"{name}.epochs=3", f"{name}.batch_size=8", "runtime.micro_batch_size=4"]
+    pairs = [replace(p, rejected_prompt=p.prompt if unpaired else None) for p in numbered_pairs(5)]
+    job = with_comparisons(make_job(name, tmp_path, *options), pairs, numbered_pairs(4))
+    job.inputs["pretrain"] = job.inputs["sft"]
+    examples = [Example(pair.prompt, pair.chosen) for pair in pairs]
+    monkeypatch.setattr(data, "training_examples", lambda *_: examples)
+    monkeypatch.setattr(data, "prompts", lambda *_: examples)
+    monkeypatch.setattr(reward, "sft_samples", lambda *_: [])
+    monkeypatch.setattr(training, "train", stop_before_training)
+    with pytest.raises(Trained) as stopped:
+        {"sft": sft, "dpo": dpo, "reward": reward}[name].run(job)
+    trainer, _, per_step, *_ = stopped.value.args[0]
+    arguments, rows = trainer.args, list(trainer.train_dataset)
+    size = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    assert arguments.max_steps == 3 and per_step == 5 and size == (10 if unpaired else 5) and len(rows) == 3 * size
+    for epoch in batches_of(rows, size):
+        assert len({str(row) for row in epoch}) == (10 if unpaired else 5)

@@ -78,7 +78,7 @@ def test_the_loss_is_the_cross_entropy_of_single_replies(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(training, "train", lambda trainer, *_: built.append(trainer))
     job = make_job("reward", tmp_path, "reward.batch_size=5", "reward.label_smoothing=0.1")
-    reward.fit(job, tiny_reward_model(), tiny_tokenizer(), pairs)
+    reward.fit(job, tiny_reward_model(), tiny_tokenizer(), pairs, 5)
     (trainer,) = built
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["labels"].tolist() == [[pytest.approx(0.9)], [pytest.approx(0.1)]] * 5
@@ -98,7 +98,7 @@ def test_loss_and_gradient_of_the_classifier_do_not_depend_on_accumulation(tmp_p
     pairs, steps = preferences.tokenised(tiny_tokenizer(), preferences.matched(labelled, 1), 512), []
     for micro in ("null", "2"):
         job = make_job("reward", tmp_path / micro, "reward.batch_size=8", f"runtime.micro_batch_size={micro}")
-        reward.fit(job, tiny_reward_model(), tiny_tokenizer(), pairs)
+        reward.fit(job, tiny_reward_model(), tiny_tokenizer(), pairs, 8)
         steps.append(read_lines(job.out / "log.jsonl")[0])
     assert steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-4)
     assert steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-3) and steps[0]["grad_norm"] > 0.01
