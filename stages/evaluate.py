@@ -128,12 +128,14 @@ def results(
     golds, seconds = (
         {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
     )
+    verdicts = {score for scores in golds.values() for score in scores} <= {0.0, 1.0, None}
     found = {
-        name: judged(shared.job, one.replies, golds[name], seconds[name]) | one.metrics for name, one in played.items()
+        name: judged(shared.job, one.replies, golds[name], seconds[name], verdicts) | one.metrics
+        for name, one in played.items()
     }
     for name, one in played.items():
         if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy))
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
     proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
     return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
 
@@ -214,9 +216,11 @@ def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     return found
 
 
-def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
+def judged(
+    job: Job, replies: list[str], gold: list[float | None], second: list[float | None], verdicts: bool
+) -> dict[str, Any]:
     """What the judges' scores of one model's replies, and the replies as text, come to."""
-    return with_interval("gold", gold) | {
+    return with_interval("gold", gold, verdicts) | {
         "gold_unscored": gold.count(None),
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "second_judge_unscored": second.count(None),
@@ -227,10 +231,15 @@ def judged(job: Job, replies: list[str], gold: list[float | None], second: list[
     }
 
 
-def with_interval(name: str, scores: list[float | None]) -> dict[str, Any]:
-    """The mean of the gold judge's scores and its 95 % interval over prompts."""
+def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict[str, Any]:
+    """The mean of the gold judge's scores and its 95 % interval over prompts; that of `verdicts` is a share's.
+
+    Verdicts are the scores of a judge that gives 0 and 1 alone, to the replies of all models. Replies that a judge of
+    another scale gives 0 to are no share: where all are alike they have no interval.
+    """
     found = applicable(scores, "judge")
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": statistics.scores_interval(found)}
+    interval = statistics.share_interval(found) if verdicts else statistics.mean_interval(found)
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
