@@ -2,8 +2,8 @@
 
 A number is read whole and exactly, or not at all. Read are integers and decimals, with thousands separators or a
 decimal comma, fractions (a/b, \\frac{a}{b}, ½), mixed numbers, powers, scientific notation, and words of scale
-(5 million). Whatever else is written with a digit is no number: a time, a date, a version, a sum not worked out, and a number beside
-a word or sign that changes its value in a way that is not read (5 bn, 2 thirds, 10 pi, 3 to 1).
+(5 million). Whatever else is written with a digit is no number: a time, a date, a version, a sum not worked out, and a
+number beside a word or sign that changes its value in a way that is not read (5 bn, 2 thirds, 10 pi, 3 to 1).
 """
 
 import re
