@@ -274,6 +274,7 @@ def _splits_of_replies(stages: set[str], config: DictConfig) -> set[str]:
     """The splits of `data.replies` that some of `stages` take prompts from."""
     given = config.data.preferences.path is not None
     needed = {"sft": {"train", "validation"}, "ppo": {"train"}, "frontier": {"test"}, "evaluate": {"test"}}
+    needed["evaluate"] |= {"validation"} if config.evaluate.validation_prompts else set()
     needed["comparisons"] = set() if given else {"train", "validation"}
     return set().union(*(needed.get(stage, set()) for stage in stages))
 

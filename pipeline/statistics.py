@@ -21,7 +21,7 @@ def share_interval(outcomes: list[float], groups: list[str] | None = None) -> li
         count, z = _independent_count(np.asarray(outcomes, dtype=float), groups), students_t(distinct)
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return [float(max(0.0, centre - half)), float(min(1.0, centre + half))]
+    return [float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))]  # rounding
 
 
 def _independent_count(outcomes: np.ndarray, groups: list[str]) -> float:
@@ -60,6 +60,19 @@ def mean_interval(values: list[float], groups: list[str] | None = None) -> list[
     return [float(mean - half + min(0.0, skew)), float(mean + half + max(0.0, skew))]
 
 
+def difference_interval(differences: list[float], groups: list[str]) -> list[float] | None:
+    """`mean_interval` of differences of two shares, -1 to 1, and where all groups are alike what a sign test supports.
+
+    When n groups are all alike, at least 0.025^(1/n) of all groups are so at 97.5 % (Clopper and Pearson 1934), and the
+    others lie between -1 and 1. None where there is one group.
+    """
+    count, mean = len(set(groups)), float(np.mean(differences))
+    if (interval := mean_interval(differences, groups)) or count < 2:
+        return interval
+    alike = 0.025 ** (1 / count)
+    return [alike * mean - (1 - alike), alike * mean + (1 - alike)]
+
+
 @functools.cache
 def students_t(count: int) -> float:
     """How many standard errors each end of a 95 % interval is away from the mean of `count` independent values."""
@@ -70,11 +83,6 @@ def _by_group(values: np.ndarray, groups: list) -> tuple[np.ndarray, np.ndarray]
     """The sum of the values of each group, and how many these are."""
     numbers = np.unique(groups, return_inverse=True)[1]
     return np.bincount(numbers, values), np.bincount(numbers)
-
-
-def scores_interval(scores: list[float]) -> list[float] | None:
-    """The 95 % interval of the mean of independent scores: of scores that are 0 or 1 alone that of a share."""
-    return share_interval(scores) if set(scores) <= {0.0, 1.0} else mean_interval(scores)
 
 
 def shown(interval: list[float] | tuple[float, float] | None, form: str) -> str:

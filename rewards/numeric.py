@@ -2,7 +2,8 @@
 
 A number is read whole and exactly, or not at all. Read are integers and decimals, with thousands separators or a
 decimal comma, fractions (a/b, \\frac{a}{b}, ½), mixed numbers, powers, scientific notation, and words of scale
-(5 million). Whatever else is written with a digit is no number: a time, a date, a version, a sum not worked out.
+(5 million). Whatever else is written with a digit is no number: a time, a date, a version, a sum not worked out, and a
+number beside a word or sign that changes its value in a way that is not read (5 bn, 2 thirds, 10 pi, 3 to 1).
 """
 
 import re
@@ -13,17 +14,40 @@ from typing import Any
 MARK = "####"  # GSM8K writes the answer behind it (Cobbe et al. 2021, arXiv 2110.14168)
 LONGEST, HIGHEST = 400, 400  # characters of a number, and its exponent; beyond them nothing is worked out
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
-UNITS = "[mck]m|[mk]?g|ml|min|hrs?|mph|st|nd|rd|th"  # that are often written without a space
+SCALES = "|".join(SCALE)
+# what is often written behind a number without a space: units, endings of ordinals, and whole words
+UNITS = (
+    "[μµmcdk]?m|[μµmk]?g|[mcdk]?[lL]|[mk]?s|h|d|lbs?|oz|ft|in|yds?|mi|mins?|secs?|hrs?|day|yrs?|km/h|kmh|kph|mph|rpm|"
+)
+UNITS += "k?cal|[kMG]?Hz|[kMG]?Wh?|k?J|[kMGT]B|[AVNCF]|USD|EUR|GBP|CHF|JPY|CNY|INR|st|nd|rd|th|[^\\W\\d_]{4,}"
+# what changes the value of the number before it, in a way that is not read: scales, fractions, operations
+PARTS = (
+    "half|halves|quarters?|thirds?|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]{3,5}teen|[a-z]{3,5}tie|"
+)
+PARTS += f"{SCALES})ths?"
+CHANGING = f"{PARTS}|bn|mn|mln|mio|mill?|mrd|tn|trn|crores?|lakhs?|lacs?|dozens?|scores?|gross|tens|tausend|mille|"
+CHANGING += "milli(?:on|ard)[a-z]*|millones|billi?on[a-z]*|quadrillions?|тыс[а-я]*|млн|млрд|милли[а-я]*|"
+CHANGING += f"{SCALES}|squared|cubed|factorial|pi|below"
+LETTERS = "bcefijkno-rt-zBDEGHKMO-UX-Zα-ωΩ"  # a variable or a scale; others are units or words
+# what changes the value of the number behind it
+LEADING = f"half|third|quarter|twice|thrice|double|triple|dozen|{SCALES}|plus|times|over|point|root|log|ln|sin|cos|tan|"
+LEADING += "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:divided|multiplied) +by"
+BETWEEN = "plus|minus|times|divided by|multiplied by|over|to|choose|mod|modulo|point|of|out of|in|per"
+SIGNED = r"\A|[=:(]|\b(?:is|was|be|are|equals|gives|get|answer)\b"  # a minus behind it is a sign
+LARGER = "hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|pounds?|lbs?|dollars?|euros?|m|km|kg"
+SMALLER = "minutes?|mins?|seconds?|secs?|s|days?|hours?|weeks?|months?|inch(?:es)?|in|ounces?|oz|cents?|pence|m|cm|g"
 MONTHS = "Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t|tember)?|"
 MONTHS += "Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?"
 
 # What can be written in several ways is brought to one, in this order. Then & joins the parts of one number, and ~
 # stands in what is no number.
-CHARACTERS = str.maketrans("−–‐‑－⁄÷×·⋅\u00a0\u2009\u202f", "-----//***   ")
+UNSEEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+CHARACTERS = str.maketrans("−–‐‑－⁄÷×·⋅\u00a0\u2009\u202f", "-----//***   ", UNSEEN)
 LATEX = (
     (r"\{,\}", ","),
     (r"\\!|\\left|\\right", ""),
-    (r"\\[,;: ()\[\]]|\^\{?\\circ\}?", " "),
+    (r"(\.\d+|\b0,\d+) *(?:\.{2,}|…|\\[lc]?dots\b)", r"\1~"),  # 0.333...
+    (r"\\[,;: ()\[\]]|\^\{?\\circ\}?|\\(?:approx|sim)(?![a-zA-Z])|(?<![\d~])[≈~∼](?= *[-+$€£¥]?[\d.])", " "),
     (r"\\([$€£¥%])", r"\1"),
     (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
     (r"(?<=\d)(?=\\[dt]?frac)", " "),
@@ -32,22 +56,43 @@ LATEX = (
     (r"\\(?:boxed|text|mathrm|mathbf|textbf) *\{([^{}]*)\}", r" \1 "),
 )
 AROUND_IT = (
-    (r"<<[^<>]*>>|</?[a-zA-Z]\w*>|[-=]+>|[→⇒⟹∴…]|\.{2,}", " "),  # GSM8K's calculations, tags, arrows
-    (r"(?<=[-+])[$€£¥]", ""),
-    (r"[$€£¥%]", " "),
+    (r"<<[^<>]*>>|</?[a-zA-Z]\w*>|(?<![-=])[-=]+>|[→⇒⟹∴…]|\.{2,}", " "),  # GSM8K's calculations, tags, arrows
+    (r"(?<=[-+])(?:[$€£¥]|(?:USD|EUR|GBP|CHF|JPY|CNY|INR|Rs)(?=\d))", ""),
+    (r"[$€£¥%]|\b(?:USD|EUR|GBP|CHF|JPY|CNY|INR|Rs)(?=\d)", " "),
+    (r"(?i)(?<=\d) *(?:°|degrees?\b)? *(?:[CF]|celsius|fahrenheit)? +(?:below|under)\b", "~"),
+    (r"(?<=\d) ?°[CF]\b", " "),
     (r"(?<=\d)(?:\*\*| +\*\* +)(?=[-+\d({])", "^"),
     (r"\*\*|__", " "),  # of bold text
 )
 SPACED = (
-    (r"(?:\A|(?<=[=:(]))\s*- +(?=[\d.])", " -"),
+    (r"(?i)(?<=\d) +(?:raised +)?to +the +(?:[a-z]+ +)?power\b(?: +of\b)? *", "~"),
+    (rf"(?i)(?<=\d) ?(?:{LARGER}),? +(?:and +)?(?=\d+(?:\.\d+)? ?(?:{SMALLER})\b)", "~"),
+    (rf"(?i)(?<=\d) +(?:{BETWEEN.replace(' ', ' +')}) +(?:the +)?(?=[-+(]*[.\d\\])", "~"),
+    (
+        rf"(?i)\bnegative +(?=[.\d])|({SIGNED}) *(?:minus\b|-) +(?=[.\d])|([,;.!?\n]) *minus +(?=[.\d])",
+        lambda match: f"{match[1] or match[2] or ''} -",
+    ),
+    (r"(?i)\bminus +(?=[-+(]*[.\d])|\bnegative +(?=[-+(])", "~"),
+    (r"([(\[{]) +(?=[-+.\d])", r"\1"),
+    (r"(?<=\d) +(?=[)\]}])", ""),
+    (r"([(\[{])([-+]?[\d.]+)(?: *, +[-+]?[\d.]+)+(?=[)\]}])", r"\1\2~"),  # a pair
+    (r"(?<=[\d)]) *- *(?=\()|(?<=\b[b-zB-HJ-Z]) +[-+*/^] *(?=[.\d(])|(?<=[a-zA-Z]) +[+*/^] +(?=[.\d(])", "~"),
+    (r"(?:\A|(?<=[\s=:(]))- *\(([\d.,/]+)\)", r" -\1"),
+    (r"(?<=\d) +: +(?=[.\d])", ":"),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda match: match[0].replace(" ", "")),
     (r"(?<=\d) *\^ *[{(]? *([-+]?\d+) *[})]?", r"^\1"),
     (r"(?<=\d) +x +(?=[\d.])", "*"),
     (r"(?<=[\d)]) *([*/+]) *(?=[-+.\d(\\])", r"\1"),
     (r"(?<=[\d)]) +- +(?=[.\d(\\])", "~"),
-    (r"(?<![\d.,/^*~&+])(\d+) +(\d+/\d+)(?![\d/])", r"\1&\2"),
-    (rf"(?i)(?<=\d) ({'|'.join(SCALE)})s?\b", r"&\1"),
-    (rf"(?i)(?<=\d) (?:ten|{'|'.join(SCALE)})ths?\b|(?<=\d) ?[ap]\.?m\b", "~"),
+    (r"(?<=\d) *[-+*^] +(?=[b-zB-HJ-Z]\b|[(\\])", "~"),
+    (r"(?<![\d.,/^*~&+])(\d+) +(?:and +)?(\d+/\d+)(?![\d/])", r"\1&\2"),
+    (rf"(?i)(?<=\d)[ -]?({SCALES})s?\b", r"&\1"),
+    (rf"(?i)(?<=\d)(?:&(?:{SCALES}))? +and +(?:an? +|[a-z]+ +)?(?:{PARTS})\b", "~"),
+    (rf"(?i)(?<=\d)(?:&(?:{SCALES}))?[ /*-]{{0,3}}\\?(?:{CHANGING})(?![^\W\d_])", "~"),
+    (rf"(?<=\d)(?:&(?:{SCALES}))?[ /*-]{{0,3}}[{LETTERS}](?!['’\w]|\.\w)", "~"),
+    (rf"(?i)\b(?:{LEADING})s?(?: +(?:of|and|an?|the))? +(?=[-+(]*[.\d\\])", "~"),
+    (rf"(?i)~ +(?:(?:and|{BETWEEN}) +)?(?:the +)?(?=[-+(]*[.\d\\])", "~"),
+    (r"(?i)(?<=\d) ?[ap]\.?m\b", "~"),
     (rf"\b(?:{MONTHS})\b\.? *(?=\d)|(?<=\d) (?:{MONTHS})\b", "~"),
     (r"(?:[<>]=|\\[lg]eq?(?![a-z])|[<>≤≥≠±√]) *(?=[-+.\d])", "~"),
     (r"(\\[a-zA-Z]+) +(?=\d)", r"\1"),
@@ -58,7 +103,7 @@ PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+,\d+|\d+(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>\d+)&(?=\d+/))?(?P<top>{PLAIN})"
     rf"(?:/(?P<bottom>{PLAIN})|(?:\*(?P<base>\d+))?\^(?P<power>[-+]?\d+)|[eE](?P<exponent>[-+]?\d+))?"
-    rf"(?:&(?P<scale>[a-zA-Z]+))?(?:{UNITS})?(?:[-/][^\W\d_]{{2,}})*"
+    rf"(?:&(?P<scale>[a-zA-Z]+))?(?:(?:{UNITS})[²³]?)?(?:[-/][^\W\d_]{{2,}})*"
 )
 # Written together is what no space divides, nor a sign of equality, nor a letter of a script without spaces.
 SPACE = r"\s=;—|\"\u3000-\u9fff\uac00-\ud7af\uff01-\uff0f\uff1a-\uff60"
@@ -97,7 +142,9 @@ def number_of_answer(text: str) -> Fraction | None:
 
 def numbers_of(text: str) -> list[Fraction | None]:
     """What a text has behind its last mark that is written with digits: numbers, and None for anything else."""
-    text = text.rpartition(MARK)[2].translate(CHARACTERS)
+    text = text.rpartition(MARK)[2]
+    text = re.sub(r"(?<=\d)[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
+    text = text.translate(CHARACTERS)
     text = re.sub("[¼-¾⅐-⅞]", lambda match: f" {unicodedata.normalize('NFKC', match[0])}".replace("⁄", "/"), text)
     for pattern, replacement in REWRITTEN:
         text = pattern.sub(replacement, text)
@@ -107,6 +154,8 @@ def numbers_of(text: str) -> list[Fraction | None]:
 
 def _numbers(word: str) -> list[Fraction | None]:
     """The numbers of what is written together: one, or those of 1,2,3 and of 3-5."""
+    if len(word) > 2 * LONGEST:
+        return [None]
     shown = OUTSIDE.sub("", word)
     if len(shown) > LONGEST:
         return [None]

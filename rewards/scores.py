@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import copy
 import inspect
+import math
 import numbers
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,11 +30,13 @@ def one_line(name: str) -> Iterator[None]:
         if queued_again(error):
             raise
         raise UserError(f"{name}: called sys.exit({error.code!r}); it must raise an error instead") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a cancelled asynchronous function
         raise UserError(f"{name}: {described(error)}") from error
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """An error as the type, the words, and the line of people's own code that it comes from."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '').name}, line {error.lineno})"
@@ -44,7 +48,7 @@ def described(error: Exception) -> str:
 def scores(
     name: str, function: Callable[..., Any], rows: dict[str, list[Any]], completions: list[str], messages: bool
 ) -> Scores:
-    """One finite number or None for each row, of what `function` gives for the columns `rows`.
+    """One finite number or None for each row, of what `function` gives for a copy of the columns `rows`.
 
     Raises `UserError` with its `name`, and the row where there is one: its number, and how its reply begins. `messages`
     says that the columns hold chat messages.
@@ -60,7 +64,7 @@ def scores(
 
 def _called(name: str, function: Callable[..., Any], rows: dict[str, list[Any]]) -> Any:
     with one_line(name):
-        result = function(**rows)
+        result = function(**copy.deepcopy(rows))
         return asyncio.run(result) if inspect.isawaitable(result) else result  # TRL takes asynchronous ones as well
 
 
@@ -119,10 +123,20 @@ def _number(name: str, score: Any, row: str) -> float | None:
         score = score.item()
     if not isinstance(score, numbers.Real | Decimal):
         raise UserError(f"{name} a {type(score).__name__} to {row}; a score is a number, or None where none applies")
-    if not abs(score) <= LARGEST:
-        shown = score if isinstance(score, float) else "a number too large for fp32"
+    if not abs(number := _float(score)) <= LARGEST:
+        shown = "a number too large for fp32" if isinstance(score, int) else number
         raise UserError(f"{name} {shown} to {row}; a score is finite, or None where none applies")
-    return float(score)
+    return number
+
+
+def _float(score: numbers.Real | Decimal) -> float:
+    """A score as Python's float; infinite where it holds no number as large, not a number where it is none."""
+    try:
+        return float(score)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # of Decimal("sNaN")
+        return math.nan
 
 
 def require_all(name: str, given: Scores, completions: list[str]) -> None:

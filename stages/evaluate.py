@@ -45,34 +45,29 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template(made | earlier)
     reference = models.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
-    examples, unusable = held_out.prompts(job, tokenizer, smallest, config.prompts, config.seed)
-    held_out.require_reply(smallest, tokenizer, examples)
+    drawn, unusable = prompts_of_splits(job, tokenizer, smallest)
     tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
     texts = data.texts(data.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
-    examples, texts, contaminated = checked_for_copies(job, examples, texts, tasks)
+    drawn, texts, contaminated = checked_for_copies(job, drawn, texts, tasks)
+    examples = drawn["prompts"]
     problems = sum(len(suite.problems) for suite in tasks.values())
-    announce(job, taking_part, len(examples) + config.validation_prompts, problems, reference)
+    announce(job, taking_part, sum(map(len, drawn.values())), problems, reference)
     if config.judge_model.path is not None:
         judge_model.check(config.judge_model, job.config.tokenizer.template_date)
     judges = [rewards.load(config.judge), rewards.load(config.second_judge)]
-    proxy = None
-    if "reward" in job.inputs:
-        proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
-    shared = Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
+    shared = shared_by_all(job, tokenizer, reference, examples, texts, tasks)
     played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
     found, by_judge = results(shared, played, judges)
     for line in without_score(found, len(examples)):
         job.say(line)
-    write_lines(job.out / "samples.jsonl", sample_rows(examples, replies, by_judge))
-    answers = {name: one.answers for name, one in played.items() if one.answers}
-    write_lines(job.out / "tasks.jsonl", suites.rows(tasks, answers))
+    write_replies(shared, played, by_judge)
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
     further: dict[str, Any] = {}
-    if config.validation_prompts:
-        further["validation"] = on_validation(shared, smallest, folders, taking_part, judges)
+    if validation := drawn.get("validation_prompts"):
+        further["validation"] = on_validation(shared, validation, folders, taking_part, judges)
+        further["validation"]["unusable"] = unusable["validation_prompts"]
     if config.judge_model.path is not None:
         wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
     if "dpo" in replies and "sft" in replies:
@@ -80,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
     return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
         "models": found,
         "contamination": contaminated,
-        "unusable": unusable,
+        "unusable": unusable["prompts"],
         "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
         **further,
         "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
@@ -90,6 +85,31 @@ def run(job: Job) -> dict[str, Any]:
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
         "shown": config.samples_shown,
     }
+
+
+def prompts_of_splits(
+    job: Job, tokenizer: Any, smallest: Any
+) -> tuple[dict[str, list[Example]], dict[str, dict[str, dict[str, Any]]]]:
+    """`prompts` of the test split and, where asked for, `validation_prompts`; what of each split is not used."""
+    config = job.config.evaluate
+    asked = {"prompts": (config.prompts, "test"), "validation_prompts": (config.validation_prompts, "validation")}
+    drawn, unusable = {}, {}
+    for name, (count, split) in asked.items():
+        if count:
+            drawn[name], unusable[name] = held_out.prompts(job, tokenizer, smallest, count, config.seed, split)
+            held_out.require_reply(smallest, tokenizer, drawn[name])
+    return drawn, unusable
+
+
+def shared_by_all(
+    job: Job, tokenizer: Any, reference: Any, examples: list[Example], texts: list[str], tasks: dict[str, suites.Suite]
+) -> Shared:
+    """What all models are measured with; the reward model takes part where the run has one."""
+    proxy = None
+    if "reward" in job.inputs:
+        proxy = learned(ensemble.load(job.inputs["reward"], job.device.type), tokenizer)
+    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    return Shared(job, tokenizer, reference, proxy, examples, prompts, texts, tasks)
 
 
 def by_model(config: Any) -> dict[str, dict[str, Player]]:
@@ -128,12 +148,14 @@ def results(
     golds, seconds = (
         {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
     )
+    verdicts = {score for scores in golds.values() for score in scores} <= {0.0, 1.0, None}
     found = {
-        name: judged(shared.job, one.replies, golds[name], seconds[name]) | one.metrics for name, one in played.items()
+        name: judged(shared.job, one.replies, golds[name], seconds[name], verdicts) | one.metrics
+        for name, one in played.items()
     }
     for name, one in played.items():
         if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy))
+            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
     proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
     return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
 
@@ -149,14 +171,11 @@ def without_score(found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
 
 
 def on_validation(
-    shared: Shared, smallest: Any, folders: dict[str, Path], taking_part: dict[str, dict[str, Player]],
+    shared: Shared, examples: list[Example], folders: dict[str, Path], taking_part: dict[str, dict[str, Player]],
     judges: list[RewardFunction],
 ) -> dict[str, Any]:  # fmt: skip
     """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
-    config, tokenizer = shared.job.config.evaluate, shared.tokenizer
-    wanted = config.validation_prompts
-    examples, _ = held_out.prompts(shared.job, tokenizer, smallest, wanted, config.seed, "validation")
-    prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    prompts = [chat.prompt_ids(shared.tokenizer, example.prompt) for example in examples]
     others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
     found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
     return {"models": found, "prompts": len(examples)}
@@ -166,6 +185,16 @@ def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
     """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
     others = [models.load_policy(folder, "meta") for folder in earlier.values()]
     return min([reference, *others], key=lambda model: models.context_length(model.config))
+
+
+def write_replies(
+    shared: Shared, played: dict[str, Played], by_judge: dict[str, dict[str, list[float | None]]]
+) -> None:
+    """samples.jsonl with the replies to the prompts, tasks.jsonl with those to the problems of tasks."""
+    replies = {name: one.replies for name, one in played.items()}
+    answers = {name: one.answers for name, one in played.items() if one.answers}
+    write_lines(shared.job.out / "samples.jsonl", sample_rows(shared.examples, replies, by_judge))
+    write_lines(shared.job.out / "tasks.jsonl", suites.rows(shared.tasks, answers))
 
 
 def sample_rows(
@@ -214,9 +243,11 @@ def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     return found
 
 
-def judged(job: Job, replies: list[str], gold: list[float | None], second: list[float | None]) -> dict[str, Any]:
+def judged(
+    job: Job, replies: list[str], gold: list[float | None], second: list[float | None], verdicts: bool
+) -> dict[str, Any]:
     """What the judges' scores of one model's replies, and the replies as text, come to."""
-    return with_interval("gold", gold) | {
+    return with_interval("gold", gold, verdicts) | {
         "gold_unscored": gold.count(None),
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "second_judge_unscored": second.count(None),
@@ -227,10 +258,15 @@ def judged(job: Job, replies: list[str], gold: list[float | None], second: list[
     }
 
 
-def with_interval(name: str, scores: list[float | None]) -> dict[str, Any]:
-    """The mean of the gold judge's scores and its 95 % interval over prompts."""
+def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict[str, Any]:
+    """The mean of the gold judge's scores and its 95 % interval over prompts; that of `verdicts` is a share's.
+
+    Verdicts are the scores of a judge that gives 0 and 1 alone, to the replies of all models. Replies that a judge of
+    another scale gives 0 to are no share: where all are alike they have no interval.
+    """
     found = applicable(scores, "judge")
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": statistics.scores_interval(found)}
+    interval = statistics.share_interval(found) if verdicts else statistics.mean_interval(found)
+    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
@@ -242,17 +278,18 @@ def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, 
 
 
 def checked_for_copies(
-    job: Job, examples: list[Example], texts: list[str], tasks: dict[str, suites.Suite]
-) -> tuple[list[Example], list[str], dict[str, dict[str, Any]]]:
+    job: Job, drawn: dict[str, list[Example]], texts: list[str], tasks: dict[str, suites.Suite]
+) -> tuple[dict[str, list[Example]], list[str], dict[str, dict[str, Any]]]:
     """How many items of each evaluation set occur in what each stage was trained on.
 
-    The sets are prompts (with their replies), base text, the problems of each task, and the pairs that the reward model
-    was tested on. Returns prompts, base text and the counts of all sets; where asked for, what occurs is left out of
-    all but the pairs.
+    The sets are the prompts `drawn` of each split (with their replies), base text, the problems of each task, and the
+    pairs that the reward model was tested on. Returns prompts, base text and the counts of all sets; where asked for,
+    what occurs is left out of all but the pairs.
     """
-    sought = {"prompts": [spoken(e.prompt, e.reply) for e in examples], "base_text": texts}
+    sought = {name: [spoken(e.prompt, e.reply) for e in examples] for name, examples in drawn.items()}
+    sought["base_text"] = texts
     sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
-    asked = {"prompts": [spoken(e.prompt) for e in examples]}
+    asked = {name: [spoken(e.prompt) for e in examples] for name, examples in drawn.items()}
     asked |= {f"tasks.{name}": [spoken(p.prompt) for p in suite.problems] for name, suite in tasks.items()}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
@@ -263,11 +300,11 @@ def checked_for_copies(
     found = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
     bar.close()
     counts = {name: counts for name, (counts, _) in found.items()}
-    examples = without_copies(job, "prompts", examples, *found["prompts"])
+    drawn = {name: without_copies(job, name, examples, *found[name]) for name, examples in drawn.items()}
     texts = without_copies(job, "base_text", texts, *found["base_text"])
     for name, suite in tasks.items():
         suite.problems = without_copies(job, f"tasks.{name}", suite.problems, *found[f"tasks.{name}"])
-    return examples, texts, counts
+    return drawn, texts, counts
 
 
 def without_copies(job: Job, name: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray) -> list[Any]:

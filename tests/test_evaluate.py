@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from helpers import make_job, tiny_policy, write_model
 
+from pipeline import chain
 from pipeline.artifact import read_json, read_lines
+from pipeline.config import compose
 from pipeline.data import Example
 from pipeline.ensemble import load
 from pipeline.errors import UserError
@@ -152,8 +154,11 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     problems = [Problem([{"role": "user", "content": f"{said} {said} ever?"}], "another reply") for said in words]
     suite = Suite("exact", problems, {}, 1, {})
     texts = [f"{said} {said} and on" for said in words]
-    kept, kept_texts, found = evaluate.checked_for_copies(job, examples, texts, {"words": suite})
-    assert kept == [*examples[:2], examples[3]] and suite.problems == [*problems[:2], problems[3]]
+    drawn = {"prompts": examples, "validation_prompts": examples[1:]}
+    kept, kept_texts, found = evaluate.checked_for_copies(job, drawn, texts, {"words": suite})
+    assert kept == {"prompts": [*examples[:2], examples[3]], "validation_prompts": [examples[1], examples[3]]}
+    assert found["validation_prompts"]["comparisons"]["copies"] == found["validation_prompts"]["removed"] == 1
+    assert suite.problems == [*problems[:2], problems[3]]
     assert kept_texts == texts  # a third of the words of one is trained on
     one = {"copies": 1, "near_copies": 0, "clean": 3, "too_short": 0}
     assert found["prompts"]["comparisons"] == found["tasks.words"]["comparisons"] == one
@@ -161,7 +166,8 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     assert found["held_out_pairs"]["comparisons"]["copies"] == 1 and "removed" not in found["held_out_pairs"]
     said = contamination.sentence(found)
     assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
-    assert said.endswith("left out: 1 of held-out prompts, 0 of held-out base text, 1 of problems of words.")
+    removed = "1 of held-out prompts, 1 of validation prompts, 0 of held-out base text, 1 of problems of words"
+    assert said.endswith(f"left out: {removed}.")
 
 
 def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_runs_last():
@@ -188,6 +194,28 @@ def test_replies_that_the_judge_gives_no_score_are_counted_and_validation_prompt
     assert "the gold judge gives no score to some of 12 replies each" in capsys.readouterr().out
     validation = metrics["validation"]
     assert validation["prompts"] == 6 and validation["models"]["sft"]["gold_unscored"] == 2
+    assert validation["unusable"].keys() == metrics["unusable"].keys()
+    assert sum(metrics["contamination"]["validation_prompts"]["sft"].values()) == 6
     without = {"text_bits_per_byte", "tasks"}
     assert set(validation["models"]["sft"]) == set(sft) - without
     assert validation["models"]["sft"]["reply_bits_per_byte"] != sft["reply_bits_per_byte"]  # other prompts
+
+
+def test_a_bad_validation_split_is_found_before_any_model_replies(smoke, tmp_path, monkeypatch):
+    def no_prompts(job, tokenizer, model, count, seed, split="test"):
+        if split == "validation":
+            raise UserError("every prompt of its validation split is one of training")
+        return [Example([{"role": "user", "content": "hello"}], "yes")], {}
+
+    monkeypatch.setattr(evaluate.held_out, "prompts", no_prompts)
+    monkeypatch.setattr(evaluate.measuring, "of_model", lambda *_: pytest.fail("a model has replied"))
+    job = make_job("evaluate", tmp_path, "evaluate.models=[sft]", "evaluate.validation_prompts=6")
+    job.inputs["sft"] = smoke / "smoke" / "sft"
+    with pytest.raises(UserError, match=r"^every prompt of its validation split is one of training$"):
+        evaluate.run(job)
+
+
+def test_the_validation_split_is_read_before_the_first_stage_where_it_is_asked_for():
+    for prompts, splits in ((0, {"test"}), (6, {"test", "validation"})):
+        config = compose(["experiment=smoke", f"evaluate.validation_prompts={prompts}"])
+        assert chain._splits_of_replies({"evaluate"}, config) == splits

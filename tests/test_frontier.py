@@ -11,6 +11,7 @@ from pipeline import best_of, frontier, overoptimisation, variants
 from pipeline.artifact import read_json, read_lines, write_json, write_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.report import frontier as report
 from pipeline.report.frontier import section
 from pipeline.report.run import configured
 from stages import frontier as stage
@@ -142,6 +143,11 @@ def test_the_advice_says_where_to_stop_and_how_sure_that_is():
     assert "in 40% of resamples), which is not certain" in perhaps and "stop" not in perhaps
     assert "still rises at the farthest point, KL 9.0" in rising and "falls from the start" in falling
     assert "the point at KL 4.0 (KL coefficient 0, seed 1, after 512 episodes) has 0.500 on the other half" in rising
+
+
+def test_a_peak_without_an_interval_is_shown_without_one():
+    assert report.peak({"peak_kl": 5.0, "peak_kl_ci95": None, "trend": "peaks"}) == "peaks at 5.0 [–]"
+    assert report.peak({"peak_kl": 5.0, "peak_kl_ci95": [4.0, 6.5], "trend": "peaks"}) == "peaks at 5.0 [4.0, 6.5]"
 
 
 def test_the_point_that_is_advised_is_chosen_by_other_prompts_than_it_is_reported_on():

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import PAIRS, SENTENCES, make_job, tiny_policy, tiny_reward_model, tiny_tokenizer
+from helpers import PAIRS, PROMPTS, SENTENCES, make_job, make_ppo, tiny_policy, tiny_reward_model, tiny_tokenizer
 
 from pipeline import ensemble, models, preferences
 from pipeline.artifact import read_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
 from pipeline.packing import PackedRows
-from stages import dpo, pretrain, reward, sft
+from stages import dpo, ppo, pretrain, reward, sft
 
 LOST = r"^{}: [\w/]+ is (nan|inf) at step \d+; lower {}$"
 
@@ -55,6 +55,23 @@ def test_a_learning_rate_that_loses_the_weights_is_named(tmp_path, kind):
         STAGES[kind](job)
     steps = read_lines(job.out / "log.jsonl")
     assert all(math.isfinite(value) for step in steps for value in step.values())
+
+
+@pytest.mark.parametrize("rate", ["learning_rate", "critic_learning_rate"])
+def test_ppo_names_a_learning_rate_that_loses_the_weights(tmp_path, rate):
+    made = make_ppo(tmp_path, 4, "ppo.episodes=36", f"ppo.{rate}=1e30")
+    with pytest.raises(UserError, match=r"^ppo: \w+ is (nan|-?inf) at rollout \d+; lower ppo\.learning_rate or ppo\."):
+        ppo.train(made, PROMPTS)
+    steps = read_lines(made.job.out / "log.jsonl") if (made.job.out / "log.jsonl").exists() else []
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_ppo_stops_at_a_reward_that_is_not_finite(tmp_path, value):
+    made = make_ppo(tmp_path, 4, "ppo.episodes=24", "ppo.missing_end_penalty=null")
+    made.reward = lambda prompts, completions, **columns: [value] * len(completions)
+    with pytest.raises(UserError, match=r"^ppo: \w+ is (nan|-?inf) at rollout 1; lower ppo\.learning_rate or ppo\."):
+        ppo.train(made, PROMPTS)
 
 
 def test_weights_that_are_lost_in_the_last_step_are_not_saved(tmp_path):

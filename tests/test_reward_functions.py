@@ -1,5 +1,6 @@
 """People's own reward functions: whatever is wrong with one is a line that names it, and the row where there is one."""
 
+import copy
 import logging
 import re
 import sys
@@ -8,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import rewards
-from pipeline import sources
+from pipeline import imports
 from pipeline.errors import UserError
 from pipeline.schema import RewardFunctionConfig
 
@@ -71,6 +72,9 @@ def refusal(function, replies=REPLIES, **options):
         ("[1e39, 1, 1]", "gives 1e+39 to row 1, 'a'; a score is finite, or None where none applies"),
         ("[10**400, 1, 1]", "gives a number too large for fp32 to row 1, 'a'; a score is finite, or None"),
         ("[1j, 1, 1]", "gives a complex to row 1, 'a'; a score is a number"),
+        ("[decimal.Decimal('nan'), 1, 1]", "gives nan to row 1, 'a'; a score is finite, or None where none applies"),
+        ("[decimal.Decimal('sNaN'), 1, 1]", "gives nan to row 1, 'a'; a score is finite, or None where none applies"),
+        ("[decimal.Decimal('-1e9999'), 1, 1]", "gives -inf to row 1, 'a'; a score is finite, or None"),
     ],
 )
 def test_what_is_no_list_of_scores_is_refused_with_the_row(mine, value, expected):
@@ -127,6 +131,31 @@ def test_a_function_that_fails_at_no_row_alone_says_how_many_there_were(mine):
     assert refusal(path, ["a", "b"]).endswith("; at 2 rows from row 1, 'a' on")
 
 
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_function_that_changes_its_lists_changes_no_ones_but_its_own(mine, messages):
+    spoiling = "[given.__setitem__(slice(None), ['x']) for given in (prompts, completions, answer, prompt_ids[0])]"
+    if messages:
+        spoiling += "\n    [turn.clear() for turns in kept for turn in turns]"
+    body = f"    kept = [*prompts, *completions]\n    count = len(prompts)\n    {spoiling}\n    return [0.0] * count\n"
+    path = mine("def f(prompts, completions, answer, prompt_ids, **_):\n" + body)
+    told = [[{"role": "user", "content": "q"}] for _ in REPLIES] if messages else ["q"] * 3
+    rows = {"prompts": told, "completions": list(REPLIES), "answer": ["x", "y", "z"], "prompt_ids": [[1], [2], [3]]}
+    before = copy.deepcopy(rows)
+    reward = rewards.load(config(path, messages=messages), ("answer", "prompt_ids"))
+    assert reward(**rows) == [0.0, 0.0, 0.0] and rows == before
+
+
+def test_a_function_that_loses_rows_is_held_to_the_rows_it_was_given(mine):
+    path = mine("def f(prompts, completions, **_):\n    completions.pop()\n    return [0.0] * len(completions)\n")
+    assert refusal(path) == "gives 2 scores to 3 completions"
+
+
+@pytest.mark.parametrize("error", ["asyncio.CancelledError", "type('Stop', (BaseException,), {})", "GeneratorExit"])
+def test_what_is_raised_beside_the_usual_errors_is_told_as_well(mine, error):
+    path = mine(f"import asyncio\nasync def f(prompts, completions, **_):\n    raise {error}('enough')\n")
+    assert re.match(r"(CancelledError|Stop|GeneratorExit): .*\(mine_.*, line 3\); at row 1, 'a'$", refusal(path))
+
+
 def test_an_interrupt_passes(mine):
     with pytest.raises(KeyboardInterrupt):
         scored(mine(RAISING.format("(_ for _ in ()).throw(KeyboardInterrupt)")))
@@ -170,5 +199,5 @@ def test_a_module_or_maker_that_fails_is_told(mine, code, expected):
 
 
 def test_a_module_that_is_no_python_is_refused_with_its_line(mine):
-    with pytest.raises(UserError, match=r"mine_.*\.py: line 2 is no Python: invalid syntax"):
-        sources.function_digest(mine("x = 1\ndef f(:\n"))
+    with pytest.raises(UserError, match=r"mine_.*\.py: line 2 is no Python \(invalid syntax\); mend it$"):
+        imports.function_parts(mine("x = 1\ndef f(:\n"))

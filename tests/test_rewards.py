@@ -156,6 +156,23 @@ NOT_A_NUMBER += [
     "5 thousandths",
 ]
 NOT_A_NUMBER += ["555-123-4567", "10,00,000", "(3,4)", "7" * 5000]
+NOT_A_NUMBER += ["5 degrees below zero", "1.2 bn", "5 K", "5 M", "5 mil", "5 crore", "3 dozen", "5 Millionen", "5 x."]
+NOT_A_NUMBER += ["2 thirds", "3 quarters", "3-quarters", "3 quarters of 8", "5 twelfths", "5 and a half", "10 minus 5"]
+NOT_A_NUMBER += [
+    "5 million and a half",
+    "10 pi",
+    r"10 \pi",
+    "10/pi",
+    "5 squared",
+    "5 x",
+    "5k",
+    "n - 1",
+    "2 * y",
+    "16 -(5)",
+]
+NOT_A_NUMBER += ["1 thousand 2 hundred", "5 hundred thousand", "two hundred 5", "twice 5", "half of 10", "3 plus 4"]
+NOT_A_NUMBER += ["3 to 1", "1 : 2", "3 out of 4", "2 to the power of 3", "5~6", "5 ft 6 in", "2 hours and 30 minutes"]
+NOT_A_NUMBER += ["0.333...", "0.333…", "(5, 6)", "[1, 2, 3]"]
 
 
 def last_number(text):
@@ -204,6 +221,30 @@ def last_number(text):
         ("20kg or a 5-year-old", "5", 1),
         ("It is the 3rd!", "3", 1),
         ("3 apples and 4 pears", "4", 1),
+        ("negative 5", "-5", 1),
+        ("the total is minus 5.", "-5", 1),
+        ("- 5", "minus $5", 1),
+        ("-( 5 )", "-(5)", 1),
+        ("negative 5", "5", 0),
+        ("3 and 1/2", "3.5", 1),
+        ("5million", "5-million-dollar", 1),
+        ("≈12", r"\approx 12", 1),
+        ("~12", "12", 1),
+        ("-42°C", "-42 °C", 1),
+        ("10⁵", "100,000", 1),
+        ("10⁻²", "0.01", 1),
+        ("1.2 × 10⁵", "120000", 1),
+        ("42\u200b", "\ufeff42", 1),
+        *(
+            (f"42{unit}", "42", 1)
+            for unit in ("s", "m", "m²", "lbs", "km/h", "hours", " s", " lbs", " people", " a day")
+        ),
+        *((text, "42", 1) for text in ("USD42", "USD 42", "Rs42")),
+        ("she gave 5 to the dog", "5", 1),
+        ("Answer 1: 42", "42", 1),
+        ("it rises by 5...", "5", 1),
+        ("Total – 5", "5", 1),
+        (r"\boxed{1,000}", "1000", 1),
         ("4", "3 apples and 4 pears", None),
         ("2", "(1, 2)", None),
         *((text, last_number(text), 0) for text in NOT_A_NUMBER),
@@ -219,6 +260,13 @@ def test_numeric_match_reads_a_long_reply_without_delay(part):
     started = time.perf_counter()
     scored(numeric_match, part * 2000, answer=["5"])
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("part", ["-", "=", "(", "5 - ", "~ ", "5(", "1, ", "[5, ", "5 to ", "half of "])
+def test_numeric_match_reads_a_reply_of_one_sign_without_delay(part):
+    started = time.perf_counter()
+    scored(numeric_match, "5" + part * 30000 + "x", answer=["5"])
+    assert time.perf_counter() - started < 4
 
 
 def test_a_pattern_matches_the_whole_completion_or_a_part_of_it():

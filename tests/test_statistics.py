@@ -4,11 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from helpers import GATE_METRICS
+from helpers import GATE_METRICS, make_job
 from scipy import stats
 
 from pipeline import checkup, statistics
 from pipeline.config import compose
+from pipeline.data import Example
+from pipeline.measuring import Played, Shared
+from pipeline.preferences import Pair
+from stages import evaluate
 
 REPETITIONS = 400
 NOISE = (0.93 * 0.07 / REPETITIONS) ** 0.5  # one standard error of a coverage
@@ -127,10 +131,54 @@ def test_one_group_or_no_spread_gives_no_interval():
     assert statistics.shown([0.25, 0.5], ".2f") == "[0.25, 0.50]" and statistics.ends([1.0, 2.0]) == (1.0, 2.0)
 
 
-def test_scores_of_0_and_1_are_a_share():
-    assert statistics.scores_interval([0.0] * 100) == statistics.share_interval([0.0] * 100)
-    assert statistics.scores_interval([0.0] * 100)[1] == pytest.approx(3.84 / 103.84, abs=1e-4)  # z2 / (n + z2)
-    assert statistics.scores_interval([0.0, 0.2, 1.0]) == statistics.mean_interval([0.0, 0.2, 1.0])
+def test_a_share_has_the_interval_of_a_share_and_its_own_value_is_inside():
+    assert statistics.share_interval([0.0] * 100)[1] == pytest.approx(3.84 / 103.84, abs=1e-4)  # z2 / (n + z2)
+    for count in range(1, 300):
+        groups = [str(i) for i in range(count)]
+        for names in (None, groups) if count > 1 else (None,):
+            assert statistics.share_interval([1.0] * count, names)[1] == 1.0
+            assert statistics.share_interval([0.0] * count, names)[0] == 0.0
+
+
+def test_the_scores_of_a_judge_are_a_share_only_where_it_gives_verdicts():
+    scores = [0.0] * 16
+    assert evaluate.with_interval("gold", scores, verdicts=False) == {"gold_mean": 0.0, "gold_ci95": None}
+    share = evaluate.with_interval("gold", scores, verdicts=True)["gold_ci95"]
+    assert share == [0.0, pytest.approx(3.8415 / (16 + 3.8415), abs=1e-4)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_judge_gives_verdicts_where_all_models_have_only_0_and_1(tmp_path, scale):
+    examples = [Example([{"role": "user", "content": str(i)}], "x") for i in range(8)]
+    shared = Shared(make_job("evaluate", tmp_path), None, None, None, examples, [], [], {})
+    played = {"human": Played(["good"] * 8, None, {}), "sft": Played(["bad"] * 8, None, {}, greedy=["bad"] * 8)}
+
+    def judge(prompts, completions, **columns):
+        return [scale * (text == "good") for text in completions]
+
+    sft = evaluate.results(shared, played, [judge, judge])[0]["sft"]
+    assert (sft["gold_ci95"] is None) == (sft["greedy_gold_ci95"] is None) == (scale != 1.0)
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 6, 12, 200])
+@pytest.mark.parametrize("gain", [-1.0, 0.0, 0.5, 1.0])
+def test_alike_differences_have_what_a_sign_test_supports(prompts, gain):
+    """The ends are the least and the most mean of which as many alike prompts come with a chance of 1 in 40."""
+    low, high = statistics.difference_interval([gain] * 2 * prompts, [str(i // 2) for i in range(2 * prompts)])
+    assert ((low + 1) / (gain + 1)) ** prompts == pytest.approx(0.025) if gain > -1 else low == pytest.approx(-1)
+    assert ((1 - high) / (1 - gain)) ** prompts == pytest.approx(0.025) if gain < 1 else high == pytest.approx(1)
+
+
+def test_the_gate_passes_a_perfect_model_where_length_says_nothing():
+    """All pairs right, chosen and rejected equally long: length is right by half."""
+    pairs = [Pair([{"role": "user", "content": f"prompt {i}"}], "good", "evil", None, "samples") for i in range(300)]
+    gate = compose(["experiment=smoke"]).reward.gate
+    for count, passes in ((200, True), (20, True), (3, False)):
+        found = checkup.accuracy(np.ones(count), np.zeros(count), pairs[200:], pairs[:count])
+        failed = checkup.failures(GATE_METRICS | {"over_length_ci95": found["over_length_ci95"]}, gate)
+        assert (failed == []) == passes
+    one = [pairs[0]] * 200
+    assert checkup.accuracy(np.ones(200), np.zeros(200), pairs[200:], one)["over_length_ci95"] is None
 
 
 @pytest.mark.parametrize("prompts", [2, 3, 5, 6, 8, 12])
@@ -143,7 +191,7 @@ def test_the_gate_passes_few_models_that_are_exactly_as_good_as_length(prompts):
         differences = np.where(rng.random(signs.shape) < differing, signs, 0.0)
         passed = 0
         for row in differences:
-            metrics = GATE_METRICS | {"over_length_ci95": statistics.mean_interval(row, names)}
+            metrics = GATE_METRICS | {"over_length_ci95": statistics.difference_interval(row, names)}
             passed += not checkup.failures(metrics, gate)
         assert passed / 500 <= 0.05, (per_prompt, differing)
 

@@ -10,7 +10,12 @@ LEAD = (
     "Prompts are looked for with people's replies, held-out pairs with both replies."
 )
 KINDS = {"copies": "whole", "near_copies": "nearly", "clean": "not", "too_short": "too short to tell"}
-NAMES = {"prompts": "held-out prompts", "base_text": "held-out base text", "held_out_pairs": "held-out pairs"}
+NAMES = {
+    "prompts": "held-out prompts",
+    "validation_prompts": "validation prompts",
+    "base_text": "held-out base text",
+    "held_out_pairs": "held-out pairs",
+}
 
 Counts = dict[str, Any]  # of one evaluation set: by training stage, and how many were left out
 

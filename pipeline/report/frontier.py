@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from plotly import graph_objects
 
+from pipeline import statistics
 from pipeline.frontier import FORMS, NAMES, current
 from pipeline.report import figures
 from pipeline.report.figures import colour
@@ -119,5 +120,4 @@ def peak(found: dict[str, Any]) -> str:
     """What gold does up to the farthest point, and where it peaks, with the interval."""
     if found["peak_kl"] is None:
         return found["trend"]
-    low, high = found["peak_kl_ci95"] or [found["peak_kl"]] * 2
-    return f"peaks at {found['peak_kl']:.1f} [{low:.1f}, {high:.1f}]"
+    return f"peaks at {found['peak_kl']:.1f} {statistics.shown(found['peak_kl_ci95'], '.1f')}"
