@@ -39,6 +39,27 @@ def test_variables_that_say_nothing_are_dropped_so_that_no_library_reads_them(va
     assert [name for name in (*SIZES, *RANKS) if name in os.environ] == []
 
 
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "", "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "meta", "ACCELERATE_DYNAMO_BACKEND": "x",
+    "FORK_LAUNCHED": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), ACCELERATE.items())
+def test_accelerate_is_told_nothing_by_the_environment(name, value, bare):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    bare.setenv("ACCELERATE_USE_CPU", "true")  # so that it must not be what decides
+    bare.setenv(name, value)
+    leave_launchers()
+    assert name not in os.environ and "ACCELERATE_USE_CPU" not in os.environ
+    AcceleratorState._reset_state(True)
+    assert Accelerator(cpu=True).mixed_precision == "no" and PartialState().num_processes == 1
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("value", ["two", "1.5", "-1"])
 def test_a_size_that_is_none_is_refused(value, bare):
     bare.setenv("WORLD_SIZE", value)
