@@ -51,6 +51,7 @@ def compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra_compose("config", overrides=[_addable(as_typed(override)) for override in overrides])
+        interpolations.note_variables(OmegaConf.to_container(config))
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
         _find_home(config)
