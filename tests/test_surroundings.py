@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from pipeline import cli, evaluated_pairs, sweep_table
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.report import parts, tables
 from pipeline.surroundings import RANKS, SIZES, leave_launchers
 
 
@@ -114,6 +116,13 @@ def test_so_are_those_of_a_report_and_of_a_sweep(name, tmp_path, capsys, monkeyp
     sweep_table.print_result({"failed": [], "runs": []}, tmp_path)
     printed = capsys.readouterr().out
     assert printed.count(name) == 2 and made[-1]["markup"] is made[-1]["emoji"] is False
+    monkeypatch.setattr("pipeline.report.run.read", lambda folder: SimpleNamespace(models={}))
+    monkeypatch.setattr(tables, "stages", lambda run: parts.Table("stages", "", [("stage",), (name,)], [], texts=1))
+    monkeypatch.setattr("pipeline.report.tasks.answers", lambda run: None)
+    monkeypatch.setattr("pipeline.report.seeds.section", lambda run: SimpleNamespace(parts=[], points=[name]))
+    tables.print_table(tmp_path / name.replace("/", ""))
+    printed = capsys.readouterr().out
+    assert printed.count(name) >= 2 and f"{name.replace('/', '')}/report.html" in printed.replace("\n", "")
 
 
 DAMAGED = {
