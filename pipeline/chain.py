@@ -365,7 +365,8 @@ def _flatten(key: str, section: DictConfig, name: str) -> dict[str, Any]:
     """What is called `name` in `section`, as flat dotted keys below `key`.
 
     A value that the environment gives stays an interpolation. A digest of it stands beside it, but for arguments of
-    functions: these may be secrets, and a weak one could be found from its digest.
+    functions and addresses, which count as written: these may hold secrets, and a weak one could be found from its
+    digest.
     """
     value = section[name]
     if OmegaConf.is_dict(value):
@@ -374,7 +375,7 @@ def _flatten(key: str, section: DictConfig, name: str) -> dict[str, Any]:
         written, value = OmegaConf.to_container(value), OmegaConf.to_container(value, resolve=True)
     else:
         written = interpolations.as_written(section, name)
-    if written == value or ".args." in key:
+    if written == value or ".args." in key or "://" in str(value):
         return {key: written}
     return {key: written, f"{key}.value": hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}
 

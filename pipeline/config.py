@@ -5,13 +5,14 @@ Nothing in this module imports torch, so that a wrong key is answered in a secon
 
 import datetime
 import math
+import os
 import re
 import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 import rewards
 from pipeline import interpolations, judge_template, limits
@@ -44,13 +45,19 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import initialize_config_module
     from hydra.core.config_store import ConfigStore
 
+    from pipeline import file_texts
     from pipeline.overrides import as_typed
 
     ConfigStore.instance().store(name="schema", node=Config)
     limits.register()
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = hydra_compose("config", overrides=[_addable(as_typed(override)) for override in overrides])
+            typed = [_addable(as_typed(override)) for override in overrides]
+            config = hydra_compose("config", overrides=typed, return_hydra_config=True)
+        file_texts.check(config.hydra.runtime.choices)
+        with open_dict(config):
+            del config["hydra"]
+        interpolations.note_variables(OmegaConf.to_container(config))
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
         _find_home(config)
@@ -72,8 +79,11 @@ PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs",
 def _find_home(config: DictConfig) -> None:
     """Expand ~ at the beginning of paths, which the shell leaves as it is after "="."""
     for path, value in list(interpolations.leaves(config)):
-        if isinstance(value, str) and value.startswith("~/") and not PATHS.isdisjoint(path) and "args" not in path:
-            interpolations.at(config, path[:-1])[path[-1]] = str(Path(value).expanduser())
+        if isinstance(value, str) and value.startswith("~") and not PATHS.isdisjoint(path) and "args" not in path:
+            try:
+                interpolations.at(config, path[:-1])[path[-1]] = str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise UserError(f"{'.'.join(map(str, path))}={value}: there is no such user") from error
 
 
 def make_command(target: str, overrides: list[str], without: str) -> str:
@@ -124,6 +134,8 @@ def check_together(config: DictConfig) -> None:
         known = ", ".join(PREFERENCE_FORMATS)
         raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
     _check_run(config.run.split("/"))
+    if not config.runs.strip() or not config.runs.isprintable():
+        raise UserError(f"runs={config.runs!r}: must be the path of a folder")
     for key in REWARDS:
         _check_reward(key, OmegaConf.select(config, key))
     for key in JUDGES:
@@ -169,9 +181,14 @@ def _check_date(key: str, value: str) -> None:
         raise UserError(f"{key}={value}: is no day of the calendar") from error
 
 
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and files beside it have longer ones
+
+
 def _check_run(names: list[str]) -> None:
     """The name of a run is that of a folder below `runs` which is neither the store nor within a stage of a run."""
     run = "/".join(names)
+    if not run.isprintable() or max(len(os.fsencode(name)) for name in names) > LONGEST_NAME:
+        raise UserError(f"run={run[:20]!r}…: must be a name of at most {LONGEST_NAME} bytes, without line breaks")
     if not all(name.strip(".") for name in names) or names[0] == "artifacts":
         raise UserError(f"run={run}: is the name of a folder below runs/; choose another")
     for depth, name in enumerate(names):
@@ -457,6 +474,8 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
             (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
         )
         return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_named(name))}"
+    if twice := re.search(r"An item is already at '(.+?)'", text):
+        return f"+{twice[1]}: {twice[1]} has a value already; write it without the +"
     if full_key:
         return f"{full_key[1]}: {text.splitlines()[0]}"
     message = " ".join(text.split()).split(" See https://hydra")[0]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 # an address before its user, and the user with the password: all up to the last @ of the authority (RFC 3986, 3.2), or
 # what a password with unescaped signs makes of it
 URL_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^\s/?#@\"<>]+:(?![0-9]*[/?#])[^\s\"<>]*|[^\s/?#\"<>]*)@")
+USER_ALONE = re.compile(r"(?<![\w:/])//[^\s/?#@:\"<>]+:[^\s/?#@\"<>]+@")  # of an address without its scheme
 SECRETS: dict[str, str] = {}  # value that the environment gives → the interpolation that stands for it
 
 
@@ -20,9 +21,9 @@ class UserError(Exception):
 
 def public(text: str) -> str:
     """`text` as it may be shown and kept: URLs without user and password, secrets by the names of their variables."""
-    for value, written in SECRETS.items():
-        text = text.replace(value, written)
-    return URL_USER.sub(r"\1", text)
+    for value in sorted(SECRETS, key=len, reverse=True):  # one may be the beginning of another
+        text = text.replace(value, SECRETS[value])
+    return USER_ALONE.sub("//", URL_USER.sub(r"\1", text))
 
 
 def public_traceback(error: BaseException) -> str:

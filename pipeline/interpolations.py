@@ -9,13 +9,15 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path as File
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pipeline.errors import SECRETS, URL_USER
+from pipeline.errors import SECRETS, URL_USER, UserError
 
-FROM_ENVIRONMENT = "${oc.env:"
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^\s,{}$]*)")  # with the name of the variable
+USERS = "THREEFOLD_USER_"  # how the variables begin that users of URLs are moved into
 REFERENCE = re.compile(r"\$\{(\.*[\w@][\w.@]*)\}")  # ${data.preferences.path}, or from the same section ${.path}
 SHORTEST = 6  # characters of a secret; shorter ones are none, and occur in other words
 
@@ -26,27 +28,60 @@ def resolve(config: DictConfig) -> None:
     """Resolve every interpolation of `config` but those of the environment, and take the users out of its URLs.
 
     What refers to a key that the environment gives becomes that interpolation itself. Raises OmegaConf's errors for
-    what cannot be resolved.
+    what cannot be resolved, and `UserError` for a secret that would be saved as it is.
     """
     written = OmegaConf.to_container(config)
     OmegaConf.resolve(config)
     resolved = config.copy()
     for path, value in leaves(resolved):
         text = _closed(*_followed(written, path), written, resolved)
-        if isinstance(text, str) and FROM_ENVIRONMENT in text:
+        if isinstance(text, str) and FROM_ENVIRONMENT.search(text):
             at(config, path[:-1])[path[-1]] = text
         elif isinstance(value, str) and URL_USER.search(value):
             at(config, path[:-1])[path[-1]] = _without_users(value, path)
     note_secrets(config)
+    for path, value in leaves(config):
+        _require_no_secret(path, value, as_written(at(config, path[:-1]), path[-1]), written)
 
 
 def note_secrets(config: DictConfig) -> None:
-    """Have what the environment gives to functions and trackers stand in no error and no traceback."""
+    """Have what the environment gives stand in no error and no traceback, but for files and folders that exist."""
     for path, value in leaves(config):
-        if isinstance(value, str) and len(value) >= SHORTEST and ("args" in path or path[0] == "tracker"):
-            text = as_written(at(config, path[:-1]), path[-1])
-            if text != value:
+        text = as_written(at(config, path[:-1]), path[-1])
+        if isinstance(value, str) and text != value and not _exists(value):
+            variables = FROM_ENVIRONMENT.findall(text)
+            if len(value) >= SHORTEST and ("" in variables or any(name in os.environ for name in variables)):
                 SECRETS[value] = text
+            note_variables(text)
+
+
+def note_variables(written: Any) -> None:
+    """Note what the variables are set to that stand in a text, or in the texts of a section or list."""
+    if isinstance(written, dict | list):
+        for entry in written.values() if isinstance(written, dict) else written:
+            note_variables(entry)
+        return
+    for name in FROM_ENVIRONMENT.findall(written) if isinstance(written, str) else ():
+        value = os.environ.get(name, "")
+        only_a_user = name.startswith(USERS) and ":" not in value
+        if len(value) >= SHORTEST and not only_a_user and not _exists(value):
+            SECRETS.setdefault(value, f"${{oc.env:{name}}}")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return File(path).exists()
+    except (OSError, ValueError):  # too long, or with a null byte
+        return False
+
+
+def _require_no_secret(path: Path, value: Any, text: Any, written: Any) -> None:
+    """Raise `UserError` where a secret has come into a value by other ways than those that are saved as written."""
+    if not isinstance(value, str) or text != value or _followed(written, path)[0] == value:
+        return
+    if secret := next((secret for secret in SECRETS if secret in value), None):
+        key = ".".join(map(str, path))
+        raise UserError(f"{key}: would be saved with the value of {SECRETS[secret]}; write {SECRETS[secret]} itself")
 
 
 def as_written(section: DictConfig | ListConfig, name: str | int) -> Any:
@@ -69,7 +104,7 @@ def _without_users(url: str, path: Path) -> str:
     number = itertools.count(1)
 
     def moved(address: re.Match) -> str:
-        name = re.sub(r"\W", "_", f"THREEFOLD_USER_{next(number)}_OF_{'_'.join(map(str, path))}", flags=re.ASCII)
+        name = re.sub(r"\W", "_", f"{USERS}{next(number)}_OF_{'_'.join(map(str, path))}", flags=re.ASCII)
         os.environ[name] = address[2]
         return f"{address[1]}${{oc.env:{name}}}@"
 
@@ -96,7 +131,7 @@ def _closed(text: Any, place: Path, written: Any, resolved: DictConfig) -> Any:
     def replaced(reference: re.Match) -> str:
         target = _target(reference[1], place)
         other = _closed(*_followed(written, target), written, resolved)
-        return other if isinstance(other, str) and FROM_ENVIRONMENT in other else str(at(resolved, target))
+        return other if isinstance(other, str) and FROM_ENVIRONMENT.search(other) else str(at(resolved, target))
 
     return REFERENCE.sub(replaced, text)
 

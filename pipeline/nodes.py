@@ -155,17 +155,25 @@ def help_out(launch: DictConfig, store: Path, take_part: Part) -> None:
 
 def _introduced(launch: DictConfig, store: Path) -> Peer:
     """The connection to machine 0, to which this machine has said who it is."""
-    connection, deadline = _met(address(launch), launch.main_port), time.monotonic() + VISIBLE
-    while not (store / SECRET).is_file():  # machine 0 writes it before it listens
-        if time.monotonic() > deadline:
-            raise UserError(f"sees no {store / SECRET}; give the command in the folder that all machines share")
-        time.sleep(0.2)
+    connection = _met(address(launch), launch.main_port)
+    if not (store / SECRET).is_file():  # machine 0 writes it before it listens, and sends away who is not at once one
+        connection.close()
+        _wait_for_secret(store)
+        connection = _met(address(launch), launch.main_port)
     peer = Peer(connection, read_secret(store), HELPER)
     if peer.greeted(PATIENCE):
         peer.say(**{name: launch[name] for name in HELLO})
     else:
         peer.close()
     return peer
+
+
+def _wait_for_secret(store: Path) -> None:
+    deadline = time.monotonic() + VISIBLE
+    while not (store / SECRET).is_file():
+        if time.monotonic() > deadline:
+            raise UserError(f"sees no {store / SECRET}; give the command in the folder that all machines share")
+        time.sleep(0.2)
 
 
 def _taken_part(work: Any, store: Path, rank: int, peer: Peer, take_part: Part) -> str | None:

@@ -62,6 +62,7 @@ def as_typed(text: str) -> str:
     override = parse(text)
     if override.is_sweep_override():
         raise UserError(_several(text, key, value, kind))
+    _require_kind(override.value(), text, kind)
     if not holds_text(kind) or not isinstance(override.value(), list | dict):
         return override.input_line
     return f"{prefix}{key}={override.get_value_element_as_str()}"
@@ -85,8 +86,29 @@ def _whole(text: str, value: str) -> str | None:
 
 def _several(text: str, key: str, value: str, kind: Any) -> str:
     if get_origin(kind) is list:
-        return f"{text}: {key} is a list; write {key}=[{value}]"
-    return f"{text}: several values are for `threefold sweep`; give one, or quote a text that has a comma"
+        return _no_list(key, value)
+    number = kind is float and re.fullmatch(r"\s*-?\d+,\d+\s*", value)
+    point = f"; write {value.strip().replace(',', '.')} with a decimal point" if number else ""
+    return f"{text}: several values are for `threefold sweep`; give one, or quote a text that has a comma{point}"
+
+
+def _require_kind(value: Any, text: str, kind: Any) -> None:
+    """Raise `UserError` where a value has another form than its key: no list, no mapping, or no whole number."""
+    if value is None or (isinstance(value, str) and ("${" in value or value == "???")):
+        return
+    key, _, written = text.partition("=")
+    if get_origin(kind) is list and not isinstance(value, list):
+        raise UserError(_no_list(key, written))
+    if get_origin(kind) is dict and not isinstance(value, dict):
+        raise UserError(f"{text}: {key} is a mapping; write {key}={{NAME: VALUE}}")
+    if kind is int and not (type(value) is int or (isinstance(value, str) and value.lstrip("+-").isdecimal())):
+        raise UserError(f"{text}: must be a whole number, written without point and exponent")
+    if kind is float and isinstance(value, bool | list | dict):
+        raise UserError(f"{text}: must be a number")
+
+
+def _no_list(key: str, written: str) -> str:
+    return f"{key}={written}: {key.lstrip('+')} is a list; write {key}=[{written}]"
 
 
 def assigned(key: str, text: str) -> str:
@@ -102,6 +124,10 @@ def parse(text: str) -> Override:
     except HydraException as error:
         override = _in_quotes(text, kind, error)
     element = override._value
+    if number := _number_as_name(element, kind):
+        raise UserError(
+            f"{text}: the name {number} is read as a number or truth value; write it in quotes in a file of conf"
+        )
     if isinstance(element, ChoiceSweep):
         texts = kind is str  # compose takes them as typed
         element.list = [str(e) if texts and isinstance(e, Typed) else fitted(e, kind) for e in element.list]
@@ -115,6 +141,8 @@ def _in_quotes(text: str, kind: Any, error: HydraException) -> Override:
     prefix, key, value = _split(text)
     value = (value or "").strip()
     listed = kind == list[str] and value.startswith("[") and value.endswith("]")
+    if value and not listed and get_origin(kind) is list:
+        raise UserError(_no_list(f"{prefix}{key}", value)) from error
     if not value or not (kind is str or listed):
         raise UserError(_unreadable(text)) from error
     entries = [entry.strip() for entry in (value[1:-1] if listed else value).split(",")]
@@ -130,6 +158,16 @@ def _unreadable(text: str) -> str:
     if key == text:
         return f"{text}: overrides are written KEY=VALUE, for example {key.lstrip('+~') or 'run'}=VALUE"
     return f"{text}: cannot be read; put each text with spaces or other signs in quotes, for example 'a b'"
+
+
+def _number_as_name(value: Any, kind: Any) -> str | None:
+    """A number or truth value that stands for a name within a mapping of type `kind`; Hydra has no quotes there."""
+    if not isinstance(value, dict) or not (is_dataclass(kind) or get_origin(kind) is dict):
+        return None
+    found = (
+        str(n) if isinstance(n, Typed) else _number_as_name(entry, _below(kind, str(n))) for n, entry in value.items()
+    )
+    return next(filter(None, found), None)
 
 
 def fitted(value: Any, kind: Any) -> Any:

@@ -20,21 +20,29 @@ from typing import Any
 from pipeline.errors import UserError
 
 SECRET = ".machines.secret"  # in runs/artifacts, for its owner alone
+ELSEWHERE = ", which several machines need for their secret; set runs to a folder of another one"
 LONGEST = 65536  # bytes that may wait to be read as lines; more closes the connection
 MACHINE_0, HELPER = "machine 0", "helper"  # who speaks
 
 
 def made_secret(store: Path) -> bytes:
-    """The secret of the artifact store, made where there is none yet; only the owner of the file may read it."""
+    """The secret of the artifact store, made where there is none yet; only the owner of the file may read it.
+
+    Raises `UserError` where the store is in a file system that keeps no secrets, for want of links or permissions.
+    """
     store.mkdir(parents=True, exist_ok=True)
     file = store / SECRET
     fresh = store / f"{SECRET}.{secrets.token_hex(4)}"
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(secrets.token_hex(32))
     try:
+        if _open_to_others(fresh):
+            raise UserError(f"{store}: its file system keeps no permissions{ELSEWHERE}")
         os.link(fresh, file)  # does nothing to a secret that is there, and is never seen half-written
     except FileExistsError:
         pass
+    except OSError as error:
+        raise UserError(f"{store}: its file system has no hard links ({error.strerror}){ELSEWHERE}") from error
     finally:
         fresh.unlink()
     return read_secret(store)
@@ -43,12 +51,16 @@ def made_secret(store: Path) -> bytes:
 def read_secret(store: Path) -> bytes:
     """The secret of the artifact store. Raises `UserError` where others may read it, or where it is no secret."""
     file = store / SECRET
-    if stat.S_IMODE(file.stat().st_mode) & 0o077:
+    if _open_to_others(file):
         raise UserError(f"{file}: can be read by others; remove it, machine 0 makes a new one")
     secret = file.read_bytes()
     if len(secret) < 64:
         raise UserError(f"{file}: is damaged; remove it, machine 0 makes a new one")
     return secret
+
+
+def _open_to_others(file: Path) -> bool:
+    return bool(stat.S_IMODE(file.stat().st_mode) & 0o077)
 
 
 class Peer:

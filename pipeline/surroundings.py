@@ -16,6 +16,7 @@ RANKS = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK",
     "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
 )  # fmt: skip
+OF_ACCELERATE = ("ACCELERATE_", "FORK_LAUNCHED")  # what its launcher and notebooks say; our workers are told by ours
 OF_SRUN = ("PMI_SIZE", "PMI_RANK")  # which a step of Slurm sets for each of its tasks, one for each machine of ours
 
 
@@ -30,5 +31,6 @@ def leave_launchers() -> None:
             f"{name}={value}: says that a launcher started this command, and Threefold starts its processes itself; "
             f"give the command alone, with launch=ddp launch.processes=N for several, or unset {name}"
         )
-    for name in (*SIZES, *RANKS):
-        os.environ.pop(name, None)
+    for name in list(os.environ):
+        if name in SIZES + RANKS or name.startswith(OF_ACCELERATE):
+            del os.environ[name]

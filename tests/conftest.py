@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 SMOKE = ["experiment=smoke"]
+
+
+@pytest.fixture(autouse=True)
+def no_secrets() -> Iterator[None]:
+    """What one test takes from the environment is no secret in the next."""
+    from pipeline.errors import SECRETS
+
+    yield
+    SECRETS.clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 import conf
+from pipeline import file_texts
 from pipeline.config import JUDGES, Config, check, compose, keys
 from pipeline.errors import UserError
 from stages import STAGES
@@ -135,7 +136,38 @@ MISTAKES = [
     ("runtime=slow", "runtime=slow", "default"),
     ("reward@comparisons.judge=vadr", "reward=vadr", "nearest: vader"),
     ("ppo.kl_coef=high", "ppo.kl_coef", "'high'"),
-    ("ppo.seed=1.5", "ppo.seed", "Integer"),
+    ("ppo.seed=1.5", "ppo.seed=1.5", "must be a whole number"),
+    ("seed=1e3", "seed=1e3", "must be a whole number"),
+    ("ppo.kl_coef=true", "ppo.kl_coef=true", "must be a number"),
+    ("ppo.kl_coef=0,1", "ppo.kl_coef=0,1", "write 0.1 with a decimal point"),
+    ("tracker.kinds=wandb", "tracker.kinds=wandb", "is a list; write tracker.kinds=[wandb]"),
+    ("comparisons.policies=runs/x/ppo", "comparisons.policies", "is a list; write comparisons.policies=[runs/x/ppo]"),
+    ("frontier.seeds=1", "frontier.seeds=1", "is a list; write frontier.seeds=[1]"),
+    ("evaluate.earlier=~/x", "evaluate.earlier", "is a list; write evaluate.earlier=[~/x]"),
+    (
+        "data.text.columns=text:body",
+        "data.text.columns=text:body",
+        "is a mapping; write data.text.columns={NAME: VALUE}",
+    ),
+    (
+        "data.text.columns={1e5: text}",
+        "data.text.columns={1e5: text}",
+        "the name 1e5 is read as a number or truth value",
+    ),
+    ("evaluate.tasks={1: {path: x}}", "evaluate.tasks={1: {path: x}}", "the name 1 is read as a number or truth value"),
+    (
+        "evaluate.tasks={n: {path: x, columns: {true: b}}}",
+        "evaluate.tasks=",
+        "the name true is read as a number or truth value",
+    ),
+    ("+run=5", "+run", "run has a value already; write it without the +"),
+    ("runs=", "runs=", "must be the path of a folder"),
+    ("runs='a\nb'", "runs=", "must be the path of a folder"),
+    (f"run={'x' * 300}", "run=", "at most 200 bytes"),
+    (f"run=a/{'雨' * 70}", "run=", "at most 200 bytes"),
+    ("run=a\nb", "run=", "without line breaks"),
+    ("run='a\x1b[31m'", "run=", "without line breaks"),
+    ("runs=~nobody-of-this-name/x", "runs=~nobody-of-this-name/x", "there is no such user"),
     ("dependents=maybe", "dependents", "bool"),
     ("evaluate.judge=textblob", "evaluate.judge", "textblob"),
     ("ppo.kl_coef=-0.1", "ppo.kl_coef=-0.1", "at least 0"),
@@ -160,7 +192,7 @@ MISTAKES = [
     ("tokenizer.template_date=2026-02-30", "tokenizer.template_date=2026-02-30", "no day of the calendar"),
     ("chat.model=pp0", "chat.model", "pp0 must be one of base, sft, dpo, ppo"),
     ("evaluate.models=[]", "evaluate.models", "is empty"),
-    ("evaluate.models=sft", "evaluate.models", ""),
+    ("evaluate.models=sft", "evaluate.models=sft", "is a list; write evaluate.models=[sft]"),
     ("evaluate.models=null", "evaluate.models", ""),
     ("precision=fp16", "precision=fp16", "nearest: bf16"),
     ("runtime.device=gpu", "runtime.device=gpu", "auto, cpu, cuda"),
@@ -231,6 +263,33 @@ def test_a_mistake_is_answered_on_one_line_that_names_the_key(override, name, hi
     said = str(caught.value)
     assert name in said and hint in said
     assert "\n" not in said and len(said) < 300 and "multirun" not in said
+
+
+NUMBERS = {
+    "run: 2026_11_28": "run is a text, and YAML reads it as the number 20261128",
+    "model: {revision: 3e7}": "model.revision is a text, and YAML reads it as the number 30000000.0",
+    "data: {text: {splits: {train: 007}}}": "data.text.splits.train is a text",
+    "tracker:\n  tags: [a, 1.50]": "tracker.tags.1 is a text, and YAML reads it as the number 1.5",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NUMBERS.items())
+def test_a_text_that_yaml_reads_as_a_number_is_refused(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/demo.yaml").write_text(f"# @package _global_\n{content}\nseed: 1_000\n")
+    with pytest.raises(UserError, match=rf"/experiment/demo\.yaml: {message}.*; put it in quotes$"):
+        compose([])
+
+
+def test_so_is_one_in_a_file_of_another_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "__file__", str(tmp_path / "__init__.py"))
+    for group, text in {"model": "revision: 'v1'\nhidden_size: 3e1", "reward": "function: 12"}.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    file_texts.check({"model": "mine", "tasks": []})
+    with pytest.raises(UserError, match=r"reward/mine\.yaml: ppo\.reward\.function is a text"):
+        file_texts.check({"model": "mine", "reward@ppo.reward": "mine"})
 
 
 def test_a_judge_of_parts_is_not_normalised():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import composed, make_job, tiny_policy, tiny_tokenizer
 
-from pipeline import chain, judge_model
+from pipeline import chain, judge_model, judge_template
 from pipeline.artifact import read_json, read_lines, write_lines
 from pipeline.data import Example
 from pipeline.errors import UserError
@@ -152,23 +152,44 @@ def test_padding_and_batches_do_not_change_a_verdict():
     assert text == "<|bos|><|user|>hi|oneA|two<|end|><|assistant|>"  # a reply cannot speak for the judge
 
 
+ALL = "{{ prompt }}{{ reply_a }}{{ reply_b }}"
+LOOP = "{% for i in range(99999) %}"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("template='{{ prompt }} {{ reply_a }}'", "does not show reply_b"),
         ("template='{{ prompt }} {{ reply_a }} {{ reply_b'", "cannot be rendered"),
         ("template='{{ prompt }} {{ reply_a }} {{ reply_b }} {{ replies }}'", "cannot be rendered"),
+        (f"template='{{{{ 1 / 0 }}}}{ALL}'", "cannot be rendered .division by zero"),
+        (f"template='{{{{ \"a\" * 10000000000000 }}}}{ALL}'", "does not multiply"),
+        (f"template='{{{{ 9 ** 9 ** 9 }}}}{ALL}'", "does not multiply"),
+        (f"template='{{{{ \"%9999999999d\" % 1 }}}}{ALL}'", "does not multiply or format"),
+        (f"template='{{{{ prompt[0].content.foo() }}}}{ALL}'", "cannot be rendered"),
+        (
+            f"template='{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}{ALL}'",
+            "cannot be rendered .takes more than 0.2 seconds",
+        ),
         ("verdicts=[A,A]", "must be two different words"),
         ("verdicts=[A]", "must be two different words"),
         ("margin=0.6", "must be at most 0.5"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_any_stage(override, message):
+def test_a_wrong_setting_is_refused_before_any_stage(override, message, monkeypatch):
     from pipeline.config import compose
 
+    monkeypatch.setattr(judge_template, "LONGEST", 0.2)
     with pytest.raises(UserError, match=message) as refused:
         compose(["experiment=smoke", f"evaluate.judge_model.{override}"])
     assert str(refused.value).startswith("evaluate.judge_model.") and "\n" not in str(refused.value)
+
+
+def test_a_question_may_count_and_one_that_fails_on_a_pair_is_one_line():
+    ask = judge_template.question(f"{{{{ 7 % 4 * 2 }}}} {{{{ 1 / prompt|length }}}} {ALL}", ("A", "B"))
+    assert ask(PROMPT, "x", "y").startswith("6 1.0 ")
+    with pytest.raises(UserError, match=r"^evaluate\.judge_model\.template: cannot be rendered \(division by zero\)"):
+        ask([], "x", "y")
 
 
 def test_verdict_words_must_be_single_different_tokens():

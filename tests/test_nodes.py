@@ -1,6 +1,8 @@
 """Several machines: meeting, taking part and parting over TCP; two of them on this host train as one process does."""
 
 import contextlib
+import errno
+import os
 import shutil
 import socket
 import subprocess
@@ -249,6 +251,34 @@ def test_the_secret_is_made_once_for_its_owner_alone_and_never_sent(port, store,
     (store / peer.SECRET).chmod(0o644)
     with pytest.raises(UserError, match=r"machines\.secret: can be read by others; remove it"):
         peer.made_secret(store)
+
+
+def test_a_helper_that_sees_the_secret_late_is_no_stranger(port, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "PATIENCE", 1)
+    monkeypatch.setattr(nodes, "MEETING", 8)
+    late = tmp_path / "late"
+    threading.Timer(3, lambda: late.symlink_to(store)).start()
+    helper = Helper(machine(1, port), late)
+    with nodes.gathered(machine(0, port), store) as others:
+        assert set(others.peers) == {1}
+    assert helper.ended() is None
+
+
+def test_a_file_system_that_keeps_no_secret_is_named_in_one_line(store, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as without_links:
+        without_links.setattr(os, "link", refuse)
+        with pytest.raises(UserError, match=r"artifacts: its file system has no hard links .*; set runs to a folder"):
+            peer.made_secret(store)
+    with monkeypatch.context() as without_modes:
+        without_modes.setattr(peer.stat, "S_IMODE", lambda mode: 0o777)
+        with pytest.raises(
+            UserError, match=r"artifacts: its file system keeps no permissions, .*; set runs to a folder"
+        ):
+            peer.made_secret(store)
+    assert list(store.iterdir()) == []
 
 
 def test_a_line_that_is_said_again_is_not_heard_twice(port, store):

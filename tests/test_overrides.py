@@ -65,6 +65,7 @@ def test_null_interpolations_quotes_and_escapes_are_what_they_are(monkeypatch):
 
 def test_a_path_in_the_home_folder_is_found_there(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
+    assert compose(["runs=~"]).runs == "/home/somebody"
     config = compose(["data.text.path=~/x", "runs=~/runs", "comparisons.policies=[~/a/sft,b/ppo]", "chat.system=~/x"])
     assert config.data.text.path == "/home/somebody/x" and config.runs == "/home/somebody/runs"
     assert config.comparisons.policies == ["/home/somebody/a/sft", "b/ppo"] and config.chat.system == "~/x"
@@ -83,11 +84,6 @@ def test_a_sweep_over_texts_keeps_them_and_its_runs_get_them():
         assert tuple(PARSER.parse_override(as_typed(one)).value() for (one,) in spelt) == values
     _, (numbers,) = sweep_space.parse(["ppo.kl_coef=1e-1,2"])
     assert numbers.values == (0.1, 2)
-
-
-def test_a_mapping_with_names_like_numbers_is_read_as_before():
-    assert as_typed("data.text.splits={train: 1e3, 2: x}") == "data.text.splits={train:'1e3',2:x}"
-    PARSER.parse_override(as_typed("comparisons.judge.args={1e3: 1_0}"))
 
 
 def test_the_type_of_a_key_is_that_of_the_schema():

@@ -14,22 +14,22 @@ import rewards
 from pipeline import chain, launch, model_card, submission
 from pipeline.artifact import write_json
 from pipeline.config import compose
-from pipeline.errors import SECRETS, UserError, public, public_traceback
+from pipeline.errors import UserError, public, public_traceback
 from pipeline.submission import Member
 from stages import STAGES
 
-SECRET, PASSWORD = "dbPLANTEDsecret", "PLANTEDpass/word"
+SECRET, OTHER, PASSWORD = "dbPLANTEDsecret", "PLANTEDpass-other", "PLANTEDpass/word"
 URL = f"https://joe:{PASSWORD}@host/rows"
 JUDGE = """
 seen = []
 
 def score(prompts, completions, key=None, cap=None, **columns):
-    seen.append(key)
+    seen.append(key if isinstance(key, str) else key[0])  # ppo's is a list
     return [1.0] * len(prompts)
 """
 SECRET_KEYS = ["comparisons.judge.function=keyed:score", "comparisons.judge.args={key: ${oc.env:PLANTED}}"]
 SECRET_KEYS += ["ppo.reward.function=keyed:score", "ppo.reward.args={key: ['${oc.env:PLANTED}', 1]}"]
-SECRET_KEYS += ["tracker.entity=${oc.env:PLANTED}", "evaluate.judge_model.revision=${oc.env:PLANTED}"]
+SECRET_KEYS += ["tracker.entity=${oc.env:PLANTED}", "evaluate.judge_model.revision=${oc.env:PLANTED_TOO}"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,7 @@ def planted(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "keyed", raising=False)
     monkeypatch.setenv("PLANTED", SECRET)
-    yield
-    SECRETS.clear()
+    monkeypatch.setenv("PLANTED_TOO", OTHER)
 
 
 def holding(folder: Path) -> list[str]:
@@ -147,7 +146,74 @@ def test_what_refers_to_a_value_of_the_environment_stays_that_interpolation(monk
     assert typed.ppo.kl_coef == 0.25 and OmegaConf.to_container(typed)["ppo"]["kl_coef"] == "${oc.env:KL}"
 
 
+OUTSIDE_ARGS = {
+    "data.text.path=https://h/?t=${oc.env:PLANTED}&x=a.jsonl": "https://h/?t=${oc.env:PLANTED}&x=a.jsonl: no such file",
+    "data.text.path=/nope/${oc.env:PLANTED}.jsonl": "/nope/${oc.env:PLANTED}.jsonl: no such file or folder",
+    "evaluate.judge_model.path=./x${oc.env:PLANTED}": "evaluate.judge_model.path: ./x${oc.env:PLANTED} is no folder",
+    "data.text.split=${oc.env:PLANTED}": "data.text.split is not a configuration key",
+    "seed=${oc.env:PLANTED}": "${oc.env:PLANTED}",
+}
+
+
+@pytest.mark.parametrize(("override", "shown"), OUTSIDE_ARGS.items())
+def test_what_the_environment_gives_is_in_no_error_wherever_it_stands(override, shown):
+    with pytest.raises(UserError) as caught:
+        chain.plan(compose(["experiment=smoke", override]))
+    assert shown in str(caught.value) and SECRET not in str(caught.value)
+
+
+def test_a_folder_that_the_environment_gives_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED", str(tmp_path))
+    compose(["data.text.path=${oc.env:PLANTED}/x.jsonl", "runs=${oc.env:PLANTED}"])
+    assert public(f"{tmp_path}/runs") == f"{tmp_path}/runs"
+
+
+OTHER_WAYS = [
+    "data.text.revision=${oc.select:tracker.entity}",
+    "data.text.revision=${tracker[entity]}",
+    "comparisons.judge.args={key: '${oc.create:{a: ${oc.env:PLANTED}}}'}",
+]
+
+
+@pytest.mark.parametrize("override", OTHER_WAYS)
+def test_a_secret_that_would_be_saved_is_refused(override):
+    with pytest.raises(UserError, match=r"would be saved with the value of \$\{oc\.env:PLANTED\}; write") as caught:
+        compose(["tracker.entity=${oc.env:PLANTED}", override])
+    assert SECRET not in str(caught.value)
+
+
+def test_spaces_in_an_interpolation_change_nothing():
+    config = compose(["tracker.entity=${ oc.env:PLANTED}", "run=dbPLANTEDsecret-typed"])
+    assert config.tracker.entity == SECRET and "${ oc.env:PLANTED}" in OmegaConf.to_yaml(config.tracker)
+    assert config.run == "dbPLANTEDsecret-typed"  # nothing that is typed is a secret
+
+
+def test_the_longest_secret_is_taken_out_first(monkeypatch):
+    monkeypatch.setattr("pipeline.errors.SECRETS", {"abcdef": "${A}", "abcdefgh": "${B}"})
+    assert public("abcdefgh abcdef") == "${B} ${A}"
+
+
+def test_another_password_or_token_of_an_address_makes_nothing_stale(monkeypatch):
+    def parts(password, token):
+        monkeypatch.setenv("PLANTED", token)
+        overrides = [f"model.revision=https://joe:{password}@host/rows"]
+        overrides += ["model.checkpoint=https://h/?t=${oc.env:PLANTED}"]
+        return chain.fingerprint_parts(compose([*overrides, "experiment=smoke"]), "tokenizer")
+
+    one = parts("PLANTEDpass", "token-one")
+    assert one == parts("elsewhere", "token-two") and not [key for key in one if key.endswith(".value")]
+    monkeypatch.setenv("NAME", "name-one")
+    named = [
+        chain.fingerprint_parts(compose(["model.checkpoint=org/${oc.env:NAME}", "experiment=smoke"]), "tokenizer")
+        for name in ("one", "two")
+        if monkeypatch.setenv("NAME", name) is None
+    ]
+    assert named[0] != named[1]  # another model is another tokenizer
+
+
 URLS = {
+    "//joe:PLANTED@host/db": "//host/db",
+    "/a//b@c//d": "/a//b@c//d",
     f"see https://joe:{PASSWORD}@host/x": "see https://host/x",
     "https://tok@h/x and ssh://git:pw@h:22/y": "https://h/x and ssh://h:22/y",
     "http://u:p@ss@h": "http://h",

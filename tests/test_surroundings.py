@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from pipeline import cli, evaluated_pairs, sweep_table
 from pipeline.artifact import read_json, read_lines
 from pipeline.config import compose
 from pipeline.errors import UserError
+from pipeline.report import parts, tables
 from pipeline.surroundings import RANKS, SIZES, leave_launchers
 
 
@@ -37,6 +39,27 @@ def test_variables_that_say_nothing_are_dropped_so_that_no_library_reads_them(va
         bare.setenv(name, value)
     leave_launchers()
     assert [name for name in (*SIZES, *RANKS) if name in os.environ] == []
+
+
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "", "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "meta", "ACCELERATE_DYNAMO_BACKEND": "x",
+    "FORK_LAUNCHED": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), ACCELERATE.items())
+def test_accelerate_is_told_nothing_by_the_environment(name, value, bare):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    bare.setenv("ACCELERATE_USE_CPU", "true")  # so that it must not be what decides
+    bare.setenv(name, value)
+    leave_launchers()
+    assert name not in os.environ and "ACCELERATE_USE_CPU" not in os.environ
+    AcceleratorState._reset_state(True)
+    assert Accelerator(cpu=True).mixed_precision == "no" and PartialState().num_processes == 1
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("value", ["two", "1.5", "-1"])
@@ -93,6 +116,13 @@ def test_so_are_those_of_a_report_and_of_a_sweep(name, tmp_path, capsys, monkeyp
     sweep_table.print_result({"failed": [], "runs": []}, tmp_path)
     printed = capsys.readouterr().out
     assert printed.count(name) == 2 and made[-1]["markup"] is made[-1]["emoji"] is False
+    monkeypatch.setattr("pipeline.report.run.read", lambda folder: SimpleNamespace(models={}))
+    monkeypatch.setattr(tables, "stages", lambda run: parts.Table("stages", "", [("stage",), (name,)], [], texts=1))
+    monkeypatch.setattr("pipeline.report.tasks.answers", lambda run: None)
+    monkeypatch.setattr("pipeline.report.seeds.section", lambda run: SimpleNamespace(parts=[], points=[name]))
+    tables.print_table(tmp_path / name.replace("/", ""))
+    printed = capsys.readouterr().out
+    assert printed.count(name) >= 2 and f"{name.replace('/', '')}/report.html" in printed.replace("\n", "")
 
 
 DAMAGED = {
