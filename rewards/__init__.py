@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from pipeline.errors import UserError, first_line
 from rewards.composition import RewardFunction, Scores, composed
 from rewards.messages import messages_of, text_of
@@ -68,7 +70,8 @@ def _loaded(config: Any, columns: tuple[str, ...], model: RewardFunction | None)
     for column in config.columns:
         if column not in renamed:
             raise UserError(f"{config.function}: columns names {column}, but there are {', '.join(renamed)}")
-    function = _bound(config.function, config.args, tuple(renamed.values()))
+    arguments = OmegaConf.to_container(config.args, resolve=True) if OmegaConf.is_config(config.args) else config.args
+    function = _bound(config.function, arguments, tuple(renamed.values()))
 
     def reward(prompts: list[Any], completions: list[str], **given: Any) -> Scores:
         rows = {"prompts": [text_of(prompt) for prompt in prompts], "completions": completions, **given}
