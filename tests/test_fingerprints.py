@@ -210,6 +210,19 @@ def test_the_capability_of_the_first_gpu_is_asked_of_nvml(visible, answer, monke
     assert precision.capability(visible) == answer
 
 
+@pytest.mark.parametrize(
+    ("given", "heard"), [(["precision=auto", "resources.gpus=1"], True), (["precision=bf16"], False)]
+)
+def test_bf16_of_a_gpu_that_torch_does_not_see_is_said(given, heard, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("pipeline.job.execute", lambda job, _: {"bf16": job.device.bf16})
+    config = composed(*given, f"runs={tmp_path}", "tracker=none", "runtime.threads=1")
+    entry = chain.plan(config, ["tokenizer", "pretrain"])["pretrain"]
+    entry.artifact.open()
+    assert chain._execute(config, entry, {}, None) == {"bf16": True}
+    assert ("precision=auto is bf16 here, as of a GPU, and torch sees none" in capsys.readouterr().out) == heard
+
+
 def test_without_a_driver_there_is_no_capability(monkeypatch):
     def missing(name):
         raise OSError(name)

@@ -64,7 +64,7 @@ def sft_rows() -> list[dict[str, list[int]]]:
 
 def test_sft_trains_on_the_reply_and_its_end_token_only(tmp_path, trainer_of):
     tokenizer, job = tiny_tokenizer(), make_job("sft", tmp_path, "sft.batch_size=8")
-    batch = next(iter(trainer_of(sft.fit, job, tiny_policy(), tokenizer, sft_rows(), 1).get_train_dataloader()))
+    batch = next(iter(trainer_of(sft.fit, job, tiny_policy(), tokenizer, sft_rows(), 8).get_train_dataloader()))
     found = set()
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         length = int(mask.sum())
@@ -83,7 +83,7 @@ def test_sft_loss_is_the_mean_over_reply_tokens(tmp_path):
     tokenizer, model = tiny_tokenizer(), tiny_policy()
     pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in EXAMPLES]
     logprobs = [plain_logprobs(model, prompt, reply) for prompt, reply in pairs]
-    step = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows(), 1)
+    step = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows(), 8)
     assert step["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=1e-4)
 
 
@@ -97,9 +97,9 @@ def tokenised(pairs: list[preferences.Pair]) -> preferences.TokenisedPairs:
 @pytest.mark.parametrize(
     ("stage", "fit", "model", "rows"),
     [
-        ("sft", sft.fit, tiny_policy, lambda: (sft_rows(), 1)),
-        ("reward", reward.fit, tiny_reward_model, lambda: (tokenised(PAIRS * 2),)),
-        ("dpo", dpo.fit, tiny_policy, lambda: (tokenised(PAIRS * 2), 1)),
+        ("sft", sft.fit, tiny_policy, lambda: (sft_rows(), len(EXAMPLES))),
+        ("reward", reward.fit, tiny_reward_model, lambda: (tokenised(PAIRS * 2), 8)),
+        ("dpo", dpo.fit, tiny_policy, lambda: (tokenised(PAIRS * 2), 8)),
     ],
 )
 def test_loss_and_gradient_do_not_depend_on_accumulation(tmp_path, stage, fit, model, rows):
@@ -123,7 +123,7 @@ def reward_trainer(tmp_path, trainer_of):
 
 def made_reward_trainer(folder, trainer_of, *overrides: str, pairs: list[preferences.Pair] = PAIRS):
     job = make_job("reward", folder, f"reward.batch_size={len(PAIRS)}", *overrides)
-    return trainer_of(reward.fit, job, tiny_reward_model(), tiny_tokenizer(), tokenised(pairs))
+    return trainer_of(reward.fit, job, tiny_reward_model(), tiny_tokenizer(), tokenised(pairs), len(pairs))
 
 
 def scores_by_hand(model) -> list[tuple[float, float]]:
@@ -210,7 +210,7 @@ def test_both_replies_of_a_reward_batch_end_with_the_end_token(reward_trainer):
 @pytest.fixture
 def dpo_trainer(tmp_path, trainer_of):
     job = make_job("dpo", tmp_path, f"dpo.batch_size={len(PAIRS)}", "dpo.beta=0.1")
-    return trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), 1)
+    return trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), len(PAIRS))
 
 
 def implicit_rewards(model, reference, beta: float) -> list[tuple[float, float]]:
@@ -265,7 +265,7 @@ def dpo_loss(kind: str, chosen: float, rejected: float, pair: preferences.Pair, 
 def test_dpo_losses_of_other_kinds(tmp_path, trainer_of, kind, noise):
     options = [f"dpo.batch_size={len(PAIRS)}", "dpo.beta=0.1", f"dpo.loss_type={kind}", f"dpo.label_smoothing={noise}"]
     job = make_job("dpo", tmp_path, *options)
-    trainer = trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), 1)
+    trainer = trainer_of(dpo.fit, job, tiny_policy(), tiny_tokenizer(), tokenised(PAIRS), len(PAIRS))
     perturb(trainer.model, 0.1)
     rewards = implicit_rewards(trainer.model, tiny_policy(), 0.1)
     expected = sum(dpo_loss(kind, *r, pair, 0.1, noise) for r, pair in zip(rewards, PAIRS, strict=True)) / len(PAIRS)
@@ -278,7 +278,7 @@ def test_dpo_trains_on_the_tokens_of_the_other_stages_whatever_the_template_writ
     tokenizer = tokenizer_stage.train(SENTENCES, 300)
     tokenizer.chat_template = tokenizer.chat_template.replace("'<|end|>'", "'<|end|>\n'")
     job, pairs = make_job("dpo", tmp_path, f"dpo.batch_size={len(PAIRS)}"), preferences.tokenised(tokenizer, PAIRS, 512)
-    trainer = trainer_of(dpo.fit, job, tiny_policy(), tokenizer, pairs, 1)
+    trainer = trainer_of(dpo.fit, job, tiny_policy(), tokenizer, pairs, len(PAIRS))
     trained = [{name: row[name] for name in pairs.rows[0]} for row in trainer.train_dataset]
     assert trained == pairs.rows and all(row["chosen_ids"][-1] == tokenizer.eos_token_id for row in trained)
 
