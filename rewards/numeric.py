@@ -30,7 +30,7 @@ LETTERS = "bcefijkno-rt-zBDEGHKMO-UX-Zα-ωΩ"  # a variable or a scale; others 
 LEADING = f"half|third|quarter|twice|thrice|double|triple|dozen|{SCALES}|plus|times|over|point|root|log|ln|sin|cos|tan|"
 LEADING += "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:divided|multiplied) +by"
 BETWEEN = "plus|minus|times|divided by|multiplied by|over|to|choose|mod|modulo|point|of|out of|in|per"
-SIGNED = r"\A|[=:(]|\b(?:is|was|be|are|equals|gives|get|answer)\b"  # a minus behind it is a sign
+SIGNED = r"\A|[=:(]|\b(?:is|was|be|are|equals|gives|get)\b"  # a minus behind it is a sign
 LARGER = "hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|pounds?|lbs?|dollars?|euros?|m|km|kg"
 SMALLER = "minutes?|mins?|seconds?|secs?|s|days?|hours?|weeks?|months?|inch(?:es)?|in|ounces?|oz|cents?|pence|m|cm|g"
 MONTHS = "Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t|tember)?|"
