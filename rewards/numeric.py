@@ -15,15 +15,12 @@ MARK = "####"  # GSM8K writes the answer behind it (Cobbe et al. 2021, arXiv 211
 LONGEST, HIGHEST = 400, 400  # characters of a number, and its exponent; beyond them nothing is worked out
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
 SCALES = "|".join(SCALE)
+CURRENCIES = "USD|EUR|GBP|CHF|JPY|CNY|INR"
 # what is often written behind a number without a space: units, endings of ordinals, and whole words
-UNITS = (
-    "[μµmcdk]?m|[μµmk]?g|[mcdk]?[lL]|[mk]?s|h|d|lbs?|oz|ft|in|yds?|mi|mins?|secs?|hrs?|day|yrs?|km/h|kmh|kph|mph|rpm|"
-)
-UNITS += "k?cal|[kMG]?Hz|[kMG]?Wh?|k?J|[kMGT]B|[AVNCF]|USD|EUR|GBP|CHF|JPY|CNY|INR|st|nd|rd|th|[^\\W\\d_]{4,}"
+UNITS = "[μµmcdk]?m|[μµmk]?g|[mcdk]?[lL]|[mk]?s|h|d|lbs?|oz|ft|in|yds?|mi|mins?|secs?|hrs?|day|yrs?|km/h|kmh|kph|mph|"
+UNITS += f"rpm|k?cal|[kMG]?Hz|[kMG]?Wh?|k?J|[kMGT]B|[AVNCF]|{CURRENCIES}|st|nd|rd|th|[^\\W\\d_]{{4,}}"
 # what changes the value of the number before it, in a way that is not read: scales, fractions, operations
-PARTS = (
-    "half|halves|quarters?|thirds?|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]{3,5}teen|[a-z]{3,5}tie|"
-)
+PARTS = "half|halves|quarters?|thirds?|(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]{3,5}(?:teen|tie)|"
 PARTS += f"{SCALES})ths?"
 CHANGING = f"{PARTS}|bn|mn|mln|mio|mill?|mrd|tn|trn|crores?|lakhs?|lacs?|dozens?|scores?|gross|tens|tausend|mille|"
 CHANGING += "milli(?:on|ard)[a-z]*|millones|billi?on[a-z]*|quadrillions?|тыс[а-я]*|млн|млрд|милли[а-я]*|"
@@ -33,7 +30,7 @@ LETTERS = "bcefijkno-rt-zBDEGHKMO-UX-Zα-ωΩ"  # a variable or a scale; others 
 LEADING = f"half|third|quarter|twice|thrice|double|triple|dozen|{SCALES}|plus|times|over|point|root|log|ln|sin|cos|tan|"
 LEADING += "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|(?:divided|multiplied) +by"
 BETWEEN = "plus|minus|times|divided by|multiplied by|over|to|choose|mod|modulo|point|of|out of|in|per"
-SIGNED = r"\A|[=:(]|\b(?:is|was|be|are|equals|gives|get|answer)\b"  # a minus behind it is a sign
+SIGNED = r"\A|[=:(]|\b(?:is|was|be|are|equals|gives|get)\b"  # a minus behind it is a sign
 LARGER = "hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|pounds?|lbs?|dollars?|euros?|m|km|kg"
 SMALLER = "minutes?|mins?|seconds?|secs?|s|days?|hours?|weeks?|months?|inch(?:es)?|in|ounces?|oz|cents?|pence|m|cm|g"
 MONTHS = "Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t|tember)?|"
@@ -57,8 +54,8 @@ LATEX = (
 )
 AROUND_IT = (
     (r"<<[^<>]*>>|</?[a-zA-Z]\w*>|(?<![-=])[-=]+>|[→⇒⟹∴…]|\.{2,}", " "),  # GSM8K's calculations, tags, arrows
-    (r"(?<=[-+])(?:[$€£¥]|(?:USD|EUR|GBP|CHF|JPY|CNY|INR|Rs)(?=\d))", ""),
-    (r"[$€£¥%]|\b(?:USD|EUR|GBP|CHF|JPY|CNY|INR|Rs)(?=\d)", " "),
+    (rf"(?<=[-+])(?:[$€£¥]|(?:{CURRENCIES}|Rs)(?=\d))", ""),
+    (rf"[$€£¥%]|\b(?:{CURRENCIES}|Rs)(?=\d)", " "),
     (r"(?i)(?<=\d) *(?:°|degrees?\b)? *(?:[CF]|celsius|fahrenheit)? +(?:below|under)\b", "~"),
     (r"(?<=\d) ?°[CF]\b", " "),
     (r"(?<=\d)(?:\*\*| +\*\* +)(?=[-+\d({])", "^"),

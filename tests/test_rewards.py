@@ -244,6 +244,7 @@ def last_number(text):
         ("Answer 1: 42", "42", 1),
         ("it rises by 5...", "5", 1),
         ("Total – 5", "5", 1),
+        ("Answer - 5", "5", 1),
         (r"\boxed{1,000}", "1000", 1),
         ("4", "3 apples and 4 pears", None),
         ("2", "(1, 2)", None),
