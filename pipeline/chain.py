@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 import rewards
 from pipeline import interpolations, launch, model_card, nodes, precision, tracker_kinds
 from pipeline.artifact import Artifact, fingerprint_of, read_json
-from pipeline.config import check_shares
+from pipeline.checks import check_shares
 from pipeline.errors import UserError, first_line, public_traceback
 from pipeline.imports import VERSIONED, function_parts, version_of
 from pipeline.players import policy_name

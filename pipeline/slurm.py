@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config import check_shares
+from pipeline.checks import check_shares
 from pipeline.errors import UserError
 from pipeline.schema import SHARDED
 from stages import STAGES

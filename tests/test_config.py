@@ -10,7 +10,8 @@ from omegaconf.errors import ReadonlyConfigError
 
 import conf
 from pipeline import file_texts
-from pipeline.config import JUDGES, Config, check, compose, keys
+from pipeline.checks import JUDGES
+from pipeline.config import Config, check, compose, keys
 from pipeline.errors import UserError
 from stages import STAGES
 
@@ -98,7 +99,7 @@ SOURCES = [
     f
     for room in ("pipeline", "stages", "rewards")
     for f in (ROOT / room).glob("*.py")
-    if f.name not in ("config.py", "schema.py")
+    if f.name not in ("config.py", "checks.py", "schema.py")
 ]
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline import chain, device, launch, ranks, training
 from pipeline.artifact import read_json, read_lines, write_json
-from pipeline.config import check_shares, compose
+from pipeline.checks import check_shares
+from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.job import Job, execute
 from pipeline.packing import EvenedRows, PackedRows
