@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from pipeline import chat
 from pipeline.artifact import read_lines, write_lines
 from pipeline.columns import Message
 from pipeline.errors import UserError, require_most
-from pipeline.job import Job
+
+if TYPE_CHECKING:  # the report reads pairs, and answers without torch
+    from pipeline.job import Job
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def drawn(pairs: list[Pair], count: int | None, seed: int) -> list[Pair]:
 LONG = 2000  # pairs from which on tokenising takes so long that it has a bar
 
 
-def load(job: Job, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs]:
+def load(job: "Job", tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs]:
     """Training and held-out pairs of a comparisons artifact, as many as the stage of `job` asks for.
 
     Raises `UserError` when none of either fits, or more than the share that data.preferences allows do not.

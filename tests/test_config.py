@@ -108,6 +108,8 @@ PARTS = {
     "ppo": ["guards.py", "actors.py", "advantages.py", "engines.py"],
     "frontier": ["frontier.py"],
     "evaluate": ["measuring.py"],
+    "reward": ["preferences.py"],
+    "dpo": ["preferences.py"],
 }
 
 
