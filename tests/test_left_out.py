@@ -1,5 +1,7 @@
 """Limits of one data set stay with it; rows that a stage does not use are counted, and too many refused before work."""
 
+import copy
+
 import pytest
 from data_helpers import lines, said, source
 from helpers import make_job, tiny_policy, tiny_tokenizer, write_model
@@ -125,7 +127,7 @@ def test_prompts_without_room_are_counted(tmp_path):
 
 def tokenizer_without_system():
     """The tiny tokenizer with a template that takes no system message."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     refusing = "{% for m in messages if m['role'] == 'system' %}{{ raise_exception('No system') }}{% endfor %}"
     tokenizer.chat_template = refusing + tokenizer.chat_template
     return tokenizer

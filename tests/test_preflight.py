@@ -1,5 +1,6 @@
 """The preflight: what a stage could not use is refused in a line before the first stage; what is made is not loaded."""
 
+import copy
 import json
 import time
 
@@ -163,7 +164,7 @@ def dialogues(file, rows, with_system):
 
 
 def rows_checked(overrides):
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = TEMPLATE
     preflight.check_rows(compose(["experiment=smoke", *overrides]), tokenizer, ["data.replies"])
 
