@@ -172,6 +172,13 @@ def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
+def require_finished(config: DictConfig) -> None:
+    """Raise `UserError` where the run of `config` has no finished stage."""
+    folder = Path(config.runs) / config.run
+    if not any((folder / stage / "manifest.json").is_file() for stage in STAGES):
+        raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={config.run}")
+
+
 def wanted(config: DictConfig) -> list[str]:
     """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
     if config.target is not None and config.target not in STAGES:

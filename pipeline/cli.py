@@ -154,10 +154,14 @@ def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:
+    from pipeline import chain
     from pipeline.config import compose
+
+    config = compose(overrides)
+    chain.require_finished(config)  # the report's libraries take seconds to load
     from pipeline.report import print_table, write_report
 
-    print_table(write_report(compose(overrides), compare))
+    print_table(write_report(config, compare))
 
 
 def _frontier(overrides: list[str]) -> None:

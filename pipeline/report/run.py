@@ -88,10 +88,9 @@ def read(folder: Path) -> Run:
 
 def configured(config: DictConfig, compare: str | None = None) -> Run:
     """The run of a configuration, beside the run `compare`; raises `UserError` where either has no finished stage."""
+    chain.require_finished(config)
     folder = Path(config.runs) / config.run
     run = read(folder)
-    if not run.stages:
-        raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={config.run}")
     other = None if compare is None else _other(folder, compare)
     try:
         planned, unknown = chain.plan(config), ""
