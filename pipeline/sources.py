@@ -81,13 +81,11 @@ def content_digest(files: list[Path]) -> str:
     return hashlib.sha256("".join(f"{suffix} {digest}\n" for suffix, digest in read_as).encode()).hexdigest()
 
 
-def function_file(path: str) -> Path:
-    """The source file of `module:function`. Raises `UserError` when there is no such file, or no such name in it."""
-    return defined_in(path)[1]
-
-
 def defined_in(path: str) -> tuple[str, Path]:
-    """The module that defines `module:function`, and its file, found through relative imports of packages."""
+    """The module that defines `module:function`, and its file, found through relative imports of packages.
+
+    Raises `UserError` when there is no such file, or no such name in it.
+    """
     module, _, name = path.partition(":")
     try:
         spec = importlib.util.find_spec(module) if module and name else None

@@ -213,10 +213,10 @@ def test_a_function_that_its_package_takes_from_a_module_of_its_own_counts_with_
     )
     (tmp_path / "bundle/inner/__init__.py").write_text("from .deep import *\nfrom .deep import good\n")
     (tmp_path / "bundle/inner/deep.py").write_text("def good(**rows): return 1\n")
-    assert sources.function_file("bundle:nice") == tmp_path / "bundle/inner/deep.py"
-    assert sources.function_file("trl.rewards:think_format_reward").name == "format_rewards.py"
+    assert sources.defined_in("bundle:nice")[1] == tmp_path / "bundle/inner/deep.py"
+    assert sources.defined_in("trl.rewards:think_format_reward")[1].name == "format_rewards.py"
     with pytest.raises(UserError, match=r"bundle defines no nic \(nearest: nice\)"):
-        sources.function_file("bundle:nic")
+        sources.defined_in("bundle:nic")
 
 
 @pytest.mark.parametrize("function", ["rewards.sentimnt:vader", "rewards.sentiment", "nowhere.at.all:f"])
