@@ -76,16 +76,16 @@ test-all: install ## run the tests, the slow proofs, and those on Slurm
 	$(MAKE) test-slurm
 
 test-slurm: install ## run a chain, a sweep, two nodes and preemption on the Slurm that answers here
-	$(VENV)/bin/python -m pytest -m slurm -rs tests/test_slurm_real.py
+	$(VENV)/bin/python -m pytest -m slurm -rs tests/slurm/test_slurm_real.py
 
 bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
-	$(VENV)/bin/python tests/bench_ppo.py $(ARGS)
+	$(VENV)/bin/python tests/bench/bench_ppo.py $(ARGS)
 
 bench-sampler: install ## compare the sampler with generate: tokens per second at batch 128, 32 and 1
-	$(VENV)/bin/python tests/bench_sampler.py $(ARGS)
+	$(VENV)/bin/python tests/bench/bench_sampler.py $(ARGS)
 
 bench-labels: install ## compare reward models by wrong labels and number of pairs (about 14 minutes on two cores)
-	$(VENV)/bin/python tests/bench_labels.py $(ARGS)
+	$(VENV)/bin/python tests/bench/bench_labels.py $(ARGS)
 
 lint: install ## check style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -1,6 +1,6 @@
-"""`python -m pipeline` is the command `threefold`."""
+"""`python -m threefold` is the command `threefold`."""
 
-from pipeline.cli import main
+from threefold.cli import main
 
 if __name__ == "__main__":
     main()

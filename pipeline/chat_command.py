@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline.config import make_command
-from pipeline.errors import UserError, nearest
-from pipeline.players import player, stages_of
-from stages import STAGES
+from threefold.config.compose import make_command
+from threefold.errors import UserError, nearest
+from threefold.evaluation.players import player, stages_of
+from threefold.stages import STAGES
 
 COMMANDS = {
     "/reset": "forget the conversation",
@@ -74,15 +74,15 @@ class Session:
     def __init__(self, config: DictConfig, overrides: list[str]):
         self.config, self.overrides, self.told = config, overrides, False
         speaker = self.speaker(config.chat.model)
-        from pipeline.conversation import Conversation
+        from threefold.conversation import Conversation
 
         self.conversation = Conversation(speaker, config.chat.system, config.chat.seed)
 
     def speaker(self, name: str) -> Any:
         """Who replies from now on. Raises `UserError` for an unknown name and a missing artifact."""
         folders = made(name, self.config, self.overrides)
-        from pipeline.conversation import Speaker
-        from pipeline.job import quiet_libraries
+        from threefold.conversation import Speaker
+        from threefold.execution.job import quiet_libraries
 
         quiet_libraries()
         speaker = Speaker(player(name, "chat.model"), folders, self.config)

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, nearest, public, public_traceback
-from pipeline.surroundings import leave_launchers
+from threefold.errors import UserError, nearest, public, public_traceback
+from threefold.execution.surroundings import leave_launchers
 
 COMMANDS = {
     "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
@@ -85,31 +85,34 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
 
 
 def _run(overrides: list[str]) -> None:
-    from pipeline import waiting
-    from pipeline.chain import bring_up_to_date
-    from pipeline.config import compose
-    from pipeline.launch import take_part
-    from pipeline.nodes import help_out
+    from threefold.chain.chain import bring_up_to_date
+    from threefold.config.compose import compose
+    from threefold.execution.launch import take_part
+    from threefold.execution.nodes import help_out
+    from threefold.slurm import waiting
 
     config = compose(overrides)
     if config.launch.node_rank > 0:
         return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
     if config.seeds is not None:
-        from pipeline import seeds
+        from threefold.runs import seeds
 
         seeds.run(config, overrides)
     elif config.launcher.kind == "slurm":
         waiting.run(config, overrides)
     elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
-    from pipeline.report import print_table, write_report  # a wrong key does not wait for its libraries
+    from threefold.report import (
+        print_table,
+        write_report,  # a wrong key does not wait for its libraries
+    )
 
     print_table(write_report(config))
 
 
 def _submit(overrides: list[str]) -> None:
-    from pipeline import submission
-    from pipeline.config import compose
+    from threefold.config.compose import compose
+    from threefold.slurm import submission
 
     config = compose(overrides)
     rows = submission.rows(submission.submit(submission.members(config, overrides)))
@@ -120,9 +123,9 @@ def _submit(overrides: list[str]) -> None:
 
 
 def _status(overrides: list[str]) -> None:
-    from pipeline import queued
-    from pipeline.chain import status
-    from pipeline.config import compose
+    from threefold.chain.chain import status
+    from threefold.config.compose import compose
+    from threefold.slurm import queued
 
     config = compose(overrides)
     columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
@@ -131,8 +134,8 @@ def _status(overrides: list[str]) -> None:
 
 
 def _cancel(overrides: list[str]) -> None:
-    from pipeline import queued
-    from pipeline.config import compose
+    from threefold.config.compose import compose
+    from threefold.slurm import queued
 
     config = compose(overrides)
     rows = [(row["stage"], row["job"], row["state"]) for row in queued.cancel(config)]
@@ -154,22 +157,22 @@ def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:
-    from pipeline import chain
-    from pipeline.config import compose
+    from threefold.chain import chain
+    from threefold.config.compose import compose
 
     config = compose(overrides)
     chain.require_finished(config)  # the report's libraries take seconds to load
-    from pipeline.report import print_table, write_report
+    from threefold.report import print_table, write_report
 
     print_table(write_report(config, compare))
 
 
 def _frontier(overrides: list[str]) -> None:
-    from pipeline.config import compose
+    from threefold.config.compose import compose
 
     config = compose(overrides)
-    from pipeline import frontier
-    from pipeline.report import print_table, write_report
+    from threefold.report import print_table, write_report
+    from threefold.runs import frontier
 
     folder = frontier.write(config, overrides)
     frontier.print_advice(folder)
@@ -177,39 +180,39 @@ def _frontier(overrides: list[str]) -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
-    from pipeline import sweep_space
+    from threefold.runs import sweep_space
 
     config, fixed, space = sweep_space.read(overrides)
-    from pipeline import sweep
+    from threefold.runs import sweep
 
     if sweep.run(config, fixed, space)["failed"]:
         sys.exit(1)  # the table is there, without them; the same command makes them alone
 
 
 def _label(overrides: list[str]) -> None:
-    from pipeline.config import compose
-    from pipeline.label_page import serve
+    from threefold.config.compose import compose
+    from threefold.labelling.page import serve
 
     serve(compose(overrides), overrides)
 
 
 def _chat(overrides: list[str]) -> None:
-    from pipeline.chat_command import talk
-    from pipeline.config import compose
+    from threefold.chat_command import talk
+    from threefold.config.compose import compose
 
     talk(compose(overrides), overrides)
 
 
 def _dashboard(overrides: list[str], wandb: bool = False) -> None:
-    from pipeline import dashboard
-    from pipeline.config import compose
+    from threefold.config.compose import compose
+    from threefold.tracking import dashboard
 
     dashboard.show(compose([*overrides, "dashboard.show=wandb"] if wandb else overrides))
 
 
 def _sync(overrides: list[str]) -> None:
-    from pipeline import dashboard
-    from pipeline.config import compose
+    from threefold.config.compose import compose
+    from threefold.tracking import dashboard
 
     dashboard.sync(compose(overrides))
 
@@ -217,7 +220,7 @@ def _sync(overrides: list[str]) -> None:
 def _config(overrides: list[str]) -> None:
     from omegaconf import OmegaConf
 
-    from pipeline.config import compose
+    from threefold.config.compose import compose
 
     print(OmegaConf.to_yaml(compose(overrides)), end="")
 

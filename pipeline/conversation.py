@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from pipeline import chat, decoding_policies, device, ensemble, models
-from pipeline.columns import Message
-from pipeline.errors import UserError
-from pipeline.players import MODELS, Player
-from rewards.learned import learned
+from threefold.columns import Message
+from threefold.errors import UserError
+from threefold.evaluation import decoding_policies
+from threefold.evaluation.players import MODELS, Player
+from threefold.execution import device
+from threefold.models import chat, ensemble, loading
+from threefold.rewards.learned import learned
 
 
 class Speaker:
@@ -23,14 +25,14 @@ class Speaker:
         self.player, self.sampling = player, config.sampling
         self.tokenizer = chat.require_same_template(folders)
         place = device.set_up(config.runtime, config.precision).type
-        self.policy = models.load_policy(folders[MODELS[player.model]], place)
+        self.policy = loading.load_policy(folders[MODELS[player.model]], place)
         self.reward_model: Any = None
         if player.decoding == "best_of":
             self.reward_model = learned(ensemble.load(folders["reward"], place), self.tokenizer)
 
     def tokens_over(self, messages: list[Message]) -> int:
         """By how many tokens the messages leave too little room for a reply; 0 or less is enough room."""
-        room = models.context_length(self.policy.config) - self.sampling.max_new_tokens
+        room = loading.context_length(self.policy.config) - self.sampling.max_new_tokens
         return len(chat.prompt_ids(self.tokenizer, messages)) - room
 
     def reply(self, messages: list[Message], seed: int) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pipeline.errors import UserError, first_line
-from rewards.composition import RewardFunction, Scores, composed
-from rewards.messages import messages_of, text_of
-from rewards.scores import one_line, scores
+from threefold.artifacts.digests import module_of
+from threefold.errors import UserError, first_line
+from threefold.rewards.composition import RewardFunction, Scores, composed
+from threefold.rewards.messages import messages_of, text_of
+from threefold.rewards.scores import one_line, scores
 
 # further columns that the stages give to their rewards
 GIVEN = {
@@ -115,6 +116,6 @@ def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     with one_line(path):
         try:
-            return getattr(importlib.import_module(module), name)
+            return getattr(importlib.import_module(module_of(module)), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"{path}: no such reward function ({first_line(error)})") from error

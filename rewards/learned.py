@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pipeline import chat
-from pipeline.ensemble import Ensemble
-from rewards.composition import RewardFunction
-from rewards.messages import messages_of, text_of
+from threefold.models import chat
+from threefold.models.ensemble import Ensemble
+from threefold.rewards.composition import RewardFunction
+from threefold.rewards.messages import messages_of, text_of
 
 
 def learned(model: Ensemble, tokenizer: Any, batch_size: int = 128) -> RewardFunction:

@@ -1,6 +1,6 @@
 """A prompt or completion as reward functions get it: a text, or chat messages as in TRL's conversational data."""
 
-from pipeline.formats import Message
+from threefold.data.formats import Message
 
 
 def text_of(turn: str | list[Message]) -> str:

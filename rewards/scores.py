@@ -12,8 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError, first_line, queued_again
-from rewards.composition import Scores
+from threefold.errors import UserError, first_line, queued_again
+from threefold.rewards.composition import Scores
 
 LARGEST = 3.4e38  # that fp32 holds
 SHOWN = 40  # characters of a reply in a message

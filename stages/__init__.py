@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-import rewards
-from pipeline import players
+from threefold import rewards
+from threefold.evaluation import players
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from typing import Any
 
 import numpy as np
 
-import rewards
-from pipeline import chat, data, ensemble, models, pairing, preferences, sampling, template
-from pipeline.artifact import write_lines
-from pipeline.data import Example
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.overlap import overlapping
-from pipeline.pairing import Answer, Candidate
-from pipeline.players import policy_name
-from pipeline.preferences import Pair
+from threefold import rewards
+from threefold.artifacts.artifact import write_lines
+from threefold.data import pairing, preferences, reading
+from threefold.data.overlap import overlapping
+from threefold.data.pairing import Answer, Candidate
+from threefold.data.preferences import Pair
+from threefold.data.reading import Example
+from threefold.errors import UserError
+from threefold.evaluation.players import policy_name
+from threefold.execution.job import Job
+from threefold.models import chat, ensemble, loading, template
+from threefold.sampling import sampler
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def as_the_template_allows(
 
 def given(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """The pairs of `data.preferences`; training pairs whose prompt is held out are dropped and counted."""
-    loaded = {split: data.load(job.config.data.preferences, split) for split in ("train", "test")}
+    loaded = {split: reading.load(job.config.data.preferences, split) for split in ("train", "test")}
     config = job.config.comparisons
     train, test = (pairs_of(loaded[split].rows, config.seed, split == "test") for split in ("train", "test"))
     kept = not_held_out(train, test)
@@ -161,10 +163,10 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
     policies = {"sft": job.inputs["sft"]} | {policy_name(folder): Path(folder) for folder in config.policies}
     tokenizer = chat.require_same_template(policies)
-    room = models.load_policy(job.inputs["sft"], "meta")
-    train = data.draw(data.prompts(source, "train", dialogue), config.prompts, config.seed)
-    held_out = data.draw(data.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
-    unusable = {split: data.left_out(source, split, dialogue, once=True) for split in ("train", "validation")}
+    room = loading.load_policy(job.inputs["sft"], "meta")
+    train = reading.draw(reading.prompts(source, "train", dialogue), config.prompts, config.seed)
+    held_out = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
+    unusable = {split: reading.left_out(source, split, dialogue, once=True) for split in ("train", "validation")}
     (train, refused), (held_out, held_out_refused) = (chat.accepted(tokenizer, e, source) for e in (train, held_out))
     unusable["train"] |= template.counted(refused)
     unusable["validation"] |= template.counted(held_out_refused)
@@ -175,15 +177,15 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
             unusable[split]["prompt leaves no room for a reply"] = {"count": before - len(after)}
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    flops = 2 * models.parameter_count(room) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
+    flops = 2 * loading.parameter_count(room) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
     total = len(asked) * len(policies)
     job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(policies))
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
     for number, (name, folder) in enumerate(policies.items()):
-        numbers = sampling.random_numbers(config.seed + number, len(ids), job.config.sampling)
-        model = models.load_policy(folder, job.device.type)
-        for i, reply in enumerate(sampling.sample(model, ids, job.config.sampling, tokenizer, numbers, bar)):
+        numbers = sampler.random_numbers(config.seed + number, len(ids), job.config.sampling)
+        model = loading.load_policy(folder, job.device.type)
+        for i, reply in enumerate(sampler.sample(model, ids, job.config.sampling, tokenizer, numbers, bar)):
             unfinished += not reply.ended
             text = chat.reply_text(tokenizer, reply.ids)
             empty += reply.ended and not text
@@ -197,7 +199,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
 def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:
     """The examples whose prompts leave room for a reply."""
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in found]
-    return [found[i] for i in sampling.with_room(ids, model, limits)]
+    return [found[i] for i in sampler.with_room(ids, model, limits)]
 
 
 def paired(
@@ -243,7 +245,7 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
 def people(job: Job, judge: Any, generator: np.random.Generator) -> tuple[list[Pair], float, int]:
     """At most `human_pairs` pairs of two people's replies to one context; and what `paired` says of these."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
-    groups = data.replies_by_prompt(data.training_examples(source, dialogue)).values()
+    groups = reading.replies_by_prompt(reading.training_examples(source, dialogue)).values()
     answers = [[Answer(e.prompt, e.reply, "people") for e in group] for group in groups]
     found, kept, unscored = paired(job, answers, judge, generator)
     return [pairing.labelled(c, "people") for c in found[: job.config.comparisons.human_pairs]], kept, unscored

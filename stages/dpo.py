@@ -7,10 +7,14 @@ import torch
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer
 
-from pipeline import chat, displacement, likelihood, models, preferences, ranks, statistics, training
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.preferences import TokenisedPairs
+from threefold.data import preferences
+from threefold.data.preferences import TokenisedPairs
+from threefold.errors import UserError
+from threefold.evaluation import displacement, statistics
+from threefold.execution import ranks
+from threefold.execution.job import Job
+from threefold.models import chat, likelihood, loading
+from threefold.training import hf_trainer
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -20,20 +24,20 @@ def run(job: Job) -> dict[str, Any]:
     train, test = preferences.load(job, tokenizer)
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
-    model = models.load_policy(job.inputs["sft"])
-    training.require_whole_batch(job, len(train.rows), config.batch_size)
-    batch_size = training.rows_of_a_batch(config.batch_size, len(train.rows))
-    order = training.in_order(train.lengths(), batch_size, config.epochs, config.seed)
-    counted = training.trained_on(job, [order], len(train.rows), batch_size, "pairs")
+    model = loading.load_policy(job.inputs["sft"])
+    hf_trainer.require_whole_batch(job, len(train.rows), config.batch_size)
+    batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(train.rows))
+    order = hf_trainer.in_order(train.lengths(), batch_size, config.epochs, config.seed)
+    counted = hf_trainer.trained_on(job, [order], len(train.rows), batch_size, "pairs")
     ordered, steps = train.take(order), len(order) // batch_size
     tokens = ordered.tokens()
     passes = (6 + 2) * tokens + 2 * 2 * test.tokens()  # trained, and by the reference; held out, by both
-    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * passes)
+    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * passes)
     model = fit(job, model, tokenizer, ordered, batch_size)
     if not job.main:
         return {}
-    models.save(model, tokenizer, job.out)
-    policy, reference = (models.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
+    loading.save(model, tokenizer, job.out)
+    policy, reference = (loading.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     bar = job.progress(4 * len(test.rows), "replies", part="held out")
     found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
     bar.close()
@@ -75,8 +79,8 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size:
     """Train with TRL on pairs that are already tokenised; reference log-probabilities are computed once and kept."""
     config, steps = job.config.dpo, len(pairs.rows) // batch_size
     arguments = DPOConfig(
-        **training.arguments(job, batch_size, steps, config.seed),
-        **training.linear_schedule(config.learning_rate, config.warmup, steps),
+        **hf_trainer.arguments(job, batch_size, steps, config.seed),
+        **hf_trainer.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         beta=config.beta,
         loss_type=[config.loss_type],
@@ -88,7 +92,7 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size:
         rows = on_disk(job, pairs)
     bar = job.progress(len(rows), "pairs", part="reference")
     trainer = TokenisedTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, bar=bar)
-    return training.train(trainer, job, batch_size, "pairs")
+    return hf_trainer.train(trainer, job, batch_size, "pairs")
 
 
 def on_disk(job: Job, train: TokenisedPairs) -> Dataset:

@@ -6,33 +6,31 @@ from typing import Any
 
 import numpy as np
 
-import rewards
-from pipeline import (
+from threefold import rewards
+from threefold.artifacts.artifact import read_json, read_lines, write_lines
+from threefold.data import reading
+from threefold.data.locations import is_task
+from threefold.data.reading import Example
+from threefold.errors import UserError
+from threefold.evaluation import (
     arena,
-    chat,
     contamination,
-    data,
     displacement,
     diversity,
-    ensemble,
     held_out,
     judge_model,
     measuring,
-    models,
     paired,
     statistics,
     suites,
 )
-from pipeline.artifact import read_json, read_lines, write_lines
-from pipeline.data import Example
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.measuring import Played, Shared
-from pipeline.players import MODELS, Player, most_samples, player, policy_name
-from pipeline.sources import is_task
-from rewards import RewardFunction
-from rewards.learned import learned
-from rewards.repetition import repeated_share
+from threefold.evaluation.measuring import Played, Shared
+from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
+from threefold.execution.job import Job
+from threefold.models import chat, ensemble, loading
+from threefold.rewards import RewardFunction
+from threefold.rewards.learned import learned
+from threefold.rewards.repetition import repeated_share
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -43,11 +41,11 @@ def run(job: Job) -> dict[str, Any]:
     folders = {name: job.inputs[stage] for name, stage in MODELS.items() if name in taking_part} | earlier
     made = {stage: folder for stage, folder in job.inputs.items() if stage != "comparisons"}
     tokenizer = chat.require_same_template(made | earlier)
-    reference = models.load_policy(job.inputs["sft"], job.device.type)
+    reference = loading.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
     drawn, unusable = prompts_of_splits(job, tokenizer, smallest)
     tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
-    texts = data.texts(data.load(job.config.data.text, "test").rows)
+    texts = reading.texts(reading.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     drawn, texts, contaminated = checked_for_copies(job, drawn, texts, tasks)
     examples = drawn["prompts"]
@@ -183,8 +181,8 @@ def on_validation(
 
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
     """Of the models the one that reads the fewest tokens; every model has room for the prompts that it has room for."""
-    others = [models.load_policy(folder, "meta") for folder in earlier.values()]
-    return min([reference, *others], key=lambda model: models.context_length(model.config))
+    others = [loading.load_policy(folder, "meta") for folder in earlier.values()]
+    return min([reference, *others], key=lambda model: loading.context_length(model.config))
 
 
 def write_replies(
@@ -272,7 +270,7 @@ def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
     replies = replies_in_all(taking_part, prompts, problems)
-    flops = 2 * 6 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
+    flops = 2 * 6 * loading.parameter_count(model) * replies * job.config.sampling.max_new_tokens
     asked = f"{prompts} held-out prompts" + (f" and {problems:,} problems" if problems else "")
     job.announce(f"{replies:,} replies of {len(taking_part)} models to {asked}", None, flops)
 
@@ -322,8 +320,8 @@ def trained_on(job: Job) -> dict[str, list[str]]:
     """The texts that each training stage saw, by its name."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     trained = {
-        "pretrain": data.texts(data.load(job.config.data.text, "train").rows),
-        "sft": [spoken(e.prompt, e.reply) for e in data.training_examples(source, dialogue)],
+        "pretrain": reading.texts(reading.load(job.config.data.text, "train").rows),
+        "sft": [spoken(e.prompt, e.reply) for e in reading.training_examples(source, dialogue)],
     }
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")
@@ -334,7 +332,7 @@ def trained_on(job: Job) -> dict[str, list[str]]:
 
 def prompts_trained_on(job: Job) -> dict[str, list[str]]:
     """The different prompts that each training stage with prompts saw, by its name."""
-    examples = data.training_examples(job.config.data.replies, job.config.data.dialogue)
+    examples = reading.training_examples(job.config.data.replies, job.config.data.dialogue)
     prompts = {"sft": [spoken(e.prompt) for e in examples]}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "train.jsonl")

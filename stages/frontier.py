@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 
-import rewards
-from pipeline import best_of, chat, ensemble, held_out, likelihood, models, sampling
-from pipeline.artifact import read_json, write_lines
-from pipeline.data import Example
-from pipeline.errors import UserError
-from pipeline.job import Job
-from rewards import RewardFunction
-from rewards.learned import learned
+from threefold import rewards
+from threefold.artifacts.artifact import read_json, write_lines
+from threefold.data.reading import Example
+from threefold.errors import UserError
+from threefold.evaluation import best_of, held_out
+from threefold.execution.job import Job
+from threefold.models import chat, ensemble, likelihood, loading
+from threefold.rewards import RewardFunction
+from threefold.rewards.learned import learned
+from threefold.sampling import sampler
 
 SCORES = ("gold", "second", "proxy")  # of each prompt in points.jsonl
 
@@ -21,7 +23,7 @@ def run(job: Job) -> dict[str, Any]:
     """Measure every point of `frontier.method`; points.jsonl has each with the scores of every prompt."""
     config = job.config.frontier
     tokenizer = chat.require_same_template({s: folder for s, folder in job.inputs.items() if s != "comparisons"})
-    reference = models.load_policy(job.inputs["sft"], job.device.type)
+    reference = loading.load_policy(job.inputs["sft"], job.device.type)
     examples, unusable = held_out.prompts(job, tokenizer, reference, config.prompts, job.config.evaluate.seed)
     judges = {
         "gold": rewards.load(job.config.evaluate.judge),
@@ -64,7 +66,7 @@ def policy_points(
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
     points = []
     for episodes, folder in folders.items():
-        policy = models.load_policy(folder, job.device.type)
+        policy = loading.load_policy(folder, job.device.type)
         ids, scores = replies_scored(job, policy, judges, tokenizer, examples)
         kl = likelihood.kl(policy, reference, prompts, ids, job.config.sampling.temperature, tokenizer.pad_token_id)
         points.append({"episodes": episodes, "kl": kl, **scores})
@@ -87,9 +89,9 @@ def replies_scored(
 ) -> tuple[list[list[int]], dict[str, list[float]]]:
     """One sampled reply (token ids) to each prompt, and its scores by judge; `UserError` where one gives none."""
     prompts = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    numbers = sampling.random_numbers(job.config.frontier.seed, len(prompts), job.config.sampling)
+    numbers = sampler.random_numbers(job.config.frontier.seed, len(prompts), job.config.sampling)
     bar = job.progress(len(prompts), "replies")
-    ids = [r.ids for r in sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)]
+    ids = [r.ids for r in sampler.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)]
     bar.close()
     messages, texts = [e.prompt for e in asked], [chat.reply_text(tokenizer, reply) for reply in ids]
     tokens, answers = {"prompt_ids": prompts, "completion_ids": ids}, {"answer": [e.reply for e in asked]}
@@ -108,5 +110,5 @@ def mean(values: list[float]) -> float:
 
 def announce(job: Job, model: Any, replies: int) -> None:
     """One line: device, precision, and what is sampled."""
-    flops = 2 * 3 * models.parameter_count(model) * replies * job.config.sampling.max_new_tokens
+    flops = 2 * 3 * loading.parameter_count(model) * replies * job.config.sampling.max_new_tokens
     job.announce(f"{replies:,} replies for the frontier of {job.config.frontier.method}", None, flops)

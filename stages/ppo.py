@@ -29,30 +29,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import rewards
-from pipeline import (
-    actors,
-    chat,
-    checkpoint,
-    checkup,
-    engines,
-    estimators,
-    guards,
-    likelihood,
-    memory,
-    models,
-    packing,
-    ranks,
-    rollouts,
-    sampling,
-)
-from pipeline.actors import Actors
-from pipeline.advantages import estimate
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.rollout_views import views
-from pipeline.rollouts import Prompt, Rollout
-from rewards.learned import learned
+from threefold import rewards
+from threefold.errors import UserError
+from threefold.evaluation import checkup
+from threefold.execution import ranks
+from threefold.execution.job import Job
+from threefold.models import chat, likelihood, loading
+from threefold.ppo import actors, checkpoint, engines, estimators, memory, rollouts
+from threefold.ppo.actors import Actors
+from threefold.ppo.advantages import estimate
+from threefold.ppo.rollout_views import views
+from threefold.ppo.rollouts import Prompt, Rollout
+from threefold.rewards.learned import learned
+from threefold.sampling import sampler
+from threefold.training import guards, packing
 
 MICRO_BATCH = 32  # replies per forward pass where runtime.micro_batch_size is null; bounds memory, changes no result
 
@@ -165,7 +155,7 @@ def plan(job: Job) -> list[Prompt]:
     length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
     trained = 1 + (outline.critic is not None and not outline.shared)
     passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
-    size = models.parameter_count(getattr(outline.policy, "base", outline.policy))
+    size = loading.parameter_count(getattr(outline.policy, "base", outline.policy))
     total = max(1, config.episodes // config.batch_size)
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     flops = passes * size * length * config.batch_size * total
@@ -221,7 +211,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     policy, penalty = ppo.actors.policy, ppo.config.missing_end_penalty
     seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
     rows = ranks.share(range(len(prompts)), accelerator)
-    mine, numbers = [prompts[i] for i in rows], sampling.random_numbers(seed, len(prompts), limits)[list(rows)]
+    mine, numbers = [prompts[i] for i in rows], sampler.random_numbers(seed, len(prompts), limits)[list(rows)]
     ids, foreign = [p.ids for p in mine], ppo.engine is not None
     again = foreign or ppo.job.device.bf16  # in bf16 the fused decoder rounds otherwise than a forward pass
     if foreign:  # without autocast, for the engine has a precision of its own
@@ -229,7 +219,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     head = ppo.actors.critic.score if ppo.actors.shared else None
     with accelerator.autocast():
         if not foreign:
-            replies = sampling.sample(policy, ids, limits, ppo.tokenizer, numbers, value_head=head)
+            replies = sampler.sample(policy, ids, limits, ppo.tokenizer, numbers, value_head=head)
         scores = rollouts.scores(ppo.reward, rewards.name(ppo.config.reward), ppo.tokenizer, mine, replies)
         found = rollouts.collect(ppo.actors, mine, replies, scores, limits.temperature, pad, penalty, ppo.micro, again)
     if accelerator.num_processes == 1:
@@ -356,7 +346,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
         ids = torch.stack([ppo.text[row]["input_ids"] for row in mine[start : start + ppo.micro]]).to(policy.device)
         with ppo.accelerator.autocast():
             states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits = models.output_logits(policy, states).float()
+            logits = loading.output_logits(policy, states).float()
         loss = -likelihood.log_probabilities(logits, ids[:, 1:], 1.0).sum()
         (config.ptx_coef * loss / tokens).backward()
         total += loss.item()

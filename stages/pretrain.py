@@ -5,30 +5,36 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
-from pipeline import baselines, chat, data, fused, held_out, models, ranks, training
-from pipeline.job import Job
-from pipeline.muon import MuonAdamW
-from pipeline.packing import EvenedRows, PackedRows, packed
+from threefold.data import reading
+from threefold.evaluation import baselines, held_out
+from threefold.execution import ranks
+from threefold.execution.job import Job
+from threefold.models import chat, loading
+from threefold.training import fused, hf_trainer
+from threefold.training.muon import MuonAdamW
+from threefold.training.packing import EvenedRows, PackedRows, packed
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train the model (or take the checkpoint), save it, and compare it with n-grams and compressors."""
     config = job.config.pretrain
     tokenizer = chat.require_same_template({"tokenizer": job.inputs["tokenizer"]})
-    train_texts, test_texts = (data.texts(data.load(job.config.data.text, split).rows) for split in ("train", "test"))
+    train_texts, test_texts = (
+        reading.texts(reading.load(job.config.data.text, split).rows) for split in ("train", "test")
+    )
     model = start(job, tokenizer)
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
         fused.layouts(model)  # a model that Muon cannot train is refused before its text is tokenised
-        shuffled = data.draw(train_texts, len(train_texts), config.seed)
+        shuffled = reading.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
-        flops = models.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
+        flops = loading.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
         job.announce(f"{config.batch_size * config.context:,} tokens", steps, flops)
         model = fit(job, model, PackedRows(stream, config.context, steps * config.batch_size), steps)
     if not job.main:
         return {}
-    models.save(model, tokenizer, job.out)
+    loading.save(model, tokenizer, job.out)
     texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
     bar = job.progress(config.eval_tokens, "tokens", part="held out")
     bits = held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context, bar)
@@ -46,8 +52,8 @@ def run(job: Job) -> dict[str, Any]:
 def start(job: Job, tokenizer: Any) -> torch.nn.Module:
     """The model before training: new, or the checkpoint of the configuration."""
     if job.config.model.checkpoint:
-        return models.from_checkpoint(job.config.model, tokenizer)
-    return models.from_scratch(job.config.model, tokenizer, job.config.pretrain.seed)
+        return loading.from_checkpoint(job.config.model, tokenizer)
+    return loading.from_scratch(job.config.model, tokenizer, job.config.pretrain.seed)
 
 
 class MuonTrainer(Trainer):
@@ -86,8 +92,8 @@ def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> torch
         job,
         model=model,
         args=TrainingArguments(
-            **training.arguments(job, config.batch_size, steps, config.seed), max_grad_norm=config.max_grad_norm
+            **hf_trainer.arguments(job, config.batch_size, steps, config.seed), max_grad_norm=config.max_grad_norm
         ),
         train_dataset=rows if processes == 1 else EvenedRows(rows, config.batch_size, processes),
     )
-    return training.train(trainer, job, config.batch_size * config.context, "tokens")
+    return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")

@@ -10,13 +10,17 @@ from peft import get_peft_model
 from transformers import DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
-from pipeline import chat, checkup, checkup_views, ensemble, likelihood, lora, models, preferences, sampling, training
-from pipeline.columns import Message
-from pipeline.ensemble import Ensemble
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.preferences import Pair, TokenisedPairs
-from pipeline.schema import PROBES
+from threefold.columns import Message
+from threefold.config.schema import PROBES
+from threefold.data import preferences
+from threefold.data.preferences import Pair, TokenisedPairs
+from threefold.errors import UserError
+from threefold.evaluation import checkup, checkup_views
+from threefold.execution.job import Job
+from threefold.models import chat, ensemble, likelihood, loading, lora
+from threefold.models.ensemble import Ensemble
+from threefold.sampling import sampler
+from threefold.training import hf_trainer
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -25,13 +29,13 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = preferences.load(job, tokenizer)
     require_margins(config, train)
-    training.require_whole_batch(job, len(train.rows), config.batch_size)
-    batch_size = training.rows_of_a_batch(config.batch_size, len(train.rows))
+    hf_trainer.require_whole_batch(job, len(train.rows), config.batch_size)
+    batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(train.rows))
     orders = [
-        training.in_order(train.lengths(), batch_size, config.epochs, member_seed(job, number))
+        hf_trainer.in_order(train.lengths(), batch_size, config.epochs, member_seed(job, number))
         for number in range(config.ensemble)
     ]
-    counted = training.trained_on(job, orders, len(train.rows), batch_size, "pairs")
+    counted = hf_trainer.trained_on(job, orders, len(train.rows), batch_size, "pairs")
     announce(job, [train.take(order) for order in orders], batch_size, test)
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
     members = [member(job, i, tokenizer, train.take(order), batch_size, samples) for i, order in enumerate(orders)]
@@ -66,7 +70,7 @@ def require_margins(config: Any, train: TokenisedPairs) -> None:
 def announce(job: Job, ordered: list[TokenisedPairs], batch_size: int, test: TokenisedPairs) -> None:
     """One line: device, batch, and the time of sampling, of training all members, and of the check-up."""
     config, limits = job.config.reward, job.config.sampling
-    size = models.parameter_count(models.load_policy(job.inputs["sft"], "meta"))
+    size = loading.parameter_count(loading.load_policy(job.inputs["sft"], "meta"))
     steps, tokens = len(ordered[0].rows) // batch_size, sum(pairs.tokens() for pairs in ordered)
     length = test.tokens() / 2 / len(test.rows)
     scored = config.ensemble * sequences_checked(config, test) * length
@@ -88,12 +92,12 @@ def member(
     out = member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
-        return models.load_reward_model(out, job.device.type)
+        return loading.load_reward_model(out, job.device.type)
     model = with_score_head(job, tokenizer, member_seed(job, number))
     model = fit(job, model, tokenizer, ordered, batch_size, number).eval()
     if job.main:
         normalise(model, tokenizer, samples)
-        models.save(model, tokenizer, out)
+        loading.save(model, tokenizer, out)
         done.touch()
     return model
 
@@ -115,7 +119,7 @@ def with_score_head(job: Job, tokenizer: Any, seed: int) -> torch.nn.Module:
     Source of the initialisation: Huang et al. 2024, arXiv 2403.17031, detail 8. Dropout is off in every model here.
     """
     torch.manual_seed(seed)
-    model = models.with_new_head(job.inputs["sft"])
+    model = loading.with_new_head(job.inputs["sft"])
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -145,8 +149,8 @@ def fit(
     config, folder = job.config.reward, job.checkpoints / str(number)
     steps = len(train.rows) // batch_size
     arguments = RewardConfig(
-        **training.arguments(job, batch_size, steps, member_seed(job, number), folder),
-        **training.linear_schedule(config.learning_rate, config.warmup, steps),
+        **hf_trainer.arguments(job, batch_size, steps, member_seed(job, number), folder),
+        **hf_trainer.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         center_rewards_coefficient=config.center_coef or None,
         max_length=None,
@@ -163,7 +167,7 @@ def fit(
             model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config
         )
         trainer.smoothing = config.label_smoothing
-    trained = training.train(trainer, job, batch_size, "pairs", number * steps)
+    trained = hf_trainer.train(trainer, job, batch_size, "pairs", number * steps)
     if peft_config is None:
         return trained
     if job.main:
@@ -203,16 +207,16 @@ def columns(train: TokenisedPairs, config: Any) -> Dataset:
 
 def sft_samples(job: Job, tokenizer: Any, test: list[Pair]) -> list[list[int]]:
     """Held-out prompts with a sample of the SFT model each, in token ids: what scores are normalised on."""
-    policy = models.load_policy(job.inputs["sft"], job.device.type)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)
     prompts = [chat.prompt_ids(tokenizer, prompt) for prompt in _prompts(test)]
-    prompts = [prompts[i] for i in sampling.with_room(prompts, policy, job.config.sampling)]
+    prompts = [prompts[i] for i in sampler.with_room(prompts, policy, job.config.sampling)]
     if len(prompts) < 2:
         raise UserError(
             "reward: scores are normalised on samples for held-out prompts, and there is one; give more pairs"
         )
-    numbers = sampling.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
+    numbers = sampler.random_numbers(job.config.reward.seed, len(prompts), job.config.sampling)
     bar = job.progress(len(prompts), "samples", part="samples")
-    replies = sampling.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)
+    replies = sampler.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)
     bar.close()
     return [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
 
@@ -238,7 +242,7 @@ def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[in
         model = Ensemble(members, config.combine, config.combine_coef)
         model.scale = ensemble.mean_and_deviation(model.scores(samples, tokenizer.pad_token_id))
         members[0].config.ensemble = model.settings()
-        models.save(members[0], tokenizer, job.out)
+        loading.save(members[0], tokenizer, job.out)
     return ensemble.joined(members)
 
 
@@ -257,7 +261,7 @@ def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test:
     chosen, rejected = (model.combined(scores).double().cpu().numpy() for scores in by_member)
     raw = torch.tensor([[member.config.score_std] for member in model.members])
     difference = ((by_member[0] - by_member[1]) * raw).mean(0).double().cpu().numpy()  # on the scale of the loss
-    positions = models.context_length(model.members[0].config)
+    positions = loading.context_length(model.members[0].config)
     checked = (
         checkup.accuracy(chosen, rejected, train, test.pairs)
         | checkup.breakdown(chosen, rejected, test.pairs)

@@ -5,49 +5,54 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import chat, data, held_out, models, ranks, sampling, training
-from pipeline.data import Example
-from pipeline.errors import require_most
-from pipeline.job import Job
+from threefold.data import reading
+from threefold.data.reading import Example
+from threefold.errors import require_most
+from threefold.evaluation import held_out
+from threefold.execution import ranks
+from threefold.execution.job import Job
+from threefold.models import chat, loading
+from threefold.sampling import sampler
+from threefold.training import hf_trainer
 
 
 def run(job: Job) -> dict[str, Any]:
     """Fine-tune the base model, and measure reply bits per byte before and after, and how often samples end."""
     config, source, dialogue = job.config.sft, job.config.data.replies, job.config.data.dialogue
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
-    model = models.load_policy(job.inputs["pretrain"], job.device.type)
-    train = data.draw(data.training_examples(source, dialogue), config.examples, config.seed)
+    model = loading.load_policy(job.inputs["pretrain"], job.device.type)
+    train = reading.draw(reading.training_examples(source, dialogue), config.examples, config.seed)
     train, refused = chat.accepted(tokenizer, train, source)
     removed = chat.marks_removed(tokenizer, [e.prompt for e in train], [e.reply for e in train])
     rows = [row for row in (tokenised(tokenizer, e) for e in train) if len(row["input_ids"]) <= config.max_length]
     too_long = len(train) - len(rows)
     key, allowed = f"sft.max_length={config.max_length}", "data.replies.max_unusable_share"
     require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
-    asked = data.draw(data.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
+    asked = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     asked, held_out_refused = chat.accepted(tokenizer, asked, source)
     pairs = held_out.reply_pairs(tokenizer, asked)
     prompts = [prompt for prompt, _ in pairs]
     fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
     require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
     measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
-    prompts = [prompts[i] for i in sampling.with_room(prompts, model, job.config.sampling)]
-    batch_size = training.rows_of_a_batch(config.batch_size, len(rows))
-    order = training.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
+    prompts = [prompts[i] for i in sampler.with_room(prompts, model, job.config.sampling)]
+    batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(rows))
+    order = hf_trainer.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
     steps = len(order) // batch_size
     tokens = sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
-    counted = training.trained_on(job, [order], len(rows), batch_size, "examples")
+    counted = hf_trainer.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         count = sum(refused.values())
         job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} examples")
     passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
-    job.announce(f"{tokens // steps:,} tokens", steps, models.parameter_count(model) * (6 * tokens + 2 * passed))
+    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * (6 * tokens + 2 * passed))
     before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
     model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
     if not job.main:
         return {}
-    models.save(model, tokenizer, job.out)
-    model = models.load_policy(job.out, job.device.type)
+    loading.save(model, tokenizer, job.out)
+    model = loading.load_policy(job.out, job.device.type)
     return {
         "reply_bits_per_byte": bits_per_byte(job, model, tokenizer, *measured),
         "reply_bits_per_byte_base": before,
@@ -59,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
         "template_hash": chat.template_hash(tokenizer),
         "eval_refused_by_template": held_out_refused,
         "eval_dropped_too_long": len(asked) - len(fitting),
-        "unusable": data.left_out(source, "train", dialogue),
+        "unusable": reading.left_out(source, "train", dialogue),
     }
 
 
@@ -76,14 +81,14 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
         unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
         rows = ranks.evened(rows, batch_size, processes, unseen)
     arguments = SFTConfig(
-        **training.arguments(job, batch_size, steps, config.seed),
-        **training.linear_schedule(config.learning_rate, config.warmup, steps),
+        **hf_trainer.arguments(job, batch_size, steps, config.seed),
+        **hf_trainer.linear_schedule(config.learning_rate, config.warmup, steps),
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return training.train(trainer, job, batch_size, "examples")
+    return hf_trainer.train(trainer, job, batch_size, "examples")
 
 
 def bits_per_byte(
@@ -99,8 +104,8 @@ def bits_per_byte(
 
 def ended_share(job: Job, model: Any, tokenizer: Any, prompts: list[list[int]]) -> float:
     """Share of sampled replies to held-out prompts that end by themselves within sampling.max_new_tokens."""
-    numbers = sampling.random_numbers(job.config.sft.seed, len(prompts), job.config.sampling)
+    numbers = sampler.random_numbers(job.config.sft.seed, len(prompts), job.config.sampling)
     bar = job.progress(len(prompts), "samples", part="samples")
-    replies = sampling.sample(model, prompts, job.config.sampling, tokenizer, numbers, bar)
+    replies = sampler.sample(model, prompts, job.config.sampling, tokenizer, numbers, bar)
     bar.close()
     return sum(reply.ended for reply in replies) / len(replies)

@@ -7,19 +7,20 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import chat, data, gguf_checkpoint, template
-from pipeline.errors import UserError
-from pipeline.job import Job
-from pipeline.models import check_checkpoint
-from pipeline.sources import adapter_base, adapter_revision
+from threefold.data import reading
+from threefold.errors import UserError
+from threefold.execution.job import Job
+from threefold.models import chat, gguf_checkpoint, template
+from threefold.models.adapters import adapter_base, adapter_revision
+from threefold.models.loading import check_checkpoint
 
 ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded again
 
 
 def run(job: Job) -> dict[str, Any]:
     """Make the tokenizer and measure its compression on held-out text, and whether it keeps the text."""
-    loaded = data.load(job.config.data.text, "train")
-    texts = data.texts(loaded.rows)
+    loaded = reading.load(job.config.data.text, "train")
+    texts = reading.texts(loaded.rows)
     job.say(f"{job.device} · one process · byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")
     tokenizer = (
         from_checkpoint(job.config.model, job.config.tokenizer.template_date)
@@ -30,7 +31,7 @@ def run(job: Job) -> dict[str, Any]:
     for shape, reason in refused.items():
         job.say(f"the chat template refuses {shape}: {reason}")
     tokenizer.save_pretrained(job.out)
-    held_out = data.texts(data.load(job.config.data.text, "test").rows)
+    held_out = reading.texts(reading.load(job.config.data.text, "test").rows)
     if not texts or not held_out:
         raise UserError(
             f"data.text: {len(texts)} texts for training and {len(held_out)} held out; give more texts, or set splits"

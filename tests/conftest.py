@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -19,7 +20,7 @@ SMOKE = ["experiment=smoke"]
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
     """What one test takes from the environment is no secret in the next."""
-    from pipeline.errors import SECRETS
+    from threefold.errors import SECRETS
 
     yield
     SECRETS.clear()
@@ -45,7 +46,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_smoke(folder: Path) -> Path:
     """Make the smoke run below `folder`; returns its `runs`."""
-    from pipeline import cli
+    from threefold import cli
 
     runs = folder / "runs"
     runs.mkdir(parents=True)
@@ -77,3 +78,14 @@ def pool(tmp_path: Path) -> Path:
 def votes(tmp_path: Path) -> Path:
     """Where votes go."""
     return tmp_path / "votes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window."""
+    from browsers import CHROMIUM, playwright
+
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pipeline.artifact import write_json, write_text
-from pipeline.report import (
+from threefold.artifacts.artifact import write_json, write_text
+from threefold.display.parts import write_csv
+from threefold.report import (
     arena,
     compare,
     contamination,
@@ -24,10 +25,9 @@ from pipeline.report import (
     sweep,
     tasks,
 )
-from pipeline.report.names import in_order
-from pipeline.report.parts import write_csv
-from pipeline.report.run import configured
-from pipeline.report.tables import print_table
+from threefold.report.names import in_order
+from threefold.report.run import configured
+from threefold.report.tables import print_table
 
 __all__ = ["in_order", "print_table", "write_report"]
 

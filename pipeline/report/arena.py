@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import statistics, votes_arena
-from pipeline.report import figures
-from pipeline.report.parts import Figure, Section, Table
-from pipeline.report.run import Run
+from threefold.display import figures
+from threefold.display.parts import Figure, Section, Table
+from threefold.evaluation import statistics
+from threefold.labelling import votes_arena
+from threefold.report.run import Run
 
 LEAD = (
     "Each two models' replies to a prompt meet once, and the judge's score decides; equal scores are a tie. Elo points "

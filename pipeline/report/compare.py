@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from pipeline.report import differences, tables
-from pipeline.report.environment import as_text
-from pipeline.report.names import in_order, opening, said
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
-from stages import STAGES
+from threefold.display.parts import Section, Table
+from threefold.report import differences, tables
+from threefold.report.environment import as_text
+from threefold.report.names import in_order, opening, said
+from threefold.report.run import Run
+from threefold.stages import STAGES
 
 ABSENT = "–"
 # metrics of stages that stand in the first table: (stage, metric, format)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
+from threefold.display.parts import Section, Table
+from threefold.report.run import Run
 
 LEAD = (
     "An item is a copy where all of its word 8-grams occur in a stage's training text, nearly one from half of them. "

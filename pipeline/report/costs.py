@@ -1,10 +1,10 @@
 """What alignment cost, in plain words: length, replies that never end, repetition, and the language model."""
 
-from pipeline import statistics
-from pipeline.report import differences
-from pipeline.report.differences import LENGTH, REPETITION, Row
-from pipeline.report.names import REFERENCE, opening, said
-from pipeline.report.run import Run
+from threefold.evaluation import statistics
+from threefold.report import differences
+from threefold.report.differences import LENGTH, REPETITION, Row
+from threefold.report.names import REFERENCE, opening, said
+from threefold.report.run import Run
 
 ALIKE = 0.005  # a smaller relative change of bits per byte is not called one
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from pipeline.artifact import read_lines
-from pipeline.report import figures
-from pipeline.report.parts import Figure, Section
-from pipeline.report.run import Run
+from threefold.artifacts.artifact import read_lines
+from threefold.display import figures
+from threefold.display.parts import Figure, Section
+from threefold.report.run import Run
 
 
 @dataclass(frozen=True)

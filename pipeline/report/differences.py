@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import statistics
-from rewards.repetition import repeated_share
+from threefold.evaluation import statistics
+from threefold.rewards.repetition import repeated_share
 
 Row = dict[str, Any]  # of samples.jsonl
 SURE = 0.05  # p from which a planned comparison says nothing

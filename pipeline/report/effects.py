@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pipeline import changes, displacement, statistics
-from pipeline.report.names import in_order
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
-from pipeline.report.summary import aligned
+from threefold.display.parts import Section, Table
+from threefold.evaluation import changes, displacement, statistics
+from threefold.report.names import in_order
+from threefold.report.run import Run
+from threefold.report.summary import aligned
 
 LEAD = (
     "Both models' replies to the same prompts, by the two judges: the mean difference, its 95 % interval, and p "

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
+from threefold.display.parts import Section, Table
+from threefold.report.run import Run
 
 
 def section(run: Run) -> Section:

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 from plotly import graph_objects
 
-from pipeline import statistics
-from pipeline.frontier import FORMS, NAMES, current
-from pipeline.report import figures
-from pipeline.report.figures import colour
-from pipeline.report.parts import Figure, Section, Table
-from pipeline.report.run import Run
+from threefold.display import figures
+from threefold.display.figures import colour
+from threefold.display.parts import Figure, Section, Table
+from threefold.evaluation import statistics
+from threefold.report.run import Run
+from threefold.runs.frontier import FORMS, NAMES, current
 
 LEAD = (
     "Best-of-n, DPO and PPO are pushed ever further from the SFT model. Where the gold judge's score falls while the "

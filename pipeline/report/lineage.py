@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from pipeline.report import tables
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import FRESH, Run
-from stages import STAGES
+from threefold.display.parts import Section, Table
+from threefold.report import tables
+from threefold.report.run import FRESH, Run
+from threefold.stages import STAGES
 
 STATES = {
     "fresh": "up to date",

@@ -1,10 +1,10 @@
 """The report as Markdown for a pull request: what is missing, the summary, stages, models and arena standings."""
 
-from pipeline import checkup
-from pipeline.report import reward
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run, notices
-from pipeline.report.summary import Group
+from threefold.display.parts import Section, Table
+from threefold.evaluation import checkup
+from threefold.report import reward
+from threefold.report.run import Run, notices
+from threefold.report.summary import Group
 
 # names of tables that a pull request is to see begin with these
 SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "sweep", "tasks", "compare")

@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
-from pipeline.report import figures, tables
-from pipeline.report.parts import Figure, Section
-from pipeline.report.run import Run
+from threefold.display import figures
+from threefold.display.parts import Figure, Section
+from threefold.report import tables
+from threefold.report.run import Run
 
 
 def section(run: Run) -> Section | None:

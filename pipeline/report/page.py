@@ -9,16 +9,16 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from markupsafe import Markup
 
-from pipeline.report import summary
-from pipeline.report.figures import PALETTE
-from pipeline.report.parts import Figure, Section, Table
-from pipeline.report.run import Run, notices
+from threefold.display.figures import PALETTE
+from threefold.display.parts import Figure, Section, Table
+from threefold.report import summary
+from threefold.report.run import Run, notices
 
 
 @functools.cache
 def template(name: str) -> Template:
     """A template of this folder, escaping what is put into it."""
-    environment = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("threefold.report", "."), autoescape=select_autoescape())
     environment.globals |= {"palette": PALETTE}
     environment.tests |= {"table": lambda part: isinstance(part, Table)}
     return environment.get_template(name)
@@ -48,7 +48,7 @@ def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
 
 def own(name: str) -> str:
     """The text of a file of this folder."""
-    return files("pipeline.report").joinpath(name).read_text()
+    return files("threefold.report").joinpath(name).read_text()
 
 
 def digest(script: str) -> str:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pipeline import checkup, statistics
-from pipeline.report import figures
-from pipeline.report.parts import Figure, Section, Table
-from pipeline.report.run import Run
+from threefold.display import figures
+from threefold.display.parts import Figure, Section, Table
+from threefold.evaluation import checkup, statistics
+from threefold.report.run import Run
 
 
 def section(run: Run) -> Section | None:

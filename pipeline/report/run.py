@@ -6,10 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pipeline import chain, evaluated_pairs, votes_arena
-from pipeline.artifact import read_json, read_lines
-from pipeline.errors import UserError, nearest
-from stages import STAGES, needed_by, parents
+from threefold.artifacts.artifact import read_json, read_lines
+from threefold.chain import chain
+from threefold.errors import UserError, nearest
+from threefold.labelling import evaluated_pairs, votes_arena
+from threefold.stages import STAGES, needed_by, parents
 
 FRESH = "fresh"
 

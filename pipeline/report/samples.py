@@ -4,9 +4,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.report.names import in_order
-from pipeline.report.parts import Section
-from pipeline.report.run import Run
+from threefold.display.parts import Section
+from threefold.report.names import in_order
+from threefold.report.run import Run
 
 
 def section(run: Run) -> Section | None:
@@ -34,7 +34,7 @@ def judges(run: Run, rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def cards(run: Run, rows: list[dict[str, Any]]) -> Markup:
     """The controls and a card for each prompt."""
-    from pipeline.report.page import template
+    from threefold.report.page import template
 
     models = in_order({model for row in rows for model in row if model != "prompt"})
     known = judges(run, rows)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pipeline import seeds
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
-from pipeline.report.tables import JUDGED, TEXT
-from stages import STAGES
+from threefold.display.parts import Section, Table
+from threefold.report.run import Run
+from threefold.report.tables import JUDGED, TEXT
+from threefold.runs import seeds
+from threefold.stages import STAGES
 
 LEAD = (
     "Numbers are mean ± standard deviation over {count} seeds ({key}); differences between models are paired by seed."

@@ -6,13 +6,14 @@ all its tests, agrees.
 
 from dataclasses import dataclass
 
-from pipeline import checkup, frontier, seeds, statistics
-from pipeline.players import player
-from pipeline.report import contamination, costs, differences, reward
-from pipeline.report.differences import Difference, Row
-from pipeline.report.models import roles
-from pipeline.report.names import REFERENCE, in_order, opening, said
-from pipeline.report.run import Run
+from threefold.evaluation import checkup, statistics
+from threefold.evaluation.players import player
+from threefold.report import contamination, costs, differences, reward
+from threefold.report.differences import Difference, Row
+from threefold.report.models import roles
+from threefold.report.names import REFERENCE, in_order, opening, said
+from threefold.report.run import Run
+from threefold.runs import frontier, seeds
 
 UNALIGNED = ("human", "base", REFERENCE)
 

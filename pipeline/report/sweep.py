@@ -7,11 +7,11 @@ from typing import Any
 
 from plotly import graph_objects
 
-from pipeline import sweep_table
-from pipeline.report import figures
-from pipeline.report.figures import colour
-from pipeline.report.parts import Figure, Section, Table
-from pipeline.report.run import Run
+from threefold.display import figures
+from threefold.display.figures import colour
+from threefold.display.parts import Figure, Section, Table
+from threefold.report.run import Run
+from threefold.runs import sweep_table
 
 OLD = "sweep.json was made from other stages than this run has; to make it anew, give the sweep's command again."
 SHADES = {"settings": "reward", "best": "other"}  # what is drawn → its colour

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import statistics
-from pipeline.report.names import in_order
-from pipeline.report.parts import Table
-from pipeline.report.run import Run
-from stages import STAGES
+from threefold.display.parts import Table
+from threefold.evaluation import statistics
+from threefold.report.names import in_order
+from threefold.report.run import Run
+from threefold.stages import STAGES
 
 # a stage's metrics → its result, and what that is measured against
 DESCRIBE = {
@@ -121,8 +121,8 @@ def print_table(folder: Path) -> None:
     """The stages and the models of a run as tables on the terminal, and where the report is."""
     from rich.console import Console
 
-    from pipeline.report import seeds, tasks
-    from pipeline.report.run import read
+    from threefold.report import seeds, tasks
+    from threefold.report.run import read
 
     run, width = read(folder), None if Console().is_terminal else 200
     console = Console(width=width, markup=False, emoji=False)  # brackets and colons in names are what they are

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pipeline import statistics
-from pipeline.report.names import in_order
-from pipeline.report.parts import Section, Table
-from pipeline.report.run import Run
+from threefold.display.parts import Section, Table
+from threefold.evaluation import statistics
+from threefold.report.names import in_order
+from threefold.report.run import Run
 
 LEAD = (
     "Share of answers that a rule finds right, with Wilson's 95 % interval; every reply with its verdict is in "

@@ -1,0 +1,179 @@
+"""Where data and code come from, and digests of their content for fingerprints. Imports nothing heavy."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from threefold.artifacts.artifact import read_json
+from threefold.data import tasks
+from threefold.data.folders import split_files
+from threefold.data.locations import WORD_LIST, is_local, is_package, is_task, package_file
+from threefold.errors import UserError, nearest
+from threefold.models.adapters import adapter_base
+
+
+def source_parts(source: Any) -> dict[str, Any]:
+    """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
+
+    The path of a local file is no part of it: the same content elsewhere is the same data. How a file is read, by its
+    suffix, and which split it is counts.
+    """
+    parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
+    if source.format == "chitchat":
+        parts["word_list"] = file_digest(package_file(WORD_LIST))
+    if source.splits and (is_package(source.path) or is_task(source.path) or source.format == "chitchat"):
+        kind = "generated" if is_task(source.path) else "one file"
+        raise UserError(f"{source.path}: is {kind}, so it cannot have splits; leave splits out")
+    if is_task(source.path):
+        tasks.generator(source.path)  # refuses an unknown name
+        return parts | {"path": source.path, "content": code_digest(Path(tasks.__file__))}
+    if is_package(source.path):
+        return parts | {"content": content_digest([package_file(source.path)])}
+    if source.splits and "train" not in source.splits:
+        raise UserError(
+            f"{source.path}: splits names {', '.join(source.splits)} but not train; name every split you have"
+        )
+    if not is_local(source.path):
+        return parts | {key: source[key] for key in ("path", "config_name", "revision")}
+    by_split = split_files(source.path, source.splits)
+    return parts | {"content": {split: content_digest(files) for split, files in by_split.items()}}
+
+
+def content_digest(files: list[Path]) -> str:
+    """Digest of what `files` hold, in their order, and of their suffixes, by which they are read.
+
+    Of a folder that datasets.save_to_disk left, the tables count.
+    """
+    tables = [table for file in files for table in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])]
+    read_as = [(Path(table.name.removesuffix(".gz")).suffix, file_digest(table)) for table in tables]
+    return hashlib.sha256("".join(f"{suffix} {digest}\n" for suffix, digest in read_as).encode()).hexdigest()
+
+
+def defined_in(path: str) -> tuple[str, Path]:
+    """The module that defines `module:function`, and its file, found through relative imports of packages.
+
+    Raises `UserError` when there is no such file, or no such name in it.
+    """
+    written, _, name = path.partition(":")
+    module = module_of(written)
+    try:
+        spec = importlib.util.find_spec(module) if module and name else None
+    except (ImportError, ValueError):
+        spec = None
+    except SystemExit as error:  # of a package above the module, which is imported here
+        raise UserError(f"{path}: its package called sys.exit({error.code!r}) when it was imported") from error
+    if spec is None or not spec.origin:
+        raise UserError(f"{path}: no such reward function; write it as module:function of an importable module")
+    defined = _names_defined(Path(spec.origin))
+    if name not in defined:
+        raise UserError(f"{path}: {written} defines no {name}{nearest(name, defined)}")
+    if defined[name]:
+        package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+        return defined_in(importlib.util.resolve_name(defined[name], package))
+    return module, Path(spec.origin)
+
+
+def module_of(name: str) -> str:
+    """The module that a configuration calls `name`: `rewards.length` is ours, imported as threefold.rewards.length.
+
+    A module of a user's own folder `rewards` keeps its name. Raises `UserError` where both have a module of this name.
+    """
+    top, _, inner = name.partition(".")
+    ours = _files("threefold.rewards", inner)
+    if top != "rewards" or not ours:
+        return name
+    if theirs := _files(top, inner) - ours:
+        raise UserError(f"{name}: is a module of Threefold, and {theirs.pop()} has the same name; rename yours")
+    return f"threefold.{name}"
+
+
+def _files(package: str, name: str) -> set[Path]:
+    """The files of the module `name` in a package; its folder may be imported under two names."""
+    spec = importlib.util.find_spec(package)
+    files = [Path(folder) / f"{name}.py" for folder in (spec.submodule_search_locations or () if spec else ())]
+    return {file.resolve() for file in files if file.is_file()}
+
+
+def parsed(file: Path) -> ast.Module:
+    """A Python file as its syntax tree. Raises `UserError` naming the line that is no Python."""
+    try:
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{file}: line {line} is no Python ({reason}); mend it") from error
+
+
+def _names_defined(file: Path) -> dict[str, str]:
+    """Names that a Python file defines or imports at its top level; the file is read, not run.
+
+    With each stands where a relative import has it from, as ".module:name", or an empty string.
+    """
+    names: dict[str, str] = {}
+    for node in _statements(parsed(file).body):
+        names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
+            names |= {alias.asname or alias.name: origin and origin + alias.name for alias in node.names}
+        elif hasattr(node, "name"):
+            names[node.name] = ""
+    return names
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements at the top level of a module, those below if and try among them."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try):
+            yield from _statements(node.body + node.orelse)
+
+
+def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
+    """The fingerprint of an artifact by its folder. Raises `UserError` naming `key` where it is none of `stages`."""
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{key}: {path} is no finished stage; name its folder, for example runs/demo/{stages[-1]}")
+    manifest = read_json(file)
+    if manifest["stage"] not in stages:
+        raise UserError(f"{key}: {path} was made by stage {manifest['stage']}; must be of {', '.join(stages)}")
+    return manifest["fingerprint"]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Digest of a local model folder: names and contents of its files, and for an adapter those of its base model."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    lines = [f"{f.relative_to(folder)} {file_digest(f)}\n" for f in files]
+    base = adapter_base(folder)
+    if base and Path(base).is_dir() and not adapter_base(Path(base)):
+        lines.append(f"base {checkpoint_digest(Path(base))}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def model_digest(path: str, key: str) -> str:
+    """What identifies a model: the fingerprint of an artifact, the content of another folder, or its name on the hub.
+
+    Raises `UserError` naming `key` where a local folder is not there.
+    """
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        return read_json(folder / "manifest.json")["fingerprint"]
+    if folder.is_dir():
+        return checkpoint_digest(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"{key}: {path} is no folder; name a model's, runs/demo/sft for example, or one of the hub")
+    return path
+
+
+def code_digest(file: Path) -> str:
+    """SHA-256 of a module's source; our package counts by its first name, so that older artifacts stay fresh."""
+    return hashlib.sha256(file.read_bytes().replace(b"from threefold.", b"from pipeline.")).hexdigest()
+
+
+@functools.cache
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

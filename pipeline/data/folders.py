@@ -1,0 +1,119 @@
+"""Which files of a local source hold rows, and of which split: as given, by their names, or as save_to_disk left them.
+
+Names are read as the library datasets reads them: `train.jsonl`, `test-00000-of-00002.parquet`, `validation/a.csv`.
+"""
+
+import re
+from pathlib import Path
+
+from threefold.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what datasets writes beside rows
+KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "held out": ("heldout", "held", "holdout"),  # of no split in particular, so the files are refused
+}
+SHARD = re.compile(r"[-_.]\d+-of-\d+")
+ABOUT = re.compile(r"((readme|licen[sc]e|copying|requirements)([-_. ]\w+)*|notice|authors|changelog)\.txt")  # no data
+ALL = "all"  # of a source whose files name no splits
+NONE, SEVERAL = "no split", "several splits"  # what a name tells otherwise
+
+
+def local_files(path: str, pattern: str | None = None) -> list[Path]:
+    """The data files of a local source: the file itself, or those in the folder that match `pattern`, sorted."""
+    root = Path(path).expanduser()
+    if root.is_file() and pattern:
+        raise UserError(f"{path}: is one file, so it cannot have splits; name its folder, or leave splits out")
+    if root.is_file() or (is_saved(root) and not pattern):
+        return [root]
+    if not root.is_dir():
+        raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
+    found = [f for f in (sorted(root.glob(pattern)) if pattern else _all(root)) if _has_rows(f)]
+    if not found:
+        raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
+    return found
+
+
+def split_files(path: str, splits: dict[str, str]) -> dict[str, list[Path]]:
+    """The files of each split: by the patterns `splits`, else by names that tell; all under ALL where none does.
+
+    Raises `UserError` where some names tell a split and others do not, or none is for training.
+    """
+    if splits:
+        return {split: local_files(path, pattern) for split, pattern in splits.items()}
+    root, files, by_split = Path(path).expanduser(), local_files(path), {}
+    for file in files if root.is_dir() and not is_saved(root) else ():
+        by_split.setdefault(_split_of(file, root), []).append(file)
+    several = any(_are_several(named, root) for split, named in by_split.items() if split != NONE)
+    if not several and list(by_split) in ([], [NONE], ["train"], [SEVERAL]):
+        return {ALL: files}
+    if several or "train" not in by_split or by_split.keys() - {"train", "validation", "test"}:
+        ends = {split: dict.fromkeys((named[0], named[-1])) for split, named in by_split.items()}
+        seen = ", ".join(f"{file.relative_to(root)} ({split})" for split, named in ends.items() for file in named)
+        raise UserError(
+            f"{path}: some of its files are named after splits, not all clearly: {seen}; set splits, for example "
+            "splits={train: PATTERN, test: PATTERN}, or splits={train: '*'} to train on all"
+        )
+    return by_split
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is a data set, or one split of it, that datasets.save_to_disk wrote."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def is_dictionary(folder: Path) -> bool:
+    """Whether a folder holds the splits of a data set that datasets.save_to_disk wrote, each a folder."""
+    return (folder / "dataset_dict.json").is_file()
+
+
+def _all(root: Path) -> list[Path]:
+    """What is in a folder and in those below it that are named after a split, or data, as on the hub.
+
+    Raises `UserError` where a folder below holds data files that are in neither.
+    """
+    if is_dictionary(root):
+        return [folder for folder in sorted(root.iterdir()) if is_saved(folder)]
+    inside = sorted(f for f in root.iterdir() if not f.name.startswith("."))
+    below = [f for f in inside if f.is_dir() and not is_saved(f) and (f.name == "data" or _named(f.name))]
+    taken = [*inside, *(file for folder in below for file in sorted(folder.iterdir()))]
+    read = {file for file in taken if _has_rows(file)}
+    for file in sorted(root.rglob("*")):
+        place = file.relative_to(root)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if not hidden and _has_rows(file) and not read & {file, *file.parents}:
+            raise UserError(
+                f"{root}: {place} is in a folder that is not read; set splits, for example splits={{train: "
+                "'data/train/*', test: 'data/test/*'}, or splits={train: '**/*'} to train on all"
+            )
+    return taken
+
+
+def _has_rows(file: Path) -> bool:
+    name = file.name.removesuffix(".gz")
+    if file.is_dir() or name.startswith(".") or name in METADATA or ABOUT.fullmatch(name.lower()):
+        return file.is_dir() and is_saved(file)
+    return file.is_file() and name.endswith(SUFFIXES)
+
+
+def _are_several(named: list[Path], root: Path) -> bool:
+    """Whether the files of one split are several data sets: folders of a dictionary, or shards of several names."""
+    wholes = {SHARD.split(str(file.relative_to(root)))[0] for file in named}
+    sharded = any(SHARD.search(file.name) for file in named)
+    return len(wholes) > 1 and (sharded or is_dictionary(root))
+
+
+def _split_of(file: Path, root: Path) -> str:
+    """The split that the folder of a file is named after, or else the file; NONE or SEVERAL where that is not one."""
+    names = (_named(file.parent.name) if file.parent != root else set()) or _named(file.name)
+    return next(iter(names)) if len(names) == 1 else SEVERAL if names else NONE
+
+
+def _named(name: str) -> set[str]:
+    """The splits that words of a name tell: my-train.jsonl, trainData.jsonl and trainset.jsonl name one."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name.removesuffix(".gz")).lower()
+    words = {word.removesuffix("set").removesuffix("data") for word in re.split(r"[-._ 0-9]+", apart)}
+    return {split for split, keywords in KEYWORDS.items() if words.intersection(keywords)}

@@ -1,0 +1,243 @@
+"""Pairs that wait for a vote, votes, and skips: JSON lines, read strictly and written durably.
+
+A journal grows by whole lines, each on disk before `append` returns. What a crash left of a last line is cut off when
+the journal is opened again; a row is taken back by writing the file anew beside itself and renaming it.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
+
+from threefold.data.formats import Message
+from threefold.errors import UserError
+
+
+def one_of(*choices: str) -> Any:
+    """A column that holds one of `choices`."""
+    return field(metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two replies to one prompt, and the models that gave them. `pair` names it within its file."""
+
+    pair: str
+    prompt: list[Message]
+    response_a: str
+    response_b: str
+    model_a: str
+    model_b: str
+    split: str = one_of("train", "test")
+
+
+@dataclass(frozen=True)
+class Vote(Comparison):
+    """What one labeller said of a comparison; `time` is ISO 8601 in UTC. Read by `data.preferences.format=arena`."""
+
+    winner: str = one_of("model_a", "model_b", "tie")
+    labeller: str
+    reason: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A comparison that a labeller set aside."""
+
+    pair: str
+    labeller: str
+    reason: str
+    time: str
+
+
+Row = TypeVar("Row", Comparison, Vote, Skip)
+
+
+def parse(kind: type[Row], line: bytes) -> Row:
+    """The row on one line. Raises `ValueError` with what is wrong; keys beyond those of `kind` are left out."""
+    try:
+        raw = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg})") from None
+    if not isinstance(raw, dict):
+        raise ValueError("is not a JSON object")
+    for column in fields(kind):
+        if column.name not in raw:
+            raise ValueError(f'has no "{column.name}"')
+        _check(column.name, raw[column.name], column.metadata.get("choices"))
+    return kind(**{column.name: raw[column.name] for column in fields(kind)})
+
+
+def _check(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+    if name == "prompt":
+        if not (isinstance(value, list) and value and all(map(_is_message, value))):
+            raise ValueError('"prompt" must be a list of {"role", "content"}, both text')
+    elif not _is_text(value):
+        raise ValueError(f'"{name}" must be text')
+    elif choices and value not in choices:
+        raise ValueError(f'"{name}" is {value!r:.40}; it must be one of {", ".join(choices)}')
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(_is_text, value.values()))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether `value` is a string that UTF-8 can hold: JSON can spell half a surrogate pair, which no file can."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def read_pool(file: Path) -> list[Comparison]:
+    """The comparisons of a file. Raises `UserError` naming file and line where one is malformed or named twice."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    found: dict[str, int] = {}
+    pool = _rows(Comparison, content, file)
+    for number, comparison in pool:
+        if comparison.pair in found:
+            raise UserError(
+                f"{file}, line {number}: pair {comparison.pair} is on line {found[comparison.pair]} already"
+            )
+        found[comparison.pair] = number
+    if not pool:
+        raise UserError(f"{file}: holds no pair to compare")
+    return [comparison for _, comparison in pool]
+
+
+def read_votes(file: Path) -> list[Vote]:
+    """The votes of a file, empty where there is none; a last line without its end is still being written.
+
+    Raises `UserError` naming file and line where one is malformed.
+    """
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return [vote for _, vote in _rows(Vote, content[: content.rfind(b"\n") + 1], file)]
+
+
+def _rows(kind: type[Row], content: bytes, file: Path) -> list[tuple[int, Row]]:
+    """Rows with their line numbers; empty lines are passed over."""
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                rows.append((number, parse(kind, line)))
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: {error}") from None
+    return rows
+
+
+class Journal(Generic[Row]):
+    """A JSON-lines file of one kind of row, held in memory as `rows`; `mended` says what opening it had to cut."""
+
+    def __init__(self, file: Path, kind: type[Row]):
+        self.file, self.kind = file, kind
+        self.mended = ""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab"):  # says now, not at the first vote, when it cannot be written
+                pass
+            _sync_folder(file)
+            content = self._whole_lines()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+        self.rows = [row for _, row in _rows(kind, content, file)]
+
+    def append(self, row: Row) -> None:
+        """Add a row; it is on disk when this returns. Raises `OSError`, with the file as it was, when it cannot be."""
+        line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
+        with self.file.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                if stream.write(line) != len(line):
+                    raise OSError("no room for the whole line")
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(before)
+                raise
+        self.rows.append(row)
+
+    def remove(self, *rows: Row) -> None:
+        """Take rows back: the file is replaced in one step by one without the last line that holds each of them."""
+        wanted, kept = list(rows), []
+        for line in reversed(self.file.read_bytes().splitlines(keepends=True)):
+            found = next((row for row in wanted if self._holds(line, row)), None)
+            if found is None:
+                kept.append(line)
+            else:
+                wanted.remove(found)
+        self._replace(b"".join(reversed(kept)))
+        for row in rows:
+            self.rows.remove(row)
+
+    def _holds(self, line: bytes, row: Row) -> bool:
+        try:
+            return parse(self.kind, line) == row
+        except ValueError:
+            return False
+
+    def _replace(self, content: bytes) -> None:
+        fresh = self.file.with_name(f".{self.file.name}.fresh")
+        with fresh.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(self.file)
+        _sync_folder(self.file)
+
+    def _whole_lines(self) -> bytes:
+        """The content up to its last whole line; what follows is completed or cut, on disk too."""
+        content = self.file.read_bytes()
+        end = content.rfind(b"\n") + 1
+        tail = content[end:]
+        if not tail:
+            return content
+        with contextlib.suppress(ValueError):
+            parse(self.kind, tail)
+            self._replace(content + b"\n")  # only the line's end was missing
+            return content + b"\n"
+        _rows(self.kind, content[:end], self.file)  # cut nothing from a file that is something else
+        if not b'{"pair": "'.startswith(tail[:10]):
+            number = content.count(b"\n") + 1
+            raise UserError(f"{self.file}, line {number}: is no {self.kind.__name__.lower()}")
+        self._replace(content[:end])
+        self.mended = f"{self.file}: cut an unfinished last line of {len(tail)} bytes, left by a crash"
+        return content[:end]
+
+
+def _sync_folder(file: Path) -> None:
+    """Write to disk which files the folder of `file` holds."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def only_writer(file: Path) -> Iterator[None]:
+    """Hold `file` against a second server; the system lets go when the process ends, however it ends."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: its folder cannot be made ({error.strerror}); set label.votes=FILE") from error
+    try:
+        with FileLock(f"{file}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"{file}: another threefold label writes to it; use that page, or set label.votes=FILE"
+        ) from None

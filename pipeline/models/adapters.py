@@ -1,0 +1,24 @@
+"""LoRA adapters as peft saves them: which model the adapter in a folder belongs to. Imports nothing heavy."""
+
+import json
+from pathlib import Path
+
+from threefold.errors import UserError
+
+ADAPTER = "adapter_config.json"
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model, a folder or a name on the hub, that the adapter in `folder` belongs to; None where it holds none."""
+    file = folder / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: names no base_model_name_or_path; save the adapter again with peft") from error
+
+
+def adapter_revision(folder: Path) -> str:
+    """The commit, branch or tag of its base model that the adapter in `folder` belongs to."""
+    return json.loads((folder / ADAPTER).read_text()).get("revision") or "main"

@@ -1,0 +1,216 @@
+"""What a sweep came to: settings with their spread over seeds, the best, what mattered, and metric against KL."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from threefold.artifacts.artifact import read_json
+from threefold.stages import STAGES
+
+
+def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """One row for each setting (in a search for each trial), the best first and those without a value last.
+
+    `mean` and `std` (of a sample) are over its runs that have a value, `reported` the mean of what is reported in its
+    place; `best` marks the best setting of those all of
+    whose runs were made, `front` those that no other setting beats in the metric and in KL.
+    """
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run.get("trial", tuple(run["setting"].items())), []).append(run)
+    rows = [_row(group) for group in groups.values()]
+    rows.sort(key=lambda row: (row["mean"] is None, _cost(row, direction)))
+    whole = [row for row in rows if row["state"] == "complete"]
+    for row in rows:
+        row["best"] = bool(whole) and row is whole[0]
+        row["front"] = row in whole and not any(_beats(other, row, direction) for other in whole)
+    return rows
+
+
+def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
+    """The setting that the runs of `group` repeat."""
+    values = [run["value"] for run in group if run["state"] == "complete"]
+    reported = [run["reported"] for run in group if run["state"] == "complete" and run.get("reported") is not None]
+    kls = [run["kl"] for run in group if run["state"] == "complete" and run["kl"] is not None]
+    states = {run["state"] for run in group}
+    return {
+        **({"trial": group[0]["trial"]} if "trial" in group[0] else {}),
+        "setting": group[0]["setting"],
+        "state": next(state for state in ("failed", "pruned", "complete") if state in states),
+        "runs": len(group),
+        "made": len(values),
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "reported": float(np.mean(reported)) if reported else None,
+        "reported_std": float(np.std(reported, ddof=1)) if len(reported) > 1 else None,
+        "kl": float(np.mean(kls)) if kls else None,
+        "values": values,
+    }
+
+
+def _cost(row: dict[str, Any], direction: str) -> float:
+    """What is least for the best row."""
+    if row["mean"] is None:
+        return 0.0
+    return -row["mean"] if direction == "maximize" else row["mean"]
+
+
+def _beats(other: dict[str, Any], row: dict[str, Any], direction: str) -> bool:
+    """Whether `other` is at least as good in the metric and in KL, and better in one of them."""
+    if row["kl"] is None or other["kl"] is None:
+        return row["kl"] is None  # nothing without a KL is on the front
+    ours, theirs = (_cost(row, direction), row["kl"]), (_cost(other, direction), other["kl"])
+    return theirs != ours and theirs[0] <= ours[0] and theirs[1] <= ours[1]
+
+
+def variance_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """For each key its share of the metric's variance over all runs, largest first, and that of `seeds`.
+
+    Of a key: the variance between the means of its values (analysis of variance, main effects); of the seeds: that
+    within settings. In a whole grid the shares and those of keys acting together add up to 1. Empty without spread.
+    """
+    runs = [run for run in runs if run["state"] == "complete"]
+    values = np.array([run["value"] for run in runs])
+    if len(runs) < 2 or np.ptp(values) == 0:
+        return {}
+    total = ((values - values.mean()) ** 2).sum()
+    shares = {}
+    for key in runs[0]["setting"]:
+        means = _means([run["setting"][key] for run in runs], values)
+        shares[key] = float(((means - values.mean()) ** 2).sum() / total)
+    shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
+    labels = [tuple(run["setting"].values()) for run in runs]
+    within = float(((values - _means(labels, values)) ** 2).sum() / total)
+    return shares | ({"seeds": within} if len(set(labels)) < len(labels) else {})
+
+
+def _means(labels: list[Any], values: np.ndarray) -> np.ndarray:
+    """For each value the mean of those that have the same label."""
+    same = np.array([[one == other for other in labels] for one in labels], dtype=float)
+    return same @ values / same.sum(1)
+
+
+def lines(runs: list[dict[str, Any]], metric: str, reported: str | None = None) -> list[dict[str, Any]]:
+    """A row for each run: trial, setting, seeds, state, metric, KL, folder and error."""
+    return [
+        {
+            **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"], **run["repetition"],
+            "state": run["state"], metric: run["value"], **({reported: run.get("reported")} if reported else {}),
+            "kl": run["kl"], "run": run["run"], "reason": run["reason"],
+        }
+        for run in runs
+    ]  # fmt: skip
+
+
+def made_from(folder: Path, runs: list[dict[str, Any]]) -> dict[str, str]:
+    """The fingerprint of every stage that all finished runs below `folder` have in common."""
+    folders = [folder / run["run"] for run in runs if run["state"] == "complete"]
+    found = {stage: {fingerprint(folder, stage) for folder in folders} for stage in STAGES}
+    return {stage: prints.pop() for stage, prints in found.items() if len(prints) == 1 and None not in prints}
+
+
+def fingerprint(folder: Path, stage: str) -> str | None:
+    """The fingerprint of a run's stage; None where it has none."""
+    file = folder / stage / "manifest.json"
+    return read_json(file)["fingerprint"] if file.is_file() else None
+
+
+def current(folder: Path) -> dict[str, Any] | None:
+    """sweep.json of a run; None without one, and where the run has other stages by now than its runs were made from."""
+    file = folder / "sweep.json"
+    found = read_json(file) if file.is_file() else None
+    if found and all(fingerprint(folder, stage) in (known, None) for stage, known in found["made_from"].items()):
+        return found
+    return None
+
+
+def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Heading and a row for each setting, as text."""
+    rows, search, kl = found["settings"], found["search"], any(row["kl"] is not None for row in found["settings"])
+    keys, repeated = found["keys"], bool(found["repeated"])
+    apart = [found["reported"]] if found.get("reported") else []  # not in those of an earlier version
+    heading = [*(["trial"] if search else []), *keys, found["metric"], *apart, *(["KL"] if kl else [])]
+    heading += [*(["runs"] if repeated else []), "note"]
+    cells = [
+        [
+            *([str(row["trial"])] if search else []), *(shown(row["setting"][key]) for key in keys), _value(row),
+            *([_value(row, "reported", "reported_std")] if apart else []),
+            *(["–" if row["kl"] is None else f"{row['kl']:.3g}"] if kl else []),
+            *([f"{row['made']} of {row['runs']}"] if repeated else []), _mark(row, kl),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return [tuple(heading), *map(tuple, cells)]
+
+
+def shown(value: Any) -> str:
+    """A value of a key, floating-point numbers in four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _value(row: dict[str, Any], mean: str = "mean", std: str = "std") -> str:
+    if row[mean] is None:
+        return "–"
+    return f"{row[mean]:.4g}" + ("" if row[std] is None else f" ± {row[std]:.2g}")
+
+
+def _mark(row: dict[str, Any], kl: bool) -> str:
+    if row["state"] != "complete":
+        return row["state"]
+    return ", ".join([*(["best"] if row["best"] else []), *(["front"] if kl and row["front"] else [])])
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """In words: the best setting, what mattered, and what the marks mean."""
+    said = [f"{found['metric']}, {'higher' if found['direction'] == 'maximize' else 'lower'} is better."]
+    for row in found["settings"]:
+        if row["best"]:
+            spread = f" ± {row['std']:.2g} over {row['made']} runs" if row["std"] is not None else " in one run"
+            said.append(f"Best: {setting(row['setting'])}, {row['mean']:.4g}{spread}.")
+            said.append(_reported(found, row))
+    if found["importance"]:
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in found["importance"].items())
+        said.append(f"Share of the variance ({found['importance_by']}): {shares}.")
+    if any(row["front"] for row in found["settings"]):
+        said.append(f"front: no other setting is at least as good at no more {found['kl_metric']}.")
+    return said
+
+
+def _reported(found: dict[str, Any], best: dict[str, Any]) -> str:
+    """What the best setting reaches where that had no part in the choice, or that there is no such number."""
+    if found.get("reported"):
+        value = _value(best, "reported", "reported_std")
+        return f"Of it {found['reported']}, on the test prompts, which had no part in the choice: {value}."
+    return (
+        "It was chosen by this very number, which is therefore rather too good: the best of several is lucky as well."
+    )
+
+
+def setting(values: dict[str, Any]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{key} {shown(value)}" for key, value in values.items()) or "the run's own setting"
+
+
+def print_result(found: dict[str, Any], folder: Path) -> None:
+    """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
+    console = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
+    heading, *rows = table(found)
+    drawn = Table(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+    for line in [*sentences(found), *failures(found)]:
+        console.print(line, highlight=False, soft_wrap=True)
+    files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
+    console.print(files, highlight=False, soft_wrap=True)
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """A line for each failed run, and how to make them."""
+    if not found["failed"]:
+        return []
+    listed = [f"  {setting(run['setting'] | run['repetition'])}: {run['reason']}" for run in found["failed"]]
+    return [f"{len(listed)} of {len(found['runs'])} runs failed; the same command makes them alone:", *listed]

@@ -1,0 +1,70 @@
+"""trackio: the same runs in a local database, for a page on this machine without an account."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from threefold.tracking.dashboard import trackio_folder
+from threefold.tracking.values import About, Histogram, Table, results
+
+
+class TrackioRun:
+    """One trackio run of a stage (the protocol of pipeline/tracking/trackers.py)."""
+
+    def __init__(self, tracker: DictConfig, about: About):
+        trackio = load(about.store)
+        self.trackio, self.about, begun = trackio, about, about.checkpoints / "trackio.txt"
+        self.run = trackio.init(
+            project=tracker.project,
+            name=about.name,
+            group=about.group,
+            config={"job_type": about.stage, "tags": [*tracker.tags, about.stage], **about.described},
+            resume="allow" if begun.exists() else "never",  # by name, and runs of other configurations share it
+            embed=False,
+        )
+        begun.touch()
+        self.step = 0
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Values at the stage's own `step`."""
+        self.step = step
+        self.run.log({name: self._converted(value) for name, value in values.items()}, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """An alert on the page."""
+        self.run.alert(title, text, level=self.trackio.AlertLevel.ERROR)
+
+    def finish(self, metrics: dict[str, Any], out: Path) -> None:
+        """The results as a table."""
+        self.log(self.step, {f"{self.about.stage}/results": results(metrics)})
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.run.finish()
+
+    def _converted(self, value: Any) -> Any:
+        if isinstance(value, Table):
+            return self.trackio.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
+        if isinstance(value, Histogram):
+            return self.trackio.Histogram(np_histogram=(value.counts, value.edges))
+        return value  # figures of plotly are shown as they are
+
+
+def load(store: Path) -> Any:
+    """The package, keeping its data in `trackio_folder`. Raises `RuntimeError` where it already keeps it elsewhere."""
+    place = trackio_folder(store)
+    os.environ["TRACKIO_DIR"] = str(place)  # it is read at the import
+    import trackio
+    from trackio import run, utils
+
+    for module in (trackio, run, utils):
+        module.print = _say_nothing  # a dozen lines per stage; it has no setting for this
+    if place != utils.TRACKIO_DIR:
+        raise RuntimeError(f"this process keeps its data in {utils.TRACKIO_DIR}, not in {place}")
+    return trackio
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    pass

@@ -1,0 +1,95 @@
+"""Sweeps in this process: stages that are written at once instead of made, with results that follow from their keys."""
+
+import functools
+import json
+import math
+import time
+
+import yaml
+from helpers import composed_once
+from omegaconf import OmegaConf
+
+from threefold.artifacts.artifact import asked_to_stop, write_json
+from threefold.config.compose import check
+from threefold.config.schema import Config
+from threefold.errors import UserError
+from threefold.runs import sweep, sweep_search, sweep_space, variants
+
+
+def quality(config) -> float:
+    """What the stand-in for DPO reaches: best at beta 0.1 and learning rate 3e-4, and a little by its seed."""
+    far = math.log10(config.dpo.beta / 0.1) ** 2 + 0.5 * math.log10(config.dpo.learning_rate / 3e-4) ** 2
+    return 0.9 - 0.2 * far + 0.01 * (config.dpo.seed - 2)
+
+
+class Stages:
+    """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log.
+
+    `evaluation` gives the metrics of stage evaluate for a configuration.
+    """
+
+    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0, evaluation=None):
+        self.made, self.breaks, self.steps, self.patience = [], breaks or (lambda config: None), steps, patience
+        self.evaluation = evaluation
+
+    def make(self, config, entry, planned, others=None) -> bool:
+        artifact, metrics = entry.artifact, {"fingerprint": entry.fingerprint}
+        artifact.open()
+        if entry.stage == "dpo":
+            self.breaks(config)
+            self.log(config, artifact)
+            metrics |= {"accuracy": quality(config), "drift": {"kl": 1 / config.dpo.beta}}
+        if entry.stage == "evaluate":
+            metrics |= self.evaluation(config)
+        write_json(artifact.out / "metrics.json", metrics)
+        artifact.finish({"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": {}, "parents": {}})
+        self.made.append((entry.stage, entry.fingerprint))
+        return True
+
+    def log(self, config, artifact) -> None:
+        """Log the quality at each step, giving the sweep `patience` seconds to end a run of low quality after each."""
+        for step in range(1, self.steps + 1):
+            with (artifact.out / "log.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": step, "rewards/accuracies": quality(config)}) + "\n")
+            waited = time.monotonic() + (self.patience if quality(config) < 0.8 else 0)
+            while not (reason := asked_to_stop(artifact.work, config.run)) and time.monotonic() < waited:
+                time.sleep(0.01)
+            if reason:
+                raise UserError(f"dpo: ended at step {step}: {reason}")
+
+
+def run_here(work, jobs):
+    """Make variants one after the other in this process."""
+    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+
+
+@functools.cache
+def quickly(*overrides: str):
+    """The smoke configuration with plain values set on it; composing takes longer."""
+    config = composed_once().copy()
+    OmegaConf.set_readonly(config, False)
+    for key, _, value in (text.partition("=") for text in overrides):
+        if key not in ("experiment", "tracker"):
+            OmegaConf.update(config, key, yaml.safe_load(value))
+    check(config, Config)
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
+def stand_in(monkeypatch, **options) -> Stages:
+    """Have stages made by `Stages` and variants in this process; returns the stand-in."""
+    stages = Stages(**options)
+    for module in (variants, sweep_space, sweep_search):
+        monkeypatch.setattr(module, "compose", lambda given: quickly(*given))
+    monkeypatch.setattr(variants, "_run", run_here)
+    monkeypatch.setattr(variants.chain, "make", stages.make)
+    monkeypatch.setattr(variants.chain, "check", lambda config, planned: None)
+    monkeypatch.setattr(sweep, "write_report", lambda config: None)  # it asks for more numbers than these stages have
+    return stages
+
+
+def swept(runs, *overrides: str) -> dict:
+    """A sweep of the smoke run's DPO below `runs`; returns what sweep.json holds."""
+    found = sweep.run(*sweep_space.read([f"runs={runs}", "target=dpo", "launcher.jobs=1", *overrides]))
+    assert found == json.loads((runs / found["run"] / "sweep.json").read_text())
+    return found
