@@ -11,12 +11,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from threefold import rewards
+from threefold.artifacts.artifact import read_json, read_lines, write_json
+from threefold.errors import UserError
 from threefold.evaluation import overoptimisation
 from threefold.runs import variants
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import read_lines
-from threefold.artifacts.artifact import write_json
-from threefold.errors import UserError
 from threefold.runs.variants import Variant
 
 FORMS = {"best_of_n": "best_of_n", "dpo": "rl", "ppo": "rl"}  # DPO as RL: Rafailov et al. 2024, arXiv 2406.02900

@@ -11,15 +11,13 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
+from threefold.artifacts.artifact import read_json, write_json
 from threefold.chain import chain
+from threefold.errors import UserError
 from threefold.evaluation import paired
 from threefold.runs import variants
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import write_json
-from threefold.errors import UserError
 from threefold.runs.variants import Variant
-from threefold.stages import STAGES
-from threefold.stages import depending_on
+from threefold.stages import STAGES, depending_on
 
 NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, which is not the seed's doing
 

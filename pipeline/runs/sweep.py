@@ -18,27 +18,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
-from threefold.runs import seeds
-from threefold.runs import sweep_table
-from threefold.runs import variants
-from threefold.artifacts.artifact import Artifact
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import write_json
-from threefold.artifacts.artifact import write_text
-from threefold.errors import UserError
-from threefold.errors import nearest
-from threefold.report import write_report
+from threefold.artifacts.artifact import Artifact, read_json, write_json, write_text
 from threefold.display.parts import csv_text
-from threefold.runs.sweep_metric import direction
-from threefold.runs.sweep_metric import kl_metric
-from threefold.runs.sweep_metric import metric
-from threefold.runs.sweep_metric import objective
-from threefold.runs.sweep_metric import stage_wanted
-from threefold.runs.sweep_space import Dimension
-from threefold.runs.sweep_space import combinations
-from threefold.runs.sweep_space import spelt
-from threefold.tracking.backends import installed
+from threefold.errors import UserError, nearest
+from threefold.report import write_report
+from threefold.runs import seeds, sweep_table, variants
+from threefold.runs.sweep_metric import direction, kl_metric, metric, objective, stage_wanted
+from threefold.runs.sweep_space import Dimension, combinations, spelt
 from threefold.runs.variants import Variant
+from threefold.tracking.backends import installed
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
 

@@ -2,10 +2,8 @@
 
 from omegaconf import DictConfig
 
-from threefold.errors import UserError
-from threefold.errors import nearest
-from threefold.stages import STAGES
-from threefold.stages import needed_by
+from threefold.errors import UserError, nearest
+from threefold.stages import STAGES, needed_by
 
 # ends of metrics of which less is better
 LOWER = ("bits_per_byte", "loss", "error", "kl", "kl_k3", "repetition", "repeated", "self_bleu")

@@ -15,12 +15,11 @@ import optuna
 from omegaconf import DictConfig
 from optuna.trial import Trial
 
-from threefold.chain import chain
-from threefold.slurm import job_records
 from threefold.artifacts.artifact import Artifact
-from threefold.errors import UserError
-from threefold.errors import nearest
+from threefold.chain import chain
+from threefold.errors import UserError, nearest
 from threefold.runs.sweep_metric import direction
+from threefold.slurm import job_records
 from threefold.stages import needed_by
 
 PAUSE = 1.0  # seconds between two looks at the logs

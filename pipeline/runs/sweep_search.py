@@ -22,18 +22,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from threefold.chain import chain
-from threefold.runs import sweep
 from threefold.artifacts.artifact import fingerprint_of
+from threefold.chain import chain
 from threefold.config.compose import compose
 from threefold.errors import UserError
-from threefold.runs.sweep_metric import direction
-from threefold.runs.sweep_metric import kl_metric
-from threefold.runs.sweep_metric import objective
-from threefold.runs.sweep_pruning import Watch
-from threefold.runs.sweep_pruning import watched
-from threefold.runs.sweep_space import Dimension
-from threefold.runs.sweep_space import target_fingerprint
+from threefold.runs import sweep
+from threefold.runs.sweep_metric import direction, kl_metric, objective
+from threefold.runs.sweep_pruning import Watch, watched
+from threefold.runs.sweep_space import Dimension, target_fingerprint
 from threefold.runs.sweep_table import setting
 from threefold.stages import needed_by
 

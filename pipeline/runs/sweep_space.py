@@ -10,9 +10,7 @@ from omegaconf import DictConfig
 from threefold.chain import chain
 from threefold.config.compose import compose
 from threefold.errors import UserError
-from threefold.runs.sweep_metric import check_names
-from threefold.runs.sweep_metric import stage_wanted
-from threefold.runs.sweep_metric import validation_override
+from threefold.runs.sweep_metric import check_names, stage_wanted, validation_override
 from threefold.stages import needed_by
 
 

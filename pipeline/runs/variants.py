@@ -20,12 +20,10 @@ from typing import TextIO
 from omegaconf import DictConfig
 
 from threefold.chain import chain
+from threefold.config.compose import compose
+from threefold.errors import UserError, first_line, public_traceback
 from threefold.execution import launch
 from threefold.slurm import waiting
-from threefold.config.compose import compose
-from threefold.errors import UserError
-from threefold.errors import first_line
-from threefold.errors import public_traceback
 from threefold.slurm.submission import Member
 from threefold.stages import needed_by
 

@@ -4,25 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import composed, make_job
 from documents import documented
+from helpers import composed, make_job
 
-from threefold.evaluation import best_of
-from threefold.runs import frontier
-from threefold.evaluation import overoptimisation
-from threefold.runs import variants
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import read_lines
-from threefold.artifacts.artifact import write_json
-from threefold.artifacts.artifact import write_lines
+from threefold.artifacts.artifact import read_json, read_lines, write_json, write_lines
 from threefold.config.compose import compose
 from threefold.errors import UserError
+from threefold.evaluation import best_of, overoptimisation
 from threefold.report import frontier as report
 from threefold.report.frontier import section
 from threefold.report.run import configured
+from threefold.runs import frontier, variants
 from threefold.stages import frontier as stage
-from threefold.stages import parents
-from threefold.stages import ppo
+from threefold.stages import parents, ppo
 
 SETTINGS = ["frontier.prompts=6", "frontier.samples=8", "frontier.best_of=[2,4,8]"]
 

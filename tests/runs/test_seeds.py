@@ -10,13 +10,11 @@ from helpers import composed
 from scipy import stats
 
 from threefold import cli
-from threefold.runs import seeds
-from threefold.runs import variants
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import write_json
+from threefold.artifacts.artifact import read_json, write_json
 from threefold.errors import UserError
 from threefold.report import seeds as seeds_section
 from threefold.report.run import Run
+from threefold.runs import seeds, variants
 
 
 def test_numbers_are_found_by_their_dotted_names():

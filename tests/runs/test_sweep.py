@@ -12,17 +12,12 @@ from helpers import make_job
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from threefold import cli
-from threefold.runs import sweep
-from threefold.runs import sweep_metric
-from threefold.runs import sweep_space
-from threefold.runs import sweep_table
-from threefold.artifacts.artifact import read_json
-from threefold.artifacts.artifact import stop_file
-from threefold.artifacts.artifact import write_json
+from threefold.artifacts.artifact import read_json, stop_file, write_json
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.report import sweep as sweep_section
 from threefold.report.run import Run
+from threefold.runs import sweep, sweep_metric, sweep_space, sweep_table
 from threefold.runs.sweep_space import Dimension
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -13,12 +13,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from threefold.runs import sweep_pruning
-from threefold.runs import sweep_search
-from threefold.runs import sweep_space
 from threefold.artifacts.artifact import read_json
 from threefold.errors import UserError
 from threefold.report import sweep as sweep_section
+from threefold.runs import sweep_pruning, sweep_search, sweep_space
 from threefold.runs.sweep_space import Dimension
 
 SPACE = ["dpo.beta=tag(log,interval(0.01,1.0))", "dpo.learning_rate=tag(log,interval(1e-5,1e-2))"]
