@@ -85,7 +85,7 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
 
 
 def _run(overrides: list[str]) -> None:
-    from threefold.chain.chain import bring_up_to_date
+    from threefold.chain import bring_up_to_date
     from threefold.config.compose import compose
     from threefold.execution.launch import take_part
     from threefold.execution.nodes import help_out
@@ -102,20 +102,24 @@ def _run(overrides: list[str]) -> None:
         waiting.run(config, overrides)
     elif not bring_up_to_date(config):
         print("nothing to do: every stage is fresh")
-    from threefold.report import (
-        print_table,
-        write_report,  # a wrong key does not wait for its libraries
-    )
+    # a wrong key does not wait for the libraries of the report
+    from threefold.report import print_table, write_report
 
     print_table(write_report(config))
 
 
 def _submit(overrides: list[str]) -> None:
+    from threefold.chain.member import Member
     from threefold.config.compose import compose
     from threefold.slurm import submission
 
     config = compose(overrides)
-    rows = submission.rows(submission.submit(submission.members(config, overrides)))
+    members = [Member(config, overrides)]
+    if config.seeds is not None:
+        from threefold.runs import seeds
+
+        members = seeds.composed(config, overrides)
+    rows = submission.rows(submission.submit(members))
     if not rows:
         print("nothing to do: every stage is fresh")
     else:
@@ -123,7 +127,7 @@ def _submit(overrides: list[str]) -> None:
 
 
 def _status(overrides: list[str]) -> None:
-    from threefold.chain.chain import status
+    from threefold.chain import status
     from threefold.config.compose import compose
     from threefold.slurm import queued
 
@@ -157,7 +161,7 @@ def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:
-    from threefold.chain import chain
+    from threefold import chain
     from threefold.config.compose import compose
 
     config = compose(overrides)
@@ -185,7 +189,12 @@ def _sweep(overrides: list[str]) -> None:
     config, fixed, space = sweep_space.read(overrides)
     from threefold.runs import sweep
 
-    if sweep.run(config, fixed, space)["failed"]:
+    swept = sweep.run(config, fixed, space)
+    if swept["made_from"]:  # a report is of a run's stages
+        from threefold.report import write_report
+
+        print(f"report with plots: {write_report(config) / 'report.html'}")
+    if swept["failed"]:
         sys.exit(1)  # the table is there, without them; the same command makes them alone
 
 
@@ -197,8 +206,8 @@ def _label(overrides: list[str]) -> None:
 
 
 def _chat(overrides: list[str]) -> None:
-    from threefold.chat_command import talk
     from threefold.config.compose import compose
+    from threefold.talk.command import talk
 
     talk(compose(overrides), overrides)
 

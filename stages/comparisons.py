@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from threefold import rewards
-from threefold.artifacts.artifact import write_lines
 from threefold.data import pairing, preferences, reading
 from threefold.data.overlap import overlapping
 from threefold.data.pairing import Answer, Candidate
@@ -15,6 +14,7 @@ from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation.players import policy_name
 from threefold.execution.job import Job
+from threefold.fileio import write_lines
 from threefold.models import chat, ensemble, loading, template
 from threefold.sampling import sampler
 

@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer
 
-from threefold.data import preferences
 from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
 from threefold.evaluation import displacement, statistics
@@ -15,13 +14,14 @@ from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.training import hf_trainer
+from threefold.training.pairs import load_pairs
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train against cached reference log-probabilities, and measure the change of held-out log-probabilities."""
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    train, test = preferences.load(job, tokenizer)
+    train, test = load_pairs(job, tokenizer)
     if train.one_by_one:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = loading.load_policy(job.inputs["sft"])

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from threefold import rewards
-from threefold.artifacts.artifact import read_json, read_lines, write_lines
 from threefold.data import reading
 from threefold.data.locations import is_task
 from threefold.data.reading import Example
@@ -27,6 +26,7 @@ from threefold.evaluation import (
 from threefold.evaluation.measuring import Played, Shared
 from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
 from threefold.execution.job import Job
+from threefold.fileio import read_json, read_lines, write_lines
 from threefold.models import chat, ensemble, loading
 from threefold.rewards import RewardFunction
 from threefold.rewards.learned import learned

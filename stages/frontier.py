@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from threefold import rewards
-from threefold.artifacts.artifact import read_json, write_lines
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation import best_of, held_out
 from threefold.execution.job import Job
+from threefold.fileio import read_json, write_lines
 from threefold.models import chat, ensemble, likelihood, loading
 from threefold.rewards import RewardFunction
 from threefold.rewards.learned import learned

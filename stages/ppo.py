@@ -99,7 +99,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios = [] if job.tracked else None
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
-            ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
+            ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
             result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
@@ -228,13 +228,6 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     return rollouts.joined(ranks.gathered(single, accelerator), pad).to(accelerator.device)
 
 
-def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
-    """The KL coefficient for the next rollout."""
-    if config.kl_controller == "fixed":
-        return kl_coef
-    return estimators.adapted_kl_coef(kl_coef, kl, config.kl_target, config.batch_size, config.kl_horizon)
-
-
 def set_learning_rates(ppo: Ppo, factor: float) -> None:
     """Scale both peak learning rates by `factor` [10]."""
     peaks = {"policy": ppo.config.learning_rate, "critic": ppo.config.critic_learning_rate}
@@ -320,7 +313,7 @@ def policy_loss(
     if config.kl_in == "loss":
         sums["kl_loss"] = estimators.kl_per_token(logprobs, reference, config.kl_estimator)
         loss = loss + ppo.kl_coef * (sums["kl_loss"] * weights).sum()
-    return loss, summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+    return loss, estimators.summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
 
 
 def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -329,12 +322,7 @@ def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tupl
         values = rollouts.reply_values(ppo.actors.critic, states)
     old = part.values[part.mask.bool()]
     value, clipped = estimators.value_losses(values, old, returns, ppo.config.value_clip_range)
-    return ppo.config.value_coef * value.sum(), summed({"value_loss": value, "value_clip_share": clipped})
-
-
-def summed(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over tokens, brought from the device at once."""
-    return dict(zip(sums, torch.stack([value.detach().sum() for value in sums.values()]).tolist(), strict=True))
+    return ppo.config.value_coef * value.sum(), estimators.summed({"value_loss": value, "value_clip_share": clipped})
 
 
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:

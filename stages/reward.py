@@ -11,7 +11,6 @@ from transformers import DataCollatorWithPadding, Trainer
 from trl import RewardConfig, RewardTrainer
 
 from threefold.columns import Message
-from threefold.config.schema import PROBES
 from threefold.data import preferences
 from threefold.data.preferences import Pair, TokenisedPairs
 from threefold.errors import UserError
@@ -21,13 +20,14 @@ from threefold.models import chat, ensemble, likelihood, loading, lora
 from threefold.models.ensemble import Ensemble
 from threefold.sampling import sampler
 from threefold.training import hf_trainer
+from threefold.training.pairs import load_pairs
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train from the SFT model, normalise the scores on its samples, and check the model up on held-out pairs."""
     config = job.config.reward
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
-    train, test = preferences.load(job, tokenizer)
+    train, test = load_pairs(job, tokenizer)
     require_margins(config, train)
     hf_trainer.require_whole_batch(job, len(train.rows), config.batch_size)
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(train.rows))
@@ -82,7 +82,7 @@ def announce(job: Job, ordered: list[TokenisedPairs], batch_size: int, test: Tok
 def sequences_checked(config: Any, test: TokenisedPairs) -> int:
     """How many sequences the check-up scores: both replies of each pair, the probes beside a reply, and some thrice."""
     probed = min(config.probe_prompts, len({str(pair.prompt) for pair in test.pairs}))
-    return 2 * len(test.rows) + (1 + len(PROBES)) * probed + 3 * min(checkup.COMPARED, len(test.rows))
+    return 2 * len(test.rows) + (1 + len(checkup.PROBE_NAMES)) * probed + 3 * min(checkup.COMPARED, len(test.rows))
 
 
 def member(

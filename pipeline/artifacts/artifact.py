@@ -10,16 +10,14 @@ runs/<run>/<stage>                          a link to the artifact that the run 
 
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from threefold.errors import UserError, first_line
+from threefold.fileio import read_json, write_json
 
 
 def stop_file(work: Path) -> Path:
@@ -124,74 +122,3 @@ class Artifact:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(os.path.relpath(self.folder, run))
         fresh.replace(link)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write `content` as JSON so that `file` is never seen half-written; `UserError` where a number is not finite."""
-    write_text(file, _as_json(file, content, indent=2) + "\n")
-
-
-def _as_json(file: Path, content: Any, **options: Any) -> str:
-    try:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
-    except ValueError:  # JSON has no word for what is not finite
-        for place, number in _numbers(content):
-            if not math.isfinite(number):
-                raise UserError(
-                    f"{file.name}: {place} is {number}, no finite number; look for a reward function or judge that "
-                    "gives one, or for a training that diverged"
-                ) from None
-        raise
-
-
-def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Every floating-point number within `content`, with its place, as models.ppo.gold_mean."""
-    if isinstance(content, float):
-        yield place, content
-    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in entries:
-        yield from _numbers(value, f"{place}.{key}" if place else str(key))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write `text` so that `file` is never seen half-written."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(file)
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises `UserError` for a damaged one, naming what to remove."""
-    try:
-        content = json.loads(file.read_text())
-        if file.name in ("manifest.json", "metrics.json") and not isinstance(content, dict):
-            raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is damaged ({first_line(error)}); {_remedy(file)}") from error
-    return content
-
-
-def read_lines(file: Path) -> list[Any]:
-    """The rows of a JSON-lines file; empty when there is none. Raises `UserError` naming the line of a damaged one."""
-    if not file.is_file():
-        return []
-    rows: list[Any] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: line {number} is damaged ({first_line(error)}); {_remedy(file)}") from error
-    return rows
-
-
-def _remedy(file: Path) -> str:
-    """What to remove where `file` is damaged: of an artifact all of it."""
-    folder = file.parent.resolve()
-    if folder.parent.name == "artifacts":
-        return f"remove the folder {folder}, the same command makes it again"
-    return "remove the file, or mend it"
-
-
-def write_lines(file: Path, rows: list[Any]) -> None:
-    """Write `rows` as JSON lines so that `file` is never seen half-written; `UserError` as for `write_json`."""
-    write_text(file, "".join(_as_json(file, row) + "\n" for row in rows))

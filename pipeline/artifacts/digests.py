@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from threefold.artifacts.artifact import read_json
 from threefold.data import tasks
 from threefold.data.folders import split_files
 from threefold.data.locations import WORD_LIST, is_local, is_package, is_task, package_file
 from threefold.errors import UserError, nearest
+from threefold.fileio import read_json
 from threefold.models.adapters import adapter_base
 
 

@@ -1,0 +1,24 @@
+"""The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
+
+from threefold.chain.checks import check, check_processes, check_rewards, check_sources
+from threefold.chain.making import bring_up_to_date, make
+from threefold.chain.plans import Planned, fingerprint_parts, plan, view, wanted
+from threefold.chain.states import made_with, require_finished, stale_reason, status
+
+__all__ = [
+    "Planned",
+    "bring_up_to_date",
+    "check",
+    "check_processes",
+    "check_rewards",
+    "check_sources",
+    "fingerprint_parts",
+    "made_with",
+    "make",
+    "plan",
+    "require_finished",
+    "stale_reason",
+    "status",
+    "view",
+    "wanted",
+]

@@ -12,10 +12,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from threefold.config import interpolations, limits
+from threefold.config import limits
 from threefold.config.checks import REWARDS, check_together
-from threefold.config.schema import Config, RewardPartConfig, TaskConfig
+from threefold.config.schema import Config
+from threefold.config.stage_schema import RewardPartConfig, TaskConfig
 from threefold.errors import UserError, nearest
+from threefold.execution import interpolations
 
 GROUPS = ["model", "data", "tasks", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
 GROUPS += [f"reward@{key}" for key in REWARDS]

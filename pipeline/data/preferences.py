@@ -2,17 +2,14 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from threefold.artifacts.artifact import read_lines, write_lines
 from threefold.columns import Message
-from threefold.errors import UserError, require_most
+from threefold.errors import UserError
+from threefold.fileio import read_lines, write_lines
 from threefold.models import chat
-
-if TYPE_CHECKING:  # the report reads pairs, and answers without torch
-    from threefold.execution.job import Job
 
 
 @dataclass(frozen=True)
@@ -141,25 +138,3 @@ def tokenised(
 def drawn(pairs: list[Pair], count: int | None, seed: int) -> list[Pair]:
     """The pairs in an order that the seed decides, of which a stage takes the first `count`; null is as they stand."""
     return pairs if count is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
-
-
-LONG = 2000  # pairs from which on tokenising takes so long that it has a bar
-
-
-def load(job: "Job", tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs]:
-    """Training and held-out pairs of a comparisons artifact, as many as the stage of `job` asks for.
-
-    Raises `UserError` when none of either fits, or more than the share that data.preferences allows do not.
-    """
-    config, share = job.config[job.stage], job.config.data.preferences.max_unusable_share
-    counts = {"train": config.pairs, "test": config.eval_pairs}
-    pairs = {split: drawn(read(job.inputs["comparisons"], split), n, config.seed) for split, n in counts.items()}
-    total = sum(len(pairs[split][:n]) for split, n in counts.items())
-    bar = job.progress(total, "pairs", part="tokens") if total > LONG else None
-    train, test = (tokenised(tokenizer, pairs[split], config.max_length, n, bar) for split, n in counts.items())
-    if bar is not None:
-        bar.close()
-    for split, what in ((train, "training pairs"), (test, "held-out pairs")):
-        key, allowed = f"{job.stage}.max_length={config.max_length}", "data.preferences.max_unusable_share"
-        require_most(split.dropped, split.dropped + len(split.rows), share, key, what, allowed)
-    return train, test

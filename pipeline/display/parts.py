@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from threefold.artifacts.artifact import write_text
+from threefold.fileio import write_text
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from threefold.artifacts.artifact import read_json
 from threefold.columns import Message
 from threefold.data.overlap import overlapping
 from threefold.data.preferences import Pair
 from threefold.errors import UserError
 from threefold.evaluation import baselines, statistics
+from threefold.fileio import read_json
 from threefold.models import chat
 
 Score = Callable[[list[list[int]]], np.ndarray]  # token sequences → normalised scores [N]

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from threefold.artifacts.artifact import read_lines
 from threefold.data import reading
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.execution.job import Job
+from threefold.fileio import read_lines
 from threefold.models import chat, likelihood, loading, template
 from threefold.sampling import sampler
 from threefold.training.packing import document_start

@@ -12,8 +12,8 @@ import psutil
 import torch
 from omegaconf import DictConfig
 
-from threefold.config.schema import SHARDED
 from threefold.errors import UserError
+from threefold.execution.modes import SHARDED
 from threefold.execution.precision import of_device
 
 # parameters of glibc's mallopt(3), from malloc.h

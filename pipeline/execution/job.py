@@ -14,10 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from threefold.artifacts.artifact import asked_to_stop, read_json, write_json
+from threefold.artifacts.artifact import asked_to_stop
 from threefold.artifacts.imports import VERSIONED
 from threefold.errors import UserError, queued_again
 from threefold.execution import device
+from threefold.fileio import read_json, write_json
 from threefold.tracking.trackers import StepLog, Trackers
 from threefold.tracking.values import OPTIMISER_STEP, About
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from threefold.artifacts.artifact import read_json, write_json
-from threefold.config.schema import SHARDED
 from threefold.errors import UserError, public, public_traceback
+from threefold.execution.modes import SHARDED
 from threefold.execution.nodes import Nodes, address
+from threefold.fileio import read_json, write_json
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # before a stage in this process narrows it to one GPU (device.set_up)
 PATIENCE = 20  # seconds in which the launcher ends by itself once its processes have

@@ -11,9 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from threefold.artifacts.artifact import write_json
 from threefold.errors import UserError
 from threefold.execution import launch
+from threefold.fileio import write_json
 
 MODES = {"cpu": ("MULTI_CPU", "gloo"), "cuda": ("MULTI_GPU", "nccl")}  # device → accelerate's mode, torch's backend
 # what accelerate reads of FSDP before the trainer's own arguments: whole states on rank 0 need gloo beside nccl
@@ -47,8 +47,7 @@ def run(task: launch.Task, rank: int) -> dict[str, Any]:
     from accelerate import PartialState
     from omegaconf import OmegaConf
 
-    from threefold.config import interpolations
-    from threefold.execution import device
+    from threefold.execution import device, interpolations
     from threefold.execution.job import Job, execute
 
     config = OmegaConf.create(task.config)

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from threefold.artifacts.artifact import read_lines
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.labelling.votes import Comparison
 
 NAME = "evaluate"  # value of label.pairs that asks for these pairs

@@ -128,7 +128,7 @@ def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
     notices: dict[str, str] = {}  # labeller → what the next page says first
 
     def render(**values: Any) -> str:
-        return render_template("label_page.html", longest_name=LONGEST_NAME, longest_reason=LONGEST_REASON, **values)
+        return render_template("page.html", longest_name=LONGEST_NAME, longest_reason=LONGEST_REASON, **values)
 
     @page.get("/")
     def show() -> str | tuple[str, int]:
@@ -150,6 +150,23 @@ def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
             command=command,
         )
 
+    @page.get("/label_page.<any(css, js):kind>")
+    def part(kind: str) -> Response:
+        return send_from_directory(Path(__file__).parent, f"page.{kind}")
+
+    @page.errorhandler(OSError)
+    def not_written(error: OSError) -> tuple[str, int, dict[str, str]]:
+        return f"Nothing was recorded: {votes} cannot be written ({error.strerror or error}).", 500, PLAIN
+
+    _take_answers(page, labelling, notices)
+    page.before_request(refuse_strangers)
+    page.after_request(add_headers)
+    return page
+
+
+def _take_answers(page: Flask, labelling: Labelling, notices: dict[str, str]) -> None:
+    """Record what the page's forms send; `notices` gets what the next page of a labeller says first."""
+
     @page.post("/answer")
     def answer() -> Any:
         form = request.form
@@ -167,18 +184,6 @@ def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
             abort(400)
         notices[labeller] = said
         return redirect(f"/?{urlencode({'labeller': labeller})}", 303)
-
-    @page.get("/label_page.<any(css, js):kind>")
-    def part(kind: str) -> Response:
-        return send_from_directory(Path(__file__).parent, f"page.{kind}")
-
-    @page.errorhandler(OSError)
-    def not_written(error: OSError) -> tuple[str, int, dict[str, str]]:
-        return f"Nothing was recorded: {votes} cannot be written ({error.strerror or error}).", 500, PLAIN
-
-    page.before_request(refuse_strangers)
-    page.after_request(add_headers)
-    return page
 
 
 PLAIN = {"Content-Type": "text/plain; charset=utf-8"}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from threefold.artifacts.artifact import read_json
 from threefold.columns import Message
 from threefold.errors import UserError
+from threefold.fileio import read_json
 from threefold.models import template
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"

@@ -3,6 +3,8 @@
 `mask` [B, R] is 1 on reply tokens, the end token included, and 0 on padding.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -131,3 +133,15 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over masked tokens, a scalar; 1 is a perfect critic."""
     chosen = mask.bool()
     return 1 - (returns - values)[chosen].var() / returns[chosen].var().clamp(min=1e-8)
+
+
+def next_kl_coef(kl_coef: float, kl: float, config: Any) -> float:
+    """The KL coefficient for the next rollout."""
+    if config.kl_controller == "fixed":
+        return kl_coef
+    return adapted_kl_coef(kl_coef, kl, config.kl_target, config.batch_size, config.kl_horizon)
+
+
+def summed(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over tokens, brought from the device at once."""
+    return dict(zip(sums, torch.stack([value.detach().sum() for value in sums.values()]).tolist(), strict=True))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from threefold.artifacts.artifact import write_json, write_text
 from threefold.display.parts import write_csv
+from threefold.fileio import write_json, write_text
 from threefold.report import (
     arena,
     compare,
@@ -27,7 +27,7 @@ from threefold.report import (
 )
 from threefold.report.names import in_order
 from threefold.report.run import configured
-from threefold.report.tables import print_table
+from threefold.report.terminal import print_table
 
 __all__ = ["in_order", "print_table", "write_report"]
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from threefold.artifacts.artifact import read_lines
 from threefold.display import figures
 from threefold.display.parts import Figure, Section
+from threefold.fileio import read_lines
 from threefold.report.run import Run
 
 

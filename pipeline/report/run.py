@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain
 from threefold.errors import UserError, nearest
+from threefold.fileio import read_json, read_lines
 from threefold.labelling import evaluated_pairs, votes_arena
 from threefold.stages import STAGES, needed_by, parents
 

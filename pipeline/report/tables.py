@@ -1,6 +1,5 @@
 """Tables of a run's stages and of its models, for the page, Markdown and the terminal."""
 
-from pathlib import Path
 from typing import Any
 
 from threefold.display.parts import Table
@@ -115,32 +114,3 @@ def _numbers(metrics: dict[str, Any], key: str) -> dict[str, float | None]:
     has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
     low, high = statistics.ends(_interval_of(metrics, key))
     return {key: metrics.get(key)} | ({f"{key}_low": low, f"{key}_high": high} if has_interval else {})
-
-
-def print_table(folder: Path) -> None:
-    """The stages and the models of a run as tables on the terminal, and where the report is."""
-    from rich.console import Console
-
-    from threefold.report import seeds, tasks
-    from threefold.report.run import read
-
-    run, width = read(folder), None if Console().is_terminal else 200
-    console = Console(width=width, markup=False, emoji=False)  # brackets and colons in names are what they are
-    tables = [stages(run)] + ([models(run, JUDGED | TEXT, "models", "")] if run.models else [])
-    over_seeds = seeds.section(run)
-    for table in (*tables, tasks.answers(run), *(over_seeds.parts if over_seeds else ())):
-        if table is not None:
-            console.print(_for_terminal(table))
-    for line in over_seeds.points if over_seeds else ():
-        console.print(line, highlight=False)
-    console.print(f"report: {folder / 'report.html'}   numbers: {folder / 'summary.json'}", highlight=False)
-
-
-def _for_terminal(table: Table) -> Any:
-    from rich.table import Table as RichTable
-
-    heading, *rows = table.rows
-    found = RichTable(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        found.add_row(*row)
-    return found

@@ -11,9 +11,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from threefold import rewards
-from threefold.artifacts.artifact import read_json, read_lines, write_json
 from threefold.errors import UserError
 from threefold.evaluation import overoptimisation
+from threefold.fileio import read_json, read_lines, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
 

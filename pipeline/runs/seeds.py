@@ -11,13 +11,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from threefold.artifacts.artifact import read_json, write_json
-from threefold.chain import chain
+from threefold import chain
+from threefold.chain.member import Member
 from threefold.errors import UserError
 from threefold.evaluation import paired
+from threefold.fileio import read_json, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
-from threefold.stages import STAGES, depending_on
+from threefold.stages import STAGES, depending_on, needed_by
 
 NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, which is not the seed's doing
 
@@ -26,7 +27,7 @@ def run(config: DictConfig, overrides: list[str]) -> Path:
     """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
     folder, wanted = Path(config.runs) / config.run, members(config)
     made = variants.make(config, overrides, wanted)
-    for entry in chain.plan(made[0], chain.needed_by(wanted[0].target, made[0])).values():  # of the command's own seed
+    for entry in chain.plan(made[0], needed_by(wanted[0].target, made[0])).values():  # of the command's own seed
         entry.artifact.link_into(folder)
     folders = [Path(each.runs) / each.run for each in made]
     write_json(folder / "seeds.json", {"key": seeded_key(config), "seeds": seed_values(config)} | summary(folders))
@@ -37,6 +38,11 @@ def members(config: DictConfig) -> list[Variant]:
     """The run of each seed."""
     key, wanted = seeded_key(config), last_made(config, Path(config.runs) / config.run)
     return [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in seed_values(config)]
+
+
+def composed(config: DictConfig, overrides: list[str]) -> list[Member]:
+    """The run of each seed, composed from `overrides`."""
+    return [variant.member(config, overrides) for variant in members(config)]
 
 
 def seed_values(config: DictConfig) -> list[int]:

@@ -15,8 +15,8 @@ import optuna
 from omegaconf import DictConfig
 from optuna.trial import Trial
 
+from threefold import chain
 from threefold.artifacts.artifact import Artifact
-from threefold.chain import chain
 from threefold.errors import UserError, nearest
 from threefold.runs.sweep_metric import direction
 from threefold.slurm import job_records

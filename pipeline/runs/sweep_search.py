@@ -22,11 +22,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from threefold import chain
 from threefold.artifacts.artifact import fingerprint_of
-from threefold.chain import chain
 from threefold.config.compose import compose
 from threefold.errors import UserError
-from threefold.runs import sweep
+from threefold.runs import trials
 from threefold.runs.sweep_metric import direction, kl_metric, objective
 from threefold.runs.sweep_pruning import Watch, watched
 from threefold.runs.sweep_space import Dimension, target_fingerprint
@@ -128,7 +128,7 @@ def make(
     config: DictConfig, overrides: list[str], space: list[Dimension], study: optuna.Study, batch: list[Trial]
 ) -> None:
     """Make the runs of all trials of `batch`, and tell the study what came of them, in order."""
-    members = {trial.number: sweep.members(space, [trial.params], config.target) for trial in batch}
+    members = {trial.number: trials.members(space, [trial.params], config.target) for trial in batch}
     wrong, wanted, followed = {}, {}, []
     for trial in batch:
         try:
@@ -142,10 +142,10 @@ def make(
         followed.append(watched(trial, config.sweep, composed))
     watch = Watch(config.run, config.sweep, study, followed)
     with watch if config.sweep.prune else contextlib.nullcontext():
-        runs = {run["run"]: run for run in (sweep.make(config, overrides, wanted) if wanted else [])}
+        runs = {run["run"]: run for run in (trials.make(config, overrides, wanted) if wanted else [])}
     for trial in batch:
         own = [
-            runs.get(f"{config.run}/{each.name}") or sweep.result(config, each, known, wrong[trial.number])
+            runs.get(f"{config.run}/{each.name}") or trials.result(config, each, known, wrong[trial.number])
             for each, known in members[trial.number].items()
         ]
         tell(study, trial, own, watch.pruned.get(trial.number))
@@ -174,7 +174,7 @@ def written(
         for place, trial in enumerate(ended(study), start=1)
         for run in trial.user_attrs.get("runs", [])
     ]
-    return sweep.write(config, space, runs, shares, "fANOVA")
+    return trials.write(config, space, runs, shares, "fANOVA")
 
 
 def importance(study: optuna.Study) -> dict[str, float]:

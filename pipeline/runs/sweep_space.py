@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.runs.sweep_metric import check_names, stage_wanted, validation_override

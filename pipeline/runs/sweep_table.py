@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from threefold.artifacts.artifact import read_json
+from threefold.fileio import read_json
 from threefold.stages import STAGES
 
 

@@ -19,12 +19,12 @@ from typing import TextIO
 
 from omegaconf import DictConfig
 
-from threefold.chain import chain
+from threefold import chain
+from threefold.chain.member import Member
 from threefold.config.compose import compose
 from threefold.errors import UserError, first_line, public_traceback
 from threefold.execution import launch
 from threefold.slurm import waiting
-from threefold.slurm.submission import Member
 from threefold.stages import needed_by
 
 
@@ -49,6 +49,11 @@ class Variant:
         own = [f"run={config.run}/{self.name}", f"target={self.target or 'null'}", "dependents=false", "seeds=null"]
         return [*overrides, *self.overrides, *own]
 
+    def member(self, config: DictConfig, overrides: list[str]) -> Member:
+        """The composed run."""
+        arguments = self.arguments(config, overrides)
+        return Member(compose(arguments), arguments)
+
 
 def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> list[DictConfig]:
     """Bring all variants of `config`, composed from `overrides`, up to date; returns their configurations.
@@ -59,10 +64,10 @@ def make(config: DictConfig, overrides: list[str], variants: list[Variant]) -> l
         raise UserError(
             f"launch.nodes={config.launch.nodes}: several runs at once need one machine each; use launch.nodes=1"
         )
-    composed = [compose(variant.arguments(config, overrides)) for variant in variants]
+    members = [variant.member(config, overrides) for variant in variants]
+    composed = [member.config for member in members]
     if config.launcher.kind == "slurm":
-        given = [variant.arguments(config, overrides) for variant in variants]
-        failed = waiting.make([Member(each, own) for each, own in zip(composed, given, strict=True)])
+        failed = waiting.make(members)
         failed = {name.removeprefix(f"{config.run}/"): reason for name, reason in failed.items()}
     else:
         failed = _make_here(config, overrides, variants, composed)

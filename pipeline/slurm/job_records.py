@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from threefold.artifacts.artifact import Artifact, belongs, read_json, write_json
+from threefold.artifacts.artifact import Artifact, belongs
+from threefold.fileio import read_json, write_json
 from threefold.slurm import client
 from threefold.slurm.client import State
 

@@ -57,7 +57,7 @@ class StageJob:
         return DelayedSubmission(self)
 
     def _make(self, artifact: Artifact) -> None:
-        from threefold.chain import chain
+        from threefold import chain
         from threefold.config.compose import compose
         from threefold.execution import launch, nodes
 

@@ -3,40 +3,20 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from threefold import chain
 from threefold.artifacts.artifact import Artifact
-from threefold.chain import chain
-from threefold.chain.chain import Planned
-from threefold.config.compose import compose
+from threefold.chain import Planned
+from threefold.chain.member import Member
 from threefold.errors import UserError, public
 from threefold.slurm import client, job_records
 from threefold.slurm.job_records import Record
 from threefold.slurm.stage_job import StageJob
 from threefold.stages import parents
 from threefold.tracking import backends
-
-
-@dataclass
-class Member:
-    """A run, composed from `overrides`."""
-
-    config: DictConfig
-    overrides: list[str]
-
-    @cached_property
-    def planned(self) -> dict[str, Planned]:
-        """Its stages, parents first."""
-        return chain.plan(self.config, chain.wanted(self.config))
-
-    def link(self) -> None:
-        """Link what is made into the run."""
-        for entry in self.planned.values():
-            if entry.artifact.finished:
-                entry.artifact.link_into(Path(self.config.runs) / self.config.run)
 
 
 @dataclass
@@ -55,16 +35,6 @@ class Wanted:
     def artifact(self) -> Artifact:
         """Where it will be."""
         return self.planned.artifact
-
-
-def members(config: DictConfig, overrides: list[str]) -> list[Member]:
-    """The runs that a command is for: its own, or one for each seed."""
-    if config.seeds is None:
-        return [Member(config, overrides)]
-    from threefold.runs import seeds
-
-    given = [variant.arguments(config, overrides) for variant in seeds.members(config)]
-    return [Member(compose(each), each) for each in given]
 
 
 def unmade(members: Sequence[Member]) -> dict[str, Wanted]:

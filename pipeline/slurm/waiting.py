@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig
 
+from threefold.chain.member import Member
 from threefold.errors import UserError
 from threefold.slurm import client, job_records, submission
 from threefold.slurm.stage_job import VISIBLE
-from threefold.slurm.submission import Member, Wanted
+from threefold.slurm.submission import Wanted
 
 
 def run(config: DictConfig, overrides: list[str]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from threefold.artifacts.artifact import Artifact, write_text
+from threefold.artifacts.artifact import Artifact
 from threefold.errors import UserError, first_line
+from threefold.fileio import write_text
 from threefold.tracking import backends
 from threefold.tracking.values import AXES, OPTIMISER_STEP
 

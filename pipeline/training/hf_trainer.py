@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from threefold.config.schema import SHARDED
 from threefold.errors import UserError
 from threefold.execution import ranks
 from threefold.execution.job import Job
+from threefold.execution.modes import SHARDED
 from threefold.tracking.values import OPTIMISER_STEP
 from threefold.training import guards
 

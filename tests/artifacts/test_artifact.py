@@ -10,8 +10,9 @@ import threading
 
 import pytest
 
-from threefold.artifacts.artifact import Artifact, fingerprint_of, read_json, read_lines, write_json, write_lines
+from threefold.artifacts.artifact import Artifact, fingerprint_of
 from threefold.errors import UserError
+from threefold.fileio import read_json, read_lines, write_json, write_lines
 
 HOLDER = """
 import sys, time

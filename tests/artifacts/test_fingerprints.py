@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import composed
 
+from threefold import chain
 from threefold.artifacts import digests, imports
-from threefold.chain import chain
+from threefold.chain import making
 from threefold.execution import precision
 
 
@@ -221,7 +222,7 @@ def test_bf16_of_a_gpu_that_torch_does_not_see_is_said(given, heard, tmp_path, m
     config = composed(*given, f"runs={tmp_path}", "tracker=none", "runtime.threads=1")
     entry = chain.plan(config, ["tokenizer", "pretrain"])["pretrain"]
     entry.artifact.open()
-    assert chain._execute(config, entry, {}, None) == {"bf16": True}
+    assert making._execute(config, entry, {}, None) == {"bf16": True}
     assert ("precision=auto is bf16 here, as of a GPU, and torch sees none" in capsys.readouterr().out) == heard
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.data import pairing, preferences
 from threefold.execution.job import Job, quiet_libraries

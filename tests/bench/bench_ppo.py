@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from threefold import rewards
-from threefold.chain import chain
+from threefold import chain, rewards
 from threefold.config.compose import compose
 from threefold.evaluation import held_out
 from threefold.execution.job import Job, quiet_libraries
+from threefold.fileio import read_json
 from threefold.models import chat, ensemble, likelihood, loading
 from threefold.ppo import estimators, rollouts
 from threefold.ppo.advantages import estimate
@@ -237,7 +237,7 @@ def gold(policy: Any, job: Job) -> float:
 
 def comparisons_of(job: Job) -> Path:
     """The comparisons that the reward model was trained on."""
-    parents = chain.read_json(job.inputs["reward"] / "manifest.json")["parents"]
+    parents = read_json(job.inputs["reward"] / "manifest.json")["parents"]
     return job.inputs["reward"].with_name(f"comparisons-{parents['comparisons']}")
 
 

@@ -12,6 +12,7 @@ from threefold.evaluation import baselines, contamination
 from threefold.execution.job import Job
 from threefold.models import chat
 from threefold.stages import dpo, pretrain, reward, sft
+from threefold.training.pairs import load_pairs
 
 
 class Bar:
@@ -94,7 +95,7 @@ def test_no_more_pairs_are_tokenised_than_it_takes(tmp_path, bars, monkeypatch):
     tokenised, original = [], chat.reply_ids
     monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
     monkeypatch.setattr(preferences, "LONG", 12)
-    train, test = preferences.load(job, tiny_tokenizer())
+    train, test = load_pairs(job, tiny_tokenizer())
     assert len(train.rows) == len({str(pair) for pair in train.pairs}) == 10 and len(test.rows) == 3
     assert len(tokenised) == 2 * (10 + train.dropped + 3 + test.dropped) < 2 * 40
     assert [(bar.part, bar.total, bar.count, bar.closed) for bar in bars] == [("tokens", 13, 13, True)]

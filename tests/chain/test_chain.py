@@ -8,9 +8,9 @@ import pytest
 from helpers import composed
 from omegaconf.errors import ConfigAttributeError
 
+from threefold import chain
 from threefold.artifacts import digests
 from threefold.artifacts.artifact import Artifact
-from threefold.chain import chain
 from threefold.config.compose import compose, keys
 from threefold.errors import UserError
 from threefold.stages import STAGES, depending_on, needed_by, parents

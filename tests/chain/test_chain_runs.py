@@ -8,10 +8,9 @@ import types
 import pytest
 from helpers import composed
 
-from threefold import stages
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, stages
 from threefold.errors import UserError
+from threefold.fileio import read_json, read_lines
 from threefold.stages import Stage
 
 # a chain of stages that only count how often they run:  first ─▶ second ─▶ third

@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
-from threefold.artifacts.artifact import read_json, write_json
 from threefold.chain import model_card
+from threefold.fileio import read_json, write_json
 from threefold.stages import STAGES
 
 

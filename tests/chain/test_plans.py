@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_helpers import DATA
 
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 
 STORED = Path(__file__).parents[1] / "golden" / "plans.json"

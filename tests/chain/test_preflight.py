@@ -12,7 +12,8 @@ from helpers import composed, tiny_policy, tiny_tokenizer, write_model
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from threefold.chain import chain, preflight
+from threefold import chain
+from threefold.chain import preflight
 from threefold.config.compose import compose
 from threefold.data import reading
 from threefold.errors import UserError

@@ -10,7 +10,8 @@ from data_helpers import lines
 from helpers import composed
 from omegaconf import OmegaConf
 
-from threefold.chain import chain, reward_checks
+from threefold import chain
+from threefold.chain import reward_checks
 from threefold.errors import UserError
 
 RECORDING = """

@@ -99,7 +99,7 @@ SOURCES = [
     f
     for room in ("pipeline", "stages", "rewards")
     for f in (ROOT / room).rglob("*.py")
-    if f.name not in ("compose.py", "checks.py", "schema.py")
+    if f.name not in ("compose.py", "checks.py", "schema.py", "stage_schema.py")
 ]
 
 
@@ -108,8 +108,8 @@ PARTS = {
     "ppo": ["training/guards.py", "ppo/actors.py", "ppo/advantages.py", "ppo/engines.py"],
     "frontier": ["runs/frontier.py"],
     "evaluate": ["evaluation/measuring.py"],
-    "reward": ["data/preferences.py"],
-    "dpo": ["data/preferences.py"],
+    "reward": ["training/pairs.py"],
+    "dpo": ["training/pairs.py"],
 }
 
 

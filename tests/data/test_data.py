@@ -5,7 +5,7 @@ from data_helpers import A, Q, bucket, conversations, everything, lines, said, s
 from omegaconf import OmegaConf
 
 from threefold.config.compose import compose
-from threefold.config.schema import DialogueConfig
+from threefold.config.stage_schema import DialogueConfig
 from threefold.data import reading
 from threefold.data.formats import alternating
 from threefold.errors import UserError

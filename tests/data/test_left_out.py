@@ -7,13 +7,14 @@ from data_helpers import lines, said, source
 from helpers import make_job, tiny_policy, tiny_tokenizer, write_model
 
 from threefold.config.compose import compose
-from threefold.data import preferences, reading
+from threefold.data import reading
 from threefold.data.preferences import Pair, write
 from threefold.errors import UserError
 from threefold.evaluation import held_out
 from threefold.ppo import rollouts
 from threefold.sampling.sampler import Reply
 from threefold.stages import comparisons, sft
+from threefold.training.pairs import load_pairs
 
 SPLITS = ("train", "validation", "test")
 
@@ -103,12 +104,12 @@ def test_pairs_that_are_mostly_too_long_are_refused_by_the_key_of_the_stage(long
         return job
 
     if (long, share) == ((3, 2), 0.5):
-        train, test = preferences.load(asked(share), tiny_tokenizer())
+        train, test = load_pairs(asked(share), tiny_tokenizer())
         assert (len(train.rows), train.dropped, len(test.rows), test.dropped) == (7, 3, 2, 2)
         share = 0.49
     what = "4 of 4 held-out" if long == (9, 4) else "2 of 4 held-out" if long == (3, 2) else "10 of 10 training"
     with pytest.raises(UserError, match=f"^dpo.max_length=100: leaves out {what} pairs as too long; set it higher"):
-        preferences.load(asked(share), tiny_tokenizer())
+        load_pairs(asked(share), tiny_tokenizer())
 
 
 def test_prompts_without_room_are_counted(tmp_path):

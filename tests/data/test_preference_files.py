@@ -8,9 +8,8 @@ import pytest
 from data_helpers import A, Q, said, source
 from omegaconf import OmegaConf
 
-from threefold import cli
+from threefold import chain, cli
 from threefold.artifacts.artifact import Artifact
-from threefold.chain import chain
 from threefold.config.compose import compose
 from threefold.data import files, reading
 
@@ -191,7 +190,7 @@ def test_a_folder_with_one_broken_file_is_refused_by_that_file(tmp_path, refusal
 def test_defects_within_the_share_do_not_stop_a_run(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_bytes(GOOD_LINES + b'{"prompt": "q", "chosen": "a"}\n')
     made = []
-    monkeypatch.setattr(chain, "make", lambda config, entry, *rest: made.append(entry.stage))
+    monkeypatch.setattr("threefold.chain.making.make", lambda config, entry, *rest: made.append(entry.stage))
     monkeypatch.setattr(Artifact, "link_into", lambda self, run: None)
     monkeypatch.setattr("threefold.report.write_report", lambda config: None)
     monkeypatch.setattr("threefold.report.print_table", lambda folder: None)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.data import reading, tasks
 from threefold.errors import UserError

@@ -10,11 +10,11 @@ from data_helpers import everything, lines, source
 from helpers import make_job, plain_score, tiny_reward_model, tiny_tokenizer
 from torch import nn
 
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.data import preferences, reading
 from threefold.errors import UserError
+from threefold.fileio import read_json, read_lines
 from threefold.stages import dpo, reward
 from threefold.training import hf_trainer
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import composed, make_job, tiny_policy, tiny_tokenizer
 
-from threefold.artifacts.artifact import read_json, read_lines, write_lines
-from threefold.chain import chain
+from threefold import chain
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation import judge_model, judge_template
 from threefold.evaluation.judge_model import JudgeModel, Pair, Verdict
+from threefold.fileio import read_json, read_lines, write_lines
 from threefold.stages import evaluate
 
 PROMPT = [{"role": "user", "content": "hi"}]

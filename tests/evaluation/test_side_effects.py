@@ -6,8 +6,8 @@ import torch
 from helpers import random_ids, tiny_policy, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from threefold.artifacts.artifact import write_lines
 from threefold.evaluation import changes, displacement, diversity
+from threefold.fileio import write_lines
 from threefold.report import effects
 from threefold.report.run import Run
 from threefold.stages import dpo

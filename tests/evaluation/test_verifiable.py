@@ -7,14 +7,14 @@ from data_helpers import DATA, lines
 from helpers import composed, make_job, tiny_policy, tiny_tokenizer
 from omegaconf import OmegaConf
 
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.data import reading, tasks
 from threefold.errors import UserError
 from threefold.evaluation import decoding_policies, suites, verifiable
 from threefold.evaluation.players import Player
 from threefold.evaluation.statistics import share_interval
+from threefold.fileio import read_json, read_lines
 from threefold.models import chat
 from threefold.report.tasks import table
 

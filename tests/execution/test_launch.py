@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from stage_worker import measure_nothing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from threefold.artifacts.artifact import read_json, read_lines, write_json
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.checks import check_shares
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.execution import device, launch, ranks
 from threefold.execution.job import Job, execute
+from threefold.fileio import read_json, read_lines, write_json
+from threefold.stages import parents
 from threefold.training import hf_trainer
 from threefold.training.packing import EvenedRows, PackedRows
 
@@ -45,7 +46,7 @@ def tasks(smoke: Path, folder: Path, stages: list[str], options: list[str], proc
         out, checkpoints = folder / stage, folder / f"{stage}.checkpoints"
         for made in (out, checkpoints):
             made.mkdir(parents=True, exist_ok=True)
-        inputs = {parent: str(smoke / "smoke" / parent) for parent in chain.parents(stage, config)}
+        inputs = {parent: str(smoke / "smoke" / parent) for parent in parents(stage, config)}
         seen = OmegaConf.to_container(chain.view(config, stage))
         yield launch.Task(stage, seen, inputs, str(out), str(checkpoints), "abc", processes, mode)
 
@@ -205,7 +206,7 @@ def test_passes_of_all_processes_make_up_a_batch():
     ],
 )  # fmt: skip
 def test_mixes_that_cannot_be_are_refused_before_anything_runs(options, line, tmp_path, monkeypatch):
-    monkeypatch.setattr(chain, "make", lambda *_: pytest.fail("a stage was run"))
+    monkeypatch.setattr("threefold.chain.making.make", lambda *_: pytest.fail("a stage was run"))
     with pytest.raises(UserError) as refused:
         chain.bring_up_to_date(compose(["experiment=smoke", f"runs={tmp_path}", *options]))
     assert str(refused.value).startswith(line) and "\n" not in str(refused.value)

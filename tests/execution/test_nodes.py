@@ -15,9 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from threefold import cli
-from threefold.artifacts.artifact import read_lines
 from threefold.errors import UserError
 from threefold.execution import nodes, peer
+from threefold.fileio import read_lines
 
 
 @pytest.fixture

@@ -21,12 +21,11 @@ from helpers import PROMPTS, make_ppo, tiny_tokenizer
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.execution import launch, ranks, worker
+from threefold.fileio import read_json, read_lines
 from threefold.ppo import rollouts
 from threefold.ppo.rollouts import Rollout
 from threefold.stages import ppo

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from threefold import rewards
-from threefold.artifacts.artifact import write_json
-from threefold.chain import chain, model_card
+from threefold import chain, rewards
+from threefold.chain import making, model_card
+from threefold.chain.member import Member
 from threefold.config.compose import compose
 from threefold.errors import UserError, public, public_traceback
 from threefold.execution import launch
+from threefold.fileio import write_json
 from threefold.slurm import submission
-from threefold.slurm.submission import Member
 from threefold.stages import STAGES
 
 SECRET, OTHER, PASSWORD = "dbPLANTEDsecret", "PLANTEDpass-other", "PLANTEDpass/word"
@@ -123,7 +123,7 @@ def test_processes_of_a_stage_are_told_the_name_and_find_the_secret_themselves(t
     entry = chain.plan(config)["ppo"]
     entry.artifact.open()
     with pytest.raises(RuntimeError, match=r"no \$\{oc\.env:PLANTED\} at https://host/rows"):
-        chain._execute(config, entry, {}, None)
+        making._execute(config, entry, {}, None)
     assert found == [[], (SECRET, URL)] and holding(tmp_path) == []
 
 

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
 from threefold.config.compose import compose
 from threefold.display import parts
 from threefold.errors import UserError
 from threefold.execution.surroundings import RANKS, SIZES, leave_launchers
+from threefold.fileio import read_json, read_lines
 from threefold.labelling import evaluated_pairs
 from threefold.report import tables
 from threefold.runs import sweep_table

@@ -7,8 +7,8 @@ import pytest
 from pools import a_vote, opened, row, vote_on, write_pool
 from sklearn.metrics import cohen_kappa_score
 
-from threefold.artifacts.artifact import read_lines
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.labelling import agreement
 
 

@@ -11,7 +11,7 @@ import pytest
 from browsers import CHROMIUM, CONTRASTS, DESKTOP, PHONE, playwright
 from pools import write_pool
 
-from threefold.artifacts.artifact import read_lines
+from threefold.fileio import read_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 

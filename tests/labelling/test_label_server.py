@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from pools import opened, row, vote_on, write_pool
 
-from threefold.artifacts.artifact import read_lines
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
+from threefold.fileio import read_lines
 from threefold.labelling import page
 
 HERE = {"base_url": "http://127.0.0.1:8010"}

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 from pools import a_vote, opened, row, vote_on
 
-from threefold.artifacts.artifact import read_lines
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.labelling.votes import Comparison, Journal, Vote, only_writer, read_pool
 
 

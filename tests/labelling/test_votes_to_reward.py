@@ -2,10 +2,9 @@
 
 from pools import opened, vote_on
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.config.compose import compose
+from threefold.fileio import read_json, read_lines
 
 ASKED = ["run=asked", "target=comparisons", "comparisons.label_by=people", "comparisons.pairing=random"]
 

@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import AddedToken
 
-from threefold.artifacts.artifact import write_json
 from threefold.errors import UserError
+from threefold.fileio import write_json
 from threefold.models import chat
 from threefold.stages.tokenizer import train
 

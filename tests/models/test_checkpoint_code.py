@@ -13,7 +13,7 @@ from checkpoint_helpers import DATE, edit, hf, refused, settings, take
 from helpers import composed, tiny_policy, tiny_tokenizer, write_model
 from peft import LoraConfig, get_peft_model
 
-from threefold.chain import chain
+from threefold import chain
 from threefold.errors import UserError
 from threefold.evaluation import judge_model
 from threefold.models import chat, loading

@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from threefold import chain
 from threefold.artifacts import digests
-from threefold.chain import chain
 from threefold.evaluation import judge_model
 from threefold.models import checkpoints, loading
 from threefold.stages import tokenizer as tokenizer_stage

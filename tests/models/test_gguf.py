@@ -11,10 +11,9 @@ from checkpoint_helpers import DATE
 from helpers import composed, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.errors import UserError
+from threefold.fileio import read_json
 from threefold.models import chat, gguf_checkpoint, loading
 from threefold.stages import tokenizer as tokenizer_stage
 

@@ -13,11 +13,10 @@ import pytest
 from filelock import FileLock
 from reports import change_metrics, change_samples, configuration, copy_of, write
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.display.parts import Table, csv_text
 from threefold.execution import job
+from threefold.fileio import read_json, read_lines
 from threefold.report import differences, lineage, page, summary
 from threefold.report.models import roles
 from threefold.report.run import configured, notices
@@ -384,7 +383,7 @@ def test_two_runs_beside_each_other(two):
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_an_option_may_stand_between_overrides(place, monkeypatch):
     got, arguments = [], ["experiment=smoke", "seed=7"]
-    monkeypatch.setattr("threefold.chain.chain.require_finished", lambda config: None)
+    monkeypatch.setattr("threefold.chain.require_finished", lambda config: None)
     monkeypatch.setattr("threefold.report.write_report", lambda config, compare: got.append((config.seed, compare)))
     monkeypatch.setattr("threefold.report.print_table", lambda folder: None)
     cli.main(["report", *arguments[:place], "--compare", "other", *arguments[place:]])

@@ -6,8 +6,8 @@ import pytest
 from browsers import CHROMIUM, CONTRASTS, DESKTOP, PHONE, playwright
 from reports import change_samples, copy_of, write
 
-from threefold.artifacts.artifact import read_lines
 from threefold.display.figures import PALETTE
+from threefold.fileio import read_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 

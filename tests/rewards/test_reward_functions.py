@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from threefold import rewards
 from threefold.artifacts import imports
-from threefold.config.schema import RewardFunctionConfig
+from threefold.config.stage_schema import RewardFunctionConfig
 from threefold.errors import UserError
 
 REPLIES = ["a", "b\nb", "c" * 50]

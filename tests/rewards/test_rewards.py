@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from threefold import conf, rewards
 from threefold.config.compose import compose
-from threefold.config.schema import RewardFunctionConfig
+from threefold.config.stage_schema import RewardFunctionConfig
 from threefold.errors import UserError
 from threefold.models import chat
 from threefold.models.ensemble import Ensemble

@@ -7,10 +7,10 @@ import pytest
 from documents import documented
 from helpers import composed, make_job
 
-from threefold.artifacts.artifact import read_json, read_lines, write_json, write_lines
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.evaluation import best_of, overoptimisation
+from threefold.fileio import read_json, read_lines, write_json, write_lines
 from threefold.report import frontier as report
 from threefold.report.frontier import section
 from threefold.report.run import configured

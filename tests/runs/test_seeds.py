@@ -10,8 +10,8 @@ from helpers import composed
 from scipy import stats
 
 from threefold import cli
-from threefold.artifacts.artifact import read_json, write_json
 from threefold.errors import UserError
+from threefold.fileio import read_json, write_json
 from threefold.report import seeds as seeds_section
 from threefold.report.run import Run
 from threefold.runs import seeds, variants

@@ -12,12 +12,13 @@ from helpers import make_job
 from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
 from threefold import cli
-from threefold.artifacts.artifact import read_json, stop_file, write_json
+from threefold.artifacts.artifact import stop_file
 from threefold.config.compose import compose
 from threefold.errors import UserError
+from threefold.fileio import read_json, write_json
 from threefold.report import sweep as sweep_section
 from threefold.report.run import Run
-from threefold.runs import sweep, sweep_metric, sweep_space, sweep_table
+from threefold.runs import sweep_metric, sweep_space, sweep_table, trials
 from threefold.runs.sweep_space import Dimension
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -48,13 +49,13 @@ def test_combinations_vary_the_last_key_fastest():
 
 
 def test_a_run_is_called_after_its_values_as_far_as_a_folder_can_be():
-    made = sweep.variant({"dpo.beta": 0.1, "reward@ppo.reward": "length", "seed": 2}, "dpo")
+    made = trials.variant({"dpo.beta": 0.1, "reward@ppo.reward": "length", "seed": 2}, "dpo")
     assert made.name == "variants/dpo.beta=0.1,reward@ppo.reward=length,seed=2"
     assert made.overrides == ("dpo.beta=0.1", "reward@ppo.reward=length", "seed=2")
     config = compose(["experiment=smoke"])
-    assert compose(sweep.variant({"dpo.beta": 0.1, "seed": 2}, "dpo").arguments(config, [])).run.endswith("0.1,seed=2")
-    odd, other = (sweep.folder_name(f"data.text.path=my{mark}file") for mark in "/ ")
-    assert odd != other and "/" not in odd and " " not in other and len(sweep.folder_name("x" * 999)) < 200
+    assert compose(trials.variant({"dpo.beta": 0.1, "seed": 2}, "dpo").arguments(config, [])).run.endswith("0.1,seed=2")
+    odd, other = (trials.folder_name(f"data.text.path=my{mark}file") for mark in "/ ")
+    assert odd != other and "/" not in odd and " " not in other and len(trials.folder_name("x" * 999)) < 200
 
 
 @pytest.mark.parametrize(
@@ -316,9 +317,11 @@ def test_a_shared_stage_that_fails_fails_the_runs_that_need_it(tmp_path, monkeyp
 def test_a_kl_that_nobody_asked_for_may_be_missing(tmp_path):
     (tmp_path / "dpo").mkdir()
     write_json(tmp_path / "dpo/metrics.json", {"accuracy": 0.5})
-    assert sweep.measured(tmp_path, "dpo.kl", needed=False) is None and sweep.measured(tmp_path, "dpo.accuracy") == 0.5
+    assert (
+        trials.measured(tmp_path, "dpo.kl", needed=False) is None and trials.measured(tmp_path, "dpo.accuracy") == 0.5
+    )
     with pytest.raises(UserError, match=r"dpo\.kl: is not among the numbers of"):
-        sweep.measured(tmp_path, "dpo.kl")
+        trials.measured(tmp_path, "dpo.kl")
 
 
 def test_a_stage_ends_at_the_next_step_that_it_logs_when_asked_to(tmp_path):

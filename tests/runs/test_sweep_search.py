@@ -13,8 +13,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from threefold.artifacts.artifact import read_json
 from threefold.errors import UserError
+from threefold.fileio import read_json
 from threefold.report import sweep as sweep_section
 from threefold.runs import sweep_pruning, sweep_search, sweep_space
 from threefold.runs.sweep_space import Dimension

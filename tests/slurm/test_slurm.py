@@ -7,13 +7,13 @@ import types
 import pytest
 from helpers import composed
 
-from threefold import cli
-from threefold.artifacts.artifact import Artifact, read_json, write_json
-from threefold.chain import chain
+from threefold import chain, cli
+from threefold.artifacts.artifact import Artifact
+from threefold.chain.member import Member
 from threefold.errors import UserError
+from threefold.fileio import read_json, write_json
 from threefold.slurm import client, job_records, queued, stage_job, submission, waiting
 from threefold.slurm.job_records import Record
-from threefold.slurm.submission import Member
 
 STAGES = ["tokenizer", "pretrain", "sft", "comparisons", "reward", "dpo", "ppo", "evaluate"]
 

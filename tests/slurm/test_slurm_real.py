@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.config.compose import compose
 from threefold.errors import UserError
+from threefold.fileio import read_json, read_lines
 from threefold.runs import variants
 from threefold.runs.variants import Variant
 from threefold.slurm import job_records

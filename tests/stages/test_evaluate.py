@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from helpers import make_job, tiny_policy, write_model
 
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold.chain import checks
 from threefold.config.compose import compose
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation.suites import Suite
 from threefold.evaluation.verifiable import Problem
+from threefold.fileio import read_json, read_lines
 from threefold.models.ensemble import load
 from threefold.report import contamination, in_order
 from threefold.stages import evaluate
@@ -220,4 +220,4 @@ def test_a_bad_validation_split_is_found_before_any_model_replies(smoke, tmp_pat
 def test_the_validation_split_is_read_before_the_first_stage_where_it_is_asked_for():
     for prompts, splits in ((0, {"test"}), (6, {"test", "validation"})):
         config = compose(["experiment=smoke", f"evaluate.validation_prompts={prompts}"])
-        assert chain._splits_of_replies({"evaluate"}, config) == splits
+        assert checks._splits_of_replies({"evaluate"}, config) == splits

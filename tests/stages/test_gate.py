@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from threefold.artifacts.artifact import read_json
-from threefold.chain import chain
+from threefold import chain
 from threefold.config.compose import compose
 from threefold.errors import UserError
+from threefold.fileio import read_json
 
 
 def asked(smoke, *overrides: str):

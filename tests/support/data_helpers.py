@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from threefold.config.schema import SourceConfig
+from threefold.config.stage_schema import SourceConfig
 from threefold.data import reading
 
 DATA = Path(os.environ.get("THREEFOLD_DATA", Path(__file__).parents[3] / "shared/data"))

@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from threefold.artifacts.artifact import write_json
 from threefold.config.compose import compose
-from threefold.config.schema import PROBES
+from threefold.config.stage_schema import PROBES
 from threefold.data import preferences
 from threefold.data.preferences import Pair
 from threefold.execution.job import Job
+from threefold.fileio import write_json
 from threefold.models import chat, loading
 from threefold.models.ensemble import Ensemble
 from threefold.ppo.actors import Actors

@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers import composed
 from omegaconf import OmegaConf
 
-from threefold.artifacts.artifact import read_lines, write_lines
+from threefold.fileio import read_lines, write_lines
 from threefold.report import write_report
 
 

@@ -12,7 +12,7 @@ from documents import documented
 from omegaconf import OmegaConf
 from tracking_helpers import OFFLINE, about
 
-from threefold.artifacts.artifact import read_json, read_lines
+from threefold.fileio import read_json, read_lines
 from threefold.stages import STAGES
 from threefold.tracking.values import Histogram, Table
 

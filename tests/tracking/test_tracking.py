@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from tracking_helpers import OFFLINE, about
 
-from threefold.artifacts.artifact import read_lines
 from threefold.config.compose import compose
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.tracking import backends, trackers
 from threefold.tracking.trackers import Background, StepLog, Trackers
 from threefold.tracking.values import Histogram, Table, results

@@ -17,11 +17,11 @@ from helpers import (
     tiny_tokenizer,
 )
 
-from threefold.artifacts.artifact import read_lines
 from threefold.config.compose import compose
 from threefold.data import preferences
 from threefold.data.reading import Example
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.models import chat, loading
 from threefold.sampling import sampler
 from threefold.stages import dpo, reward, sft

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import PAIRS, PROMPTS, SENTENCES, make_job, make_ppo, tiny_policy, tiny_reward_model, tiny_tokenizer
 
-from threefold.artifacts.artifact import read_lines
 from threefold.data import preferences
 from threefold.data.reading import Example
 from threefold.errors import UserError
+from threefold.fileio import read_lines
 from threefold.models import ensemble, loading
 from threefold.stages import dpo, ppo, pretrain, reward, sft
 from threefold.training.packing import PackedRows

@@ -2,11 +2,10 @@
 
 import pytest
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.config.compose import compose
 from threefold.data import reading
+from threefold.fileio import read_json, read_lines
 
 SMALL = [
     "experiment=arithmetic",

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from threefold import cli
-from threefold.chain import chain
+from threefold import chain, cli
 from threefold.config.compose import compose
 from threefold.errors import UserError
 

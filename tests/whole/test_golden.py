@@ -18,10 +18,10 @@ import torch
 from helpers import PROMPTS, SENTENCES, make_job, make_ppo, tiny_policy, tiny_reward_model, tiny_tokenizer
 from torch import nn
 
-from threefold.artifacts.artifact import read_lines
 from threefold.data import preferences
 from threefold.data.preferences import Pair
 from threefold.data.reading import Example
+from threefold.fileio import read_lines
 from threefold.models import chat
 from threefold.ppo import rollouts
 from threefold.ppo.advantages import estimate

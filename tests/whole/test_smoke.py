@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from threefold import cli
-from threefold.artifacts.artifact import read_json, read_lines
-from threefold.chain import chain
+from threefold import chain, cli
+from threefold.chain import making
 from threefold.config.compose import compose
+from threefold.fileio import read_json, read_lines
 from threefold.stages import STAGES
 
 CHAIN = [stage for stage in STAGES if stage != "frontier"]  # what a run has without more being asked for
@@ -22,9 +22,9 @@ CHAIN = [stage for stage in STAGES if stage != "frontier"]  # what a run has wit
 
 def stages_that_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran = []
-    original = chain.make
+    original = making.make
     monkeypatch.setattr(
-        chain, "make", lambda config, entry, *rest: ran.append(entry.stage) or original(config, entry, *rest)
+        making, "make", lambda config, entry, *rest: ran.append(entry.stage) or original(config, entry, *rest)
     )
     cli.main(["run", *arguments])
     return ran

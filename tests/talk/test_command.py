@@ -8,11 +8,11 @@ import pytest
 from helpers import composed, perturb, tiny_policy, tiny_reward_model, write_model
 
 from threefold import cli
-from threefold.artifacts.artifact import write_json
-from threefold.chat_command import made
 from threefold.config.compose import compose
-from threefold.conversation import Conversation
 from threefold.errors import UserError
+from threefold.fileio import write_json
+from threefold.talk.command import made
+from threefold.talk.conversation import Conversation
 
 
 @pytest.fixture(scope="module")

@@ -74,15 +74,15 @@ class Session:
     def __init__(self, config: DictConfig, overrides: list[str]):
         self.config, self.overrides, self.told = config, overrides, False
         speaker = self.speaker(config.chat.model)
-        from threefold.conversation import Conversation
+        from threefold.talk.conversation import Conversation
 
         self.conversation = Conversation(speaker, config.chat.system, config.chat.seed)
 
     def speaker(self, name: str) -> Any:
         """Who replies from now on. Raises `UserError` for an unknown name and a missing artifact."""
         folders = made(name, self.config, self.overrides)
-        from threefold.conversation import Speaker
         from threefold.execution.job import quiet_libraries
+        from threefold.talk.conversation import Speaker
 
         quiet_libraries()
         speaker = Speaker(player(name, "chat.model"), folders, self.config)

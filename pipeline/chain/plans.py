@@ -1,0 +1,168 @@
+"""What a configuration asks for: the stages, and all that the fingerprint of each covers. Runs nothing."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from threefold import rewards
+from threefold.artifacts.artifact import Artifact, fingerprint_of
+from threefold.artifacts.digests import artifact_digest, checkpoint_digest, model_digest, source_parts
+from threefold.artifacts.imports import function_parts
+from threefold.errors import UserError
+from threefold.evaluation.players import policy_name
+from threefold.execution import interpolations, precision
+from threefold.stages import STAGES, depending_on, needed_by, parents, sources
+
+LOCATION = ("path", "config_name", "revision")  # of a source: its content counts, and these for one from the hub
+TASKS = "evaluate.tasks."
+
+
+@dataclass
+class Planned:
+    """One stage under one configuration: `parts` is everything its fingerprint covers."""
+
+    stage: str
+    parts: dict[str, Any]
+    artifact: Artifact
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint, 12 hexadecimal digits."""
+        return self.artifact.fingerprint
+
+
+def plan(config: DictConfig, names: list[str] | None = None) -> dict[str, Planned]:
+    """The stages `names` (default: the whole chain) with fingerprints, parents before children; runs nothing."""
+    planned: dict[str, Planned] = {}
+    for name in names or needed_by(None, config):
+        parts = fingerprint_parts(config, name)
+        parts |= {f"parent.{parent}": planned[parent].fingerprint for parent in parents(name, config)}
+        planned[name] = Planned(name, parts, Artifact(Path(config.runs), name, fingerprint_of(parts)))
+    return planned
+
+
+def wanted(config: DictConfig) -> list[str]:
+    """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
+    if config.target is not None and config.target not in STAGES:
+        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
+    found = needed_by(config.target, config)
+    if config.target and config.dependents:
+        run = Path(config.runs) / config.run
+        made = [name for name in depending_on(config.target, config) if (run / name).exists()]
+        found = [name for name in STAGES if any(name in needed_by(w, config) for w in [*found, *made])]
+    return found
+
+
+def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
+    """Everything but the parents that can change the result of stage `name`, as flat dotted keys."""
+    stage = STAGES[name]
+    parts: dict[str, Any] = {"version": stage.version}
+    for key in stage.keys:
+        parts |= _flatten(key, *_placed(config, key))
+    parts = {key: value for key, value in parts.items() if not _below(key, stage.without)}
+    if "precision" in parts:
+        parts |= {"precision": precision.resolved(config, name)}
+    for key, made_by in stage.folders:
+        folders = _listed(OmegaConf.select(config, key))
+        parts = _replaced(parts, key, [artifact_digest(folder, key, made_by) for folder in folders])
+        if key in stage.named:
+            parts[f"{key}.names"] = [policy_name(folder) for folder in folders]
+    for key in stage.models:
+        if (model := OmegaConf.select(config, key)) is not None and (digest := model_digest(model, key)) != model:
+            parts = _replaced(parts, key, digest)
+    for key in sources(name, config):
+        parts = _without_location(parts, key) | _source_parts(config, key)
+        if key.startswith(TASKS):
+            from threefold.evaluation import verifiable
+
+            parts |= _prefixed(key, verifiable.parts(OmegaConf.select(config, key).check))
+    for key in stage.functions:
+        for place, function in rewards.functions(OmegaConf.select(config, key)).items():
+            if function is not None:
+                parts |= _prefixed(f"{key}.{place}".rstrip("."), function_parts(function))
+    checkpoint = config.model.checkpoint if "model.checkpoint" in parts else None
+    if checkpoint and Path(checkpoint).is_dir():
+        parts = _replaced(parts, "model.checkpoint", checkpoint_digest(Path(checkpoint)))
+    return parts
+
+
+def _source_parts(config: DictConfig, key: str) -> dict[str, Any]:
+    """What counts of a data source; a name on the hub that the environment gives stays an interpolation."""
+    source = OmegaConf.select(config, key)
+    if not source.path:
+        return {key: None}
+    counted = OmegaConf.create(source_parts(source))
+    return {
+        part: value
+        for name in counted
+        for part, value in _flatten(f"{key}.{name}", source if name in source else counted, name).items()
+    }
+
+
+def _without_location(parts: dict[str, Any], key: str) -> dict[str, Any]:
+    return {part: value for part, value in parts.items() if not _below(part, tuple(f"{key}.{n}" for n in LOCATION))}
+
+
+def _replaced(parts: dict[str, Any], key: str, digest: str) -> dict[str, Any]:
+    """`parts` with a digest of the content that a key names, in place of the name."""
+    return {part: value for part, value in parts.items() if not _below(part, (key,))} | {key: digest}
+
+
+def _prefixed(key: str, parts: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}.{name}": value for name, value in parts.items()}
+
+
+def view(config: DictConfig, name: str) -> DictConfig:
+    """The configuration that stage `name` may see: what its fingerprint covers, plus runtime and tracker.
+
+    Reading any other key raises, so no stage can depend on a key that its fingerprint leaves out.
+    """
+    stage = STAGES[name]
+    seen = OmegaConf.create({})
+    for key in (*stage.keys, *sources(name, config), "runtime", "tracker", "run"):
+        value = interpolations.as_written(*_placed(config, key))
+        if key == "precision":
+            value = precision.resolved(config, name)
+        if hidden := [name.removeprefix(f"{key}.") for name in stage.without if name.startswith(f"{key}.")]:
+            value = OmegaConf.masked_copy(value, [name for name in value if name not in hidden])
+        OmegaConf.update(seen, key, value, force_add=True)
+    OmegaConf.set_struct(seen, True)
+    OmegaConf.set_readonly(seen, True)
+    return seen
+
+
+def _below(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _placed(config: DictConfig, key: str) -> tuple[DictConfig, str]:
+    """The section that a key is in, and its name there."""
+    section, _, name = key.rpartition(".")
+    return (OmegaConf.select(config, section) if section else config), name
+
+
+def _flatten(key: str, section: DictConfig, name: str) -> dict[str, Any]:
+    """What is called `name` in `section`, as flat dotted keys below `key`.
+
+    A value that the environment gives stays an interpolation. A digest of it stands beside it, but for arguments of
+    functions and addresses, which count as written: these may hold secrets, and a weak one could be found from its
+    digest.
+    """
+    value = section[name]
+    if OmegaConf.is_dict(value):
+        return {part: v for below in value for part, v in _flatten(f"{key}.{below}", value, below).items()}
+    if OmegaConf.is_list(value):
+        written, value = OmegaConf.to_container(value), OmegaConf.to_container(value, resolve=True)
+    else:
+        written = interpolations.as_written(section, name)
+    if written == value or ".args." in key or "://" in str(value):
+        return {key: written}
+    return {key: written, f"{key}.value": hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}

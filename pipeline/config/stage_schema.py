@@ -1,0 +1,327 @@
+"""The schema of models, data and stages: the types and limits that every value is held to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from threefold.config.fields import number, one_of
+from threefold.data.formats import FORMATS
+
+
+@dataclass
+class ModelConfig:
+    """The architecture to pretrain, or the checkpoint to start from."""
+
+    checkpoint: str | None = MISSING
+    revision: str | None = MISSING
+    gguf_file: str | None = MISSING
+    trust_remote_code: bool = MISSING
+    model_type: str | None = MISSING
+    hidden_size: int | None = number(1)
+    intermediate_size: int | None = number(1)
+    num_hidden_layers: int | None = number(1)
+    num_attention_heads: int | None = number(1)
+    num_key_value_heads: int | None = number(1)
+    head_dim: int | None = number(1)
+    max_position_embeddings: int | None = number(8)
+    tie_word_embeddings: bool = MISSING
+
+
+@dataclass
+class SourceConfig:
+    """One data source: where its rows are and how to read them."""
+
+    path: str | None = MISSING
+    config_name: str | None = None
+    revision: str | None = None
+    format: str = one_of(*FORMATS)
+    columns: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    max_unusable_share: float = field(default=0.01, metadata={"low": 0.0, "high": 1.0})
+
+
+@dataclass
+class DialogueConfig:
+    """How prompts and replies are cut out of conversations; null is no limit."""
+
+    context_turns: int | None = number(1)
+    prompt_max_chars: int | None = number(1)
+    reply_min_chars: int | None = number(1)
+    reply_max_chars: int | None = number(1)
+
+
+@dataclass
+class DataConfig:
+    """The sources of a run. Without a path for `preferences` the comparisons stage makes its own pairs."""
+
+    text: SourceConfig = field(default_factory=SourceConfig)
+    replies: SourceConfig = field(default_factory=SourceConfig)
+    preferences: SourceConfig = field(default_factory=SourceConfig)
+    limits_for: str = MISSING
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+
+
+@dataclass
+class TokenizerConfig:
+    """Stage `tokenizer`."""
+
+    vocab_size: int = number(262)
+    template_date: str = MISSING
+
+
+@dataclass
+class PretrainConfig:
+    """Stage `pretrain`."""
+
+    tokens: int = number(0)
+    context: int = number(8)
+    batch_size: int = number(1)
+    matrix_learning_rate: float = number(0.0)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    decay: float = number(0.0, 1.0)
+    max_grad_norm: float = number(0.0)
+    eval_tokens: int = number(1)
+    seed: int = number(0)
+
+
+@dataclass
+class SftConfig:
+    """Stage `sft`."""
+
+    examples: int = number(1)
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    max_length: int = number(8)
+    eval_examples: int = number(1)
+    seed: int = number(0)
+
+
+@dataclass
+class SamplingConfig:
+    """How every stage samples replies; one setting, so that sampled and scored log-probabilities agree."""
+
+    temperature: float = number(0.01)
+    max_new_tokens: int = number(1)
+    batch_size: int = number(1)
+    static_cache: bool = MISSING
+
+
+@dataclass
+class FunctionConfig:
+    """A reward function by import path, null for the learned reward model, and how it is called."""
+
+    function: str | None = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    messages: bool = False
+
+
+@dataclass
+class RewardPartConfig(FunctionConfig):
+    """One part of a composed reward, and how it is added to the others."""
+
+    weight: float = 1.0
+    clip: list[float] | None = None
+    normalise: bool = False
+    needs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RewardFunctionConfig(FunctionConfig):
+    """The `reward` group: one function, or with `function` null a sum of `parts` by name."""
+
+    parts: dict[str, RewardPartConfig] = field(default_factory=dict)
+
+
+@dataclass
+class ComparisonsConfig:
+    """Stage `comparisons`."""
+
+    prompts: int = number(1)
+    eval_prompts: int = number(1)
+    samples_per_prompt: int = number(2)
+    pairs_per_prompt: int = number(1)
+    human_pairs: int = number(0)
+    policies: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
+    pairing: str = one_of("best_worst", "random", "uncertain")
+    scorer: str | None = MISSING
+    label_by: str = one_of("judge", "people")
+    min_gap: float = number(0.0)
+    label_noise: float = number(0.0, 0.5)
+    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    seed: int = number(0)
+
+
+PROBES = (
+    "empty", "whitespace", "prompt_echoed", "repeated", "very_long", "off_topic", "praise", "no_end",
+)  # fmt: skip
+
+
+@dataclass
+class GateConfig:
+    """What a reward model must keep to before PPO may use it; null does not check."""
+
+    min_accuracy: float | None = number(0.0, 1.0)
+    min_over_length: float | None = number(-1.0, 1.0)
+    max_length_correlation: float | None = number(0.0, 1.0)
+    max_calibration_error: float | None = number(0.0, 1.0)
+    probes: dict[str, float] = field(default_factory=dict)
+    max_batch_difference: float | None = number(0.0)
+    max_train_overlap: int | None = number(0)
+
+
+@dataclass
+class RewardConfig:
+    """Stage `reward`."""
+
+    pairs: int | None = number(1)
+    eval_pairs: int | None = number(2)
+    probe_prompts: int = number(1)
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    center_coef: float = number(0.0)
+    margin_coef: float = number(0.0)
+    label_smoothing: float = number(0.0, 0.5)
+    ensemble: int = number(1)
+    combine: str = one_of("mean", "min", "uncertain")
+    combine_coef: float = number(0.0)
+    lora_rank: int | None = number(1)
+    lora_alpha: float = number(0.0)
+    max_length: int = number(8)
+    gate: GateConfig = field(default_factory=GateConfig)
+    seed: int = number(0)
+
+
+@dataclass
+class DpoConfig:
+    """Stage `dpo`."""
+
+    pairs: int | None = number(1)
+    eval_pairs: int | None = number(1)
+    beta: float = number(0.0)
+    loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
+    label_smoothing: float = number(0.0, 0.5)
+    epochs: int = number(1)
+    batch_size: int = number(1)
+    learning_rate: float = number(0.0)
+    warmup: float = number(0.0, 1.0)
+    max_length: int = number(8)
+    seed: int = number(0)
+
+
+@dataclass
+class PpoConfig:
+    """Stage `ppo`."""
+
+    episodes: int = number(1)
+    batch_size: int = number(2)
+    samples_per_prompt: int = number(1)
+    minibatches: int = number(1)
+    epochs: int = number(1)
+    learning_rate: float = number(0.0)
+    critic_learning_rate: float = number(0.0)
+    critic_warmup: int = number(0)
+    adam_eps: float = number(0.0)
+    max_grad_norm: float = number(0.0)
+    advantage: str = one_of("gae", "rloo", "grpo", "reinforce++")
+    average: str = one_of("tokens", "replies", "sums")
+    critic: str = one_of("separate", "shared")
+    sampler: str = one_of("own", "vllm")
+    vllm_memory_share: float = number(0.01, 1.0)
+    lora_rank: int | None = number(1)
+    lora_alpha: float = number(0.0)
+    gamma: float = number(0.0, 1.0)
+    gae_lambda: float = number(0.0, 1.0)
+    clip_range: float = number(0.0)
+    value_clip_range: float | None = number(0.0)
+    value_coef: float = number(0.0)
+    kl_controller: str = one_of("fixed", "adaptive")
+    kl_coef: float = number(0.0)
+    kl_target: float = number(0.0)
+    kl_horizon: int = number(1)
+    kl_estimator: str = one_of("k1", "k2", "k3")
+    kl_in: str = one_of("reward", "loss")
+    max_kl: float | None = number(0.0)
+    max_loss: float | None = number(0.0)
+    min_entropy: float | None = number(0.0)
+    min_score_std: float | None = number(0.0)
+    max_first_ratio_error: float | None = number(0.0)
+    max_engine_ratio: float | None = number(0.0)
+    on_trip: str = one_of("stop", "rollback")
+    reference_sync_every: int | None = number(1)
+    snapshots: int = number(0)
+    ptx_coef: float = number(0.0)
+    ptx_batch_size: int = number(1)
+    ptx_context: int = number(8)
+    whiten_rewards: bool = MISSING
+    missing_end_penalty: float | None = MISSING
+    reward: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    ignore_gate: bool = MISSING
+    seed: int = number(0)
+
+
+@dataclass
+class JudgeModelConfig:
+    """A local model that judges pairs of replies."""
+
+    path: str | None = MISSING
+    revision: str | None = MISSING
+    chat: bool = MISSING
+    template: str = MISSING
+    verdicts: list[str] = field(default_factory=list)
+    margin: float = number(0.0, 0.5)
+    prompts: int | None = number(2)
+    batch_size: int = number(1)
+
+
+@dataclass
+class TaskConfig(SourceConfig):
+    """A task of the evaluation: a source of problems, and how a reply to one is checked."""
+
+    check: str = one_of("exact", "numeric", "instructions")
+    split: str = field(default="all", metadata={"choices": ("all", "test")})
+    problems: int | None = field(default=None, metadata={"low": 1})
+    max_new_tokens: int | None = field(default=None, metadata={"low": 1})
+
+
+@dataclass
+class EvaluateConfig:
+    """Stage `evaluate`."""
+
+    models: list[str] = field(default_factory=list)
+    earlier: list[str] = field(default_factory=list)
+    prompts: int = number(2)
+    validation_prompts: int = number(0)
+    text_tokens: int = number(1)
+    remove_contaminated: bool = MISSING
+    greedy: bool = MISSING
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    samples_shown: int = number(0)
+    judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    second_judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
+    judge_model: JudgeModelConfig = field(default_factory=JudgeModelConfig)
+    seed: int = number(0)
+
+
+@dataclass
+class FrontierConfig:
+    """Stage `frontier`, and the command that runs it for every method, setting and seed."""
+
+    method: str = one_of("best_of_n", "dpo", "ppo")
+    prompts: int = number(2)
+    samples: int = number(2)
+    best_of: list[int] = field(default_factory=list)
+    seed: int = number(0)
+    seeds: list[int] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
+    kl_coefs: list[float] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    snapshots: int = number(0)
+    bootstrap: int = number(100)
