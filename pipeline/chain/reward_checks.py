@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
+from threefold.artifacts.digests import module_of
 from threefold.data import reading
 from threefold.data.reading import Example
 from threefold.evaluation import verifiable
@@ -29,8 +30,14 @@ def check(config: DictConfig, stage: str, key: str) -> None:
         return
     examples = _examples(config, stage)
     _try(json.dumps(OmegaConf.to_container(reward)), stage, json.dumps([[e.prompt, e.reply] for e in examples[:2]]))
-    if stage == "ppo" and NUMERIC in rewards.functions(reward).values():
+    if stage == "ppo" and any(_imported(path) == NUMERIC for path in rewards.functions(reward).values() if path):
         verifiable.require_checkable(key, "numeric", [example.reply for example in examples])
+
+
+def _imported(path: str) -> str:
+    """The import path that the configuration calls `path`."""
+    module, _, name = path.partition(":")
+    return f"{module_of(module)}:{name}"
 
 
 def _called(config: DictConfig, stage: str) -> bool:

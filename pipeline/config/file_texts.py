@@ -17,7 +17,7 @@ PACKAGE = re.compile(r"^# @package (\S+)$", re.MULTILINE)  # Hydra's: the sectio
 def check(choices: Mapping[str, Any]) -> None:
     """Hold the texts in the files that are chosen, by group, to be no numbers for YAML; raises `UserError`."""
     for group, names in choices.items():
-        if group.startswith(("hydra/", "stage")):
+        if group.startswith(("hydra/", "section", "stage")):
             continue
         folder, _, section = group.partition("@")
         for name in [names] if isinstance(names, str) else names or ():

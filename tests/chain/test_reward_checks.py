@@ -55,7 +55,7 @@ def test_a_judge_scores_two_rows_of_its_split_once_for_all_seeds(tmp_path, mine)
         made = config(tmp_path, f"seed={seed}", evaluate__judge=f"{name}:f")
         reward_checks.check(made, "evaluate", "evaluate.judge")
     [(prompts, completions, columns)] = importlib.import_module(name).seen
-    [first, second, *_] = reward_checks.data.prompts(made.data.replies, "test", made.data.dialogue)
+    [first, second, *_] = reward_checks.reading.prompts(made.data.replies, "test", made.data.dialogue)
     assert prompts == [first.prompt[-1]["content"], second.prompt[-1]["content"]]
     assert completions == [first.reply, second.reply] and columns == {"answer": completions}
 

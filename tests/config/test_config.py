@@ -29,7 +29,7 @@ def leaves(node, path=""):
     return {k: v for name in node for k, v in leaves(node[name], f"{path}.{name}".lstrip(".")).items()}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("", "stage")], ids=str)
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("", "section", "stage")], ids=str)
 def test_every_choice_composes_to_what_its_file_says(file):
     group = file.parent.name
     places = (group,)
@@ -46,11 +46,11 @@ def test_every_choice_composes_to_what_its_file_says(file):
                 assert composed[below + key] == value, key
 
 
-def test_every_stage_file_is_part_of_every_run():
+def test_every_file_of_a_stage_or_section_is_part_of_every_run():
     defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-    listed = next(entry["stage"] for entry in defaults if isinstance(entry, dict) and "stage" in entry)
-    assert sorted(listed) == sorted(file.stem for file in FILES if file.parent.name == "stage")
-    assert set(STAGES) <= set(listed)
+    listed = {group: names for entry in defaults if isinstance(entry, dict) for group, names in entry.items()}
+    assert listed["stage"] == list(STAGES)
+    assert sorted(listed["section"]) == sorted(file.stem for file in FILES if file.parent.name == "section")
 
 
 def test_keys_are_exactly_those_of_the_composed_configuration():

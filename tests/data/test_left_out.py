@@ -155,7 +155,7 @@ def test_prompts_that_the_template_refuses_are_counted_as_such(tmp_path, monkeyp
         return [Reply(replies[i % 3], [], i % 3 < 2, []) for i in range(len(ids))]
 
     monkeypatch.setattr(comparisons.chat, "require_same_template", lambda _: tokenizer)
-    monkeypatch.setattr(comparisons.sampling, "sample", sampled)
+    monkeypatch.setattr(comparisons.sampler, "sample", sampled)
     train, held_out, metrics = comparisons.sampled_answers(job)
     assert metrics["unusable"] == expected
     count = 2 * (len(train) + len(held_out))

@@ -217,7 +217,7 @@ def test_a_judge_that_gives_no_score_is_refused(smoke, tmp_path):
     job = make_job("frontier", tmp_path, *SETTINGS)
     judges = {"gold": lambda prompts, texts, **given: [None] * len(texts)}
     policy, tokenizer = (
-        stage.models.load_policy(smoke / "smoke" / "sft"),
+        stage.loading.load_policy(smoke / "smoke" / "sft"),
         stage.chat.load_tokenizer(smoke / "smoke" / "sft"),
     )
     asked = [stage.Example([{"role": "user", "content": "hello"}], "hi")]

@@ -194,7 +194,9 @@ def test_replies_that_the_judge_gives_no_score_are_counted_and_validation_prompt
     assert "the gold judge gives no score to some of 12 replies each" in capsys.readouterr().out
     validation = metrics["validation"]
     assert validation["prompts"] == 6 and validation["models"]["sft"]["gold_unscored"] == 2
-    tokenizer, model = (load(job.inputs["sft"]) for load in (evaluate.chat.load_tokenizer, evaluate.models.load_policy))
+    tokenizer, model = (
+        load(job.inputs["sft"]) for load in (evaluate.chat.load_tokenizer, evaluate.loading.load_policy)
+    )
     _, unusable = evaluate.held_out.prompts(job, tokenizer, model, 6, job.config.evaluate.seed, "validation")
     assert validation["unusable"] == unusable != metrics["unusable"]
     assert sum(metrics["contamination"]["validation_prompts"]["sft"].values()) == 6
