@@ -2,27 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from threefold.errors import UserError, nearest, public, public_traceback
 from threefold.execution.surroundings import leave_launchers
-
-COMMANDS = {
-    "run": "make what is stale: the whole chain, or target=STAGE with everything that it needs",
-    "submit": "send what is stale to Slurm, a job for each stage after those it needs, and return at once",
-    "status": "show each stage: fresh, stale and why, queued, running, failed",
-    "cancel": "end the jobs of a run in Slurm, and of its variants",
-    "frontier": "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds",
-    "sweep": "make a run with several values of some keys, or search them with Optuna: a table and plots",
-    "report": "write the report of a run again from its folder; --compare RUN sets another run beside it",
-    "label": "serve the page where people compare replies, on this machine alone",
-    "chat": "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8",
-    "dashboard": "look at tracked runs: trackio's page, or W&B's in the terminal; --wandb sets up W&B's workspace",
-    "sync": "send W&B runs that were made offline",
-    "config": "print the composed configuration",
-}
-
 
 WORKING = ("run", "submit", "frontier", "sweep", "chat")  # commands that use models, or send jobs that do
 
@@ -36,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
             leave_launchers()
-        globals()[f"_{command}"](overrides, **options)
+        COMMANDS[command][0](overrides, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -49,7 +33,7 @@ OPTIONS = {"compare": "report", "wandb": "dashboard"}  # option → the command 
 
 
 def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    commands = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="threefold",
         usage="threefold COMMAND [KEY=VALUE ...]",
@@ -58,22 +42,26 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Pretrain, fine-tune and align a language model.\n\ncommands:\n{commands}",
         epilog="Overrides use Hydra's syntax: threefold run target=ppo ppo.kl_coef=0.1 experiment=demo\n"
-        "Every key with its meaning is in conf/; `threefold config` prints them with their values.",
+        "Every key with its meaning is in conf/; `threefold config`, or --cfg job, prints them with their values.",
     )
     parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
     parser.add_argument("--compare", metavar="RUN", help=argparse.SUPPRESS)
     parser.add_argument("--wandb", action="store_const", const=True, help=argparse.SUPPRESS)
+    parser.add_argument("--cfg", "-c", choices=("job",), help=argparse.SUPPRESS)  # as Hydra's applications have it
+    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
     try:
         known, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
     except argparse.ArgumentError as error:
         raise UserError(f"{error.argument_name}: {error.message}") from error
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
-    if known.command is None:
+    if known.multirun:
+        raise UserError(f"--multirun: sweeps have a command of their own: threefold sweep {' '.join(known.overrides)}")
+    if known.command is None and not known.cfg:
         parser.print_help()
         sys.exit(0)
-    if known.command not in COMMANDS:
+    if known.command not in COMMANDS and not (known.command is None and known.cfg):
         raise UserError(
             f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
@@ -81,26 +69,20 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     for name in options:
         if known.command != OPTIONS[name]:
             raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {known.command}")
-    return known.command, known.overrides, options
+    return "config" if known.cfg else known.command, known.overrides, options
 
 
 def _run(overrides: list[str]) -> None:
-    from threefold.chain import bring_up_to_date
+    from threefold import api
     from threefold.config.compose import compose
-    from threefold.execution.launch import take_part
-    from threefold.execution.nodes import help_out
-    from threefold.slurm import waiting
 
     config = compose(overrides)
     if config.launch.node_rank > 0:
-        return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
-    if config.seeds is not None:
-        from threefold.runs import seeds
+        from threefold.execution.launch import take_part
+        from threefold.execution.nodes import help_out
 
-        seeds.run(config, overrides)
-    elif config.launcher.kind == "slurm":
-        waiting.run(config, overrides)
-    elif not bring_up_to_date(config):
+        return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
+    if not api.bring_up_to_date(config, overrides):
         print("nothing to do: every stage is fresh")
     # a wrong key does not wait for the libraries of the report
     from threefold.report import print_table, write_report
@@ -232,6 +214,25 @@ def _config(overrides: list[str]) -> None:
     from threefold.config.compose import compose
 
     print(OmegaConf.to_yaml(compose(overrides)), end="")
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "run": (_run, "make what is stale: the whole chain, or target=STAGE with everything that it needs"),
+    "submit": (_submit, "send what is stale to Slurm, a job for each stage after those it needs, and return at once"),
+    "status": (_status, "show each stage: fresh, stale and why, queued, running, failed"),
+    "cancel": (_cancel, "end the jobs of a run in Slurm, and of its variants"),
+    "frontier": (_frontier, "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds"),
+    "sweep": (_sweep, "make a run with several values of some keys, or search them with Optuna: a table and plots"),
+    "report": (_report, "write the report of a run again from its folder; --compare RUN sets another run beside it"),
+    "label": (_label, "serve the page where people compare replies, on this machine alone"),
+    "chat": (_chat, "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8"),
+    "dashboard": (
+        _dashboard,
+        "look at tracked runs: trackio's page, or W&B's in a terminal; --wandb sets up its workspace",
+    ),
+    "sync": (_sync, "send W&B runs that were made offline"),
+    "config": (_config, "print the composed configuration"),
+}
 
 
 if __name__ == "__main__":

@@ -90,7 +90,13 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     others = {"status", "submit", "cancel", "report", "frontier", "label", "chat", "dashboard", "sync", "config"}
     assert set(cli.COMMANDS) == {"run", "sweep"} | others
-    assert all(f"\n  {name}" in shown and text in shown for name, text in cli.COMMANDS.items())
+    assert all(f"\n  {name}" in shown and text in shown for name, (_, text) in cli.COMMANDS.items())
+
+
+def test_hydras_own_options_are_answered(capsys):
+    assert cli._parse(["run", "seed=7", "--cfg", "job"]) == ("config", ["seed=7"], {})
+    with pytest.raises(UserError, match="--multirun: sweeps have a command of their own: threefold sweep seed=1,2"):
+        cli._parse(["run", "-m", "seed=1,2"])
 
 
 def test_the_printed_configuration_is_the_composed_one(capsys):

@@ -15,10 +15,11 @@ FLOORS = (
     "ground", "display", "models", "data", "sampling", "artifacts", "rewards", "tracking", "execution", "training",
     "ppo", "evaluation", "stages", "config", "chain", "labelling", "slurm", "runs", "report", "talk", "door",
 )  # fmt: skip
-DOOR = ("threefold.cli", "threefold.__main__")
+DOOR = ("threefold", "threefold.api", "threefold.cli", "threefold.__main__")
 # rooms, files and modules that are answered from within a second, so they load no torch
 LIGHT = (
-    "threefold.cli", "threefold.config.compose", "threefold.chain", "threefold.slurm.submission",
+    "threefold", "threefold.api", "threefold.cli", "threefold.config.compose", "threefold.chain",
+    "threefold.slurm.submission",
     "threefold.slurm.queued", "threefold.runs.sweep_space", "threefold.labelling.page", "threefold.talk.command",
     "threefold.report", "threefold.stages", "threefold.rewards",
 )  # fmt: skip

@@ -1,0 +1,163 @@
+"""Threefold in a program or notebook; the command line is built on these functions.
+
+import threefold
+
+run = threefold.make("experiment=smoke", "run=tiny", "target=ppo")
+run.steps("ppo")[["step", "kl", "score"]]
+run.sample("ppo", ["Hello there"], count=2)
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from threefold.config.schema import Config
+from threefold.errors import UserError
+from threefold.fileio import read_json, read_lines
+from threefold.stages import STAGES
+
+if TYPE_CHECKING:  # these take seconds to import
+    from pandas import DataFrame
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from threefold.columns import Message
+
+
+def compose(*overrides: str) -> Config:
+    """The checked, read-only configuration of `conf/` with `overrides` in Hydra's syntax, as "ppo.kl_coef=0.1".
+
+    Raises `UserError`, one line, for an unknown key or choice, a wrong type, or a value outside its limits.
+    """
+    from threefold.config import compose as composition
+
+    return cast(Config, composition.compose(list(overrides)))
+
+
+def make(*overrides: str) -> "Run":
+    """Bring `target`, or the whole chain, up to date, as `threefold run` does; returns the run.
+
+    `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed. Raises `UserError` for bad input, before
+    any long work.
+    """
+    config = compose(*overrides)
+    bring_up_to_date(config, list(overrides))
+    return Run(Path(config.runs) / config.run)
+
+
+def bring_up_to_date(config: Config, overrides: list[str]) -> bool:
+    """Make what `config`, composed from `overrides`, asks for; whether there was anything to make.
+
+    Seeds and jobs in Slurm are composed anew from the overrides; for these the answer is always true.
+    """
+    if config.seeds is not None:
+        from threefold.runs import seeds
+
+        seeds.run(cast(Any, config), overrides)
+        return True
+    if config.launcher.kind == "slurm":
+        from threefold.slurm import waiting
+
+        waiting.run(cast(Any, config), overrides)
+        return True
+    from threefold import chain
+
+    return bool(chain.bring_up_to_date(cast(Any, config)))
+
+
+def status(*overrides: str) -> "DataFrame":
+    """A row for each stage of the chain: its state, the reason, fingerprint, time of making and main metric."""
+    import pandas
+
+    from threefold import chain
+
+    return pandas.DataFrame(chain.status(cast(Any, compose(*overrides))))
+
+
+def open_run(folder: str | Path) -> "Run":
+    """The run in a folder, for example runs/demo. Raises `UserError` where no stage of it is finished."""
+    run = Run(Path(folder))
+    if not run.stages:
+        raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={run.name}")
+    return run
+
+
+class Run:
+    """What a run has left in its folder. Stages are named as in the chain: pretrain, sft, reward, dpo, ppo, ..."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, stages={self.stages})"
+
+    @property
+    def stages(self) -> list[str]:
+        """The finished stages, in the order they run."""
+        return [stage for stage in STAGES if (self.folder / stage / "manifest.json").is_file()]
+
+    def place(self, stage: str) -> Path:
+        """The folder of a finished stage. Raises `UserError` for another name, or a stage that is not finished."""
+        if stage not in self.stages:
+            there = ", ".join(self.stages) or "none"
+            raise UserError(f"{self.folder}: has no finished stage {stage}; finished: {there}")
+        return self.folder / stage
+
+    def config(self, stage: str) -> Any:
+        """The configuration that the stage read, an OmegaConf `DictConfig`."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.load(self.place(stage) / "config.yaml")
+
+    def metrics(self) -> "DataFrame":
+        """The numbers that docs/metrics.md lists: columns stage, metric (with dots for what is nested) and value."""
+        import pandas
+
+        from threefold.runs.seeds import numbers
+
+        rows = [
+            (stage, metric, value)
+            for stage in self.stages
+            for metric, value in numbers(read_json(self.place(stage) / "metrics.json")).items()
+        ]
+        return pandas.DataFrame(rows, columns=["stage", "metric", "value"])
+
+    def steps(self, stage: str) -> "DataFrame":
+        """What a training stage logged, a row for each step, with the columns that docs/metrics.md lists."""
+        import pandas
+
+        return pandas.DataFrame(read_lines(self.place(stage) / "log.jsonl"))
+
+    def model(self, stage: str, device: str = "cpu") -> "PreTrainedModel":
+        """The model of a stage, ready for inference: a causal language model, or the first reward model."""
+        from threefold.models import loading
+
+        load = loading.load_reward_model if stage == "reward" else loading.load_policy
+        return load(self.place(stage), device)
+
+    def tokenizer(self, stage: str) -> "PreTrainedTokenizerBase":
+        """The tokenizer of a stage, with the chat template that the run trains on."""
+        from threefold.models import chat
+
+        return chat.load_tokenizer(self.place(stage))
+
+    def sample(
+        self, stage: str, prompts: "list[str] | list[list[Message]]", count: int = 1, seed: int = 1, **settings: Any
+    ) -> list[list[str]]:
+        """`count` replies of a stage's model to each prompt: a text of the user, or messages with role and content.
+
+        `settings` replace those of the run's `sampling`, for example temperature=0.5 or max_new_tokens=16. The same
+        seed gives the same replies. Raises `UserError` where a prompt leaves too little room for a reply.
+        """
+        from omegaconf import OmegaConf
+
+        from threefold.evaluation import decoding_policies
+        from threefold.models import chat
+
+        sampling = self.config("sft").sampling
+        if unknown := settings.keys() - sampling.keys():
+            raise UserError(f"sample: has no setting {unknown.pop()}; there are {', '.join(sampling)}")
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        tokenizer = self.tokenizer(stage)
+        prompt_ids = [chat.prompt_ids(tokenizer, messages) for messages in conversations]
+        with_settings = cast(Any, OmegaConf.merge(sampling, settings))
+        sampled = decoding_policies.samples(self.model(stage), prompt_ids, count, with_settings, tokenizer, seed)
+        return decoding_policies.texts_of(tokenizer, sampled)
