@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
-from threefold.evaluation import displacement, statistics
+from threefold.evaluation import side_effects, statistics
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
@@ -117,7 +117,7 @@ def metrics(
     return {
         "accuracy": right.mean().item(),
         "accuracy_ci95": statistics.share_interval(right.tolist(), prompts),
-        **displacement.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
+        **side_effects.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
         "chosen_tokens": float(np.mean([len(row["chosen_ids"]) for row in rows])),
         "rejected_tokens": float(np.mean([len(row["rejected_ids"]) for row in rows])),
         "reward_margin": beta * (change["chosen"] - change["rejected"]).mean().item(),

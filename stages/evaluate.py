@@ -14,17 +14,16 @@ from threefold.errors import UserError
 from threefold.evaluation import (
     arena,
     contamination,
-    displacement,
-    diversity,
     held_out,
     judge_model,
     measuring,
-    paired,
+    side_effects,
     statistics,
-    suites,
+    task_answers,
 )
 from threefold.evaluation.measuring import Played, Shared
 from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
+from threefold.evaluation.tasks import Task
 from threefold.execution.job import Job
 from threefold.fileio import read_json, read_lines, write_lines
 from threefold.models import chat, ensemble, loading
@@ -44,12 +43,12 @@ def run(job: Job) -> dict[str, Any]:
     reference = loading.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
     drawn, unusable = prompts_of_splits(job, tokenizer, smallest)
-    tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
+    tasks = task_answers.prepared(job, tokenizer, smallest, measuring.sampling_settings(job.config))
     texts = reading.texts(reading.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     drawn, texts, contaminated = checked_for_copies(job, drawn, texts, tasks)
     examples = drawn["prompts"]
-    problems = sum(len(suite.problems) for suite in tasks.values())
+    problems = sum(len(task.problems) for task in tasks.values())
     announce(job, taking_part, sum(map(len, drawn.values())), problems, reference)
     if config.judge_model.path is not None:
         judge_model.check(config.judge_model, job.config.tokenizer.template_date)
@@ -74,9 +73,9 @@ def run(job: Job) -> dict[str, Any]:
         "models": found,
         "contamination": contaminated,
         "unusable": unusable["prompts"],
-        "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
+        "tasks": {name: task_answers.described(task) for name, task in tasks.items()},
         **further,
-        "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
+        "paired": statistics.paired_tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
         "arena": {judge: in_arena(found, players, replies) for judge, (found, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
@@ -100,7 +99,7 @@ def prompts_of_splits(
 
 
 def shared_by_all(
-    job: Job, tokenizer: Any, reference: Any, examples: list[Example], texts: list[str], tasks: dict[str, suites.Suite]
+    job: Job, tokenizer: Any, reference: Any, examples: list[Example], texts: list[str], tasks: dict[str, Task]
 ) -> Shared:
     """What all models are measured with; the reward model takes part where the run has one."""
     proxy = None
@@ -192,7 +191,7 @@ def write_replies(
     replies = {name: one.replies for name, one in played.items()}
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(shared.job.out / "samples.jsonl", sample_rows(shared.examples, replies, by_judge))
-    write_lines(shared.job.out / "tasks.jsonl", suites.rows(shared.tasks, answers))
+    write_lines(shared.job.out / "tasks.jsonl", task_answers.rows(shared.tasks, answers))
 
 
 def sample_rows(
@@ -236,8 +235,8 @@ def by_judge_model(
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
     metrics = read_json(job.inputs["dpo"] / "metrics.json")
-    found = displacement.alarm(metrics, replies["dpo"], replies["sft"])
-    job.say(displacement.in_words(found))
+    found = side_effects.alarm(metrics, replies["dpo"], replies["sft"])
+    job.say(side_effects.alarm_in_words(found))
     return found
 
 
@@ -250,8 +249,8 @@ def judged(
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "second_judge_unscored": second.count(None),
         "length": float(np.mean([len(text) for text in replies])),
-        **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
-        "self_bleu": diversity.self_bleu(replies, job.config.evaluate.seed),
+        **{f"distinct_{n}": side_effects.distinct_n(replies, n) for n in (1, 2, 3)},
+        "self_bleu": side_effects.self_bleu(replies, job.config.evaluate.seed),
         "repetition": float(np.mean([repeated_share(text, 3) for text in replies])),
     }
 
@@ -276,7 +275,7 @@ def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, 
 
 
 def checked_for_copies(
-    job: Job, drawn: dict[str, list[Example]], texts: list[str], tasks: dict[str, suites.Suite]
+    job: Job, drawn: dict[str, list[Example]], texts: list[str], tasks: dict[str, Task]
 ) -> tuple[dict[str, list[Example]], list[str], dict[str, dict[str, Any]]]:
     """How many items of each evaluation set occur in what each stage was trained on.
 
@@ -286,9 +285,9 @@ def checked_for_copies(
     """
     sought = {name: [spoken(e.prompt, e.reply) for e in examples] for name, examples in drawn.items()}
     sought["base_text"] = texts
-    sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    sought |= {f"tasks.{name}": [task_answers.sought(p) for p in task.problems] for name, task in tasks.items()}
     asked = {name: [spoken(e.prompt) for e in examples] for name, examples in drawn.items()}
-    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in suite.problems] for name, suite in tasks.items()}
+    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in task.problems] for name, task in tasks.items()}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
         sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
@@ -300,8 +299,8 @@ def checked_for_copies(
     counts = {name: counts for name, (counts, _) in found.items()}
     drawn = {name: without_copies(job, name, examples, *found[name]) for name, examples in drawn.items()}
     texts = without_copies(job, "base_text", texts, *found["base_text"])
-    for name, suite in tasks.items():
-        suite.problems = without_copies(job, f"tasks.{name}", suite.problems, *found[f"tasks.{name}"])
+    for name, task in tasks.items():
+        task.problems = without_copies(job, f"tasks.{name}", task.problems, *found[f"tasks.{name}"])
     return drawn, texts, counts
 
 

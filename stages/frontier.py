@@ -51,7 +51,7 @@ def best_of_points(
     points = []
     for n in choices:
         found = {name: [best_of.expected(scores["proxy"][at], scores[name][at], n) for at in rows] for name in SCORES}
-        measured = [best_of.kl(scores["proxy"][at], n) for at in rows]
+        measured = [best_of.kl_measured(scores["proxy"][at], n) for at in rows]
         points.append({"n": n, "kl": best_of.kl_bound(n), "kl_measured": float(np.mean(measured)), **found})
     return points
 
