@@ -1,6 +1,6 @@
 """Stage `dpo`: direct preference optimisation of the SFT model with TRL's DPOTrainer."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,25 +39,20 @@ def run(job: Job) -> dict[str, Any]:
     loading.save(model, tokenizer, job.out)
     policy, reference = (loading.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     bar = job.progress(4 * len(test.rows), "replies", part="held out")
-    found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
+    measured = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
     bar.close()
-    if found["chosen_falls"]:
-        change, interval = found["chosen_logprob_change"], statistics.shown(found["chosen_logprob_change_ci95"], "+.1f")
+    if measured["chosen_falls"]:
+        change = measured["chosen_logprob_change"]
+        interval = statistics.shown(measured["chosen_logprob_change_ci95"], "+.1f")
         job.say(f"held-out chosen replies became less likely: {change:+.1f} nats {interval}")
-    return (
-        found
-        | counted
-        | {
-            "dropped_too_long": train.dropped + test.dropped,
-            "template_hash": chat.template_hash(tokenizer),
-        }
-    )
+    dropped = {"dropped_too_long": train.dropped + test.dropped}
+    return measured | counted | dropped | {"template_hash": chat.template_hash(tokenizer)}
 
 
 class TokenisedTrainer(DPOTrainer):
     """TRL's trainer on rows that have their tokens already, with a progress bar of the reference's log-probabilities.
 
-    So no template is too much for it: every stage renders alike, and TRL renders nothing.
+    TRL renders no template, so every stage renders alike.
     """
 
     def __init__(self, *given: Any, bar: Any, **options: Any):
@@ -65,7 +60,7 @@ class TokenisedTrainer(DPOTrainer):
         super().__init__(*given, **options)
         bar.close()
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +95,7 @@ def on_disk(job: Job, train: TokenisedPairs) -> Dataset:
     folder = job.checkpoints / "pairs"
     if not (folder / "state.json").exists():
         Dataset.from_list(train.rows).save_to_disk(folder)
-    return load_from_disk(folder)
+    return cast(Dataset, load_from_disk(folder))
 
 
 @torch.no_grad()

@@ -56,8 +56,8 @@ def run(job: Job) -> dict[str, Any]:
     shared = shared_by_all(job, tokenizer, reference, examples, texts, tasks)
     played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
-    found, by_judge = results(shared, played, judges)
-    for line in without_score(found, len(examples)):
+    models, by_judge = results(shared, played, judges)
+    for line in without_score(models, len(examples)):
         job.say(line)
     write_replies(shared, played, by_judge)
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
@@ -69,14 +69,14 @@ def run(job: Job) -> dict[str, Any]:
         wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
     if "dpo" in replies and "sft" in replies:
         further["dpo_drift"] = dpo_drift(job, replies)
-    return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
-        "models": found,
+    return ({"ppo_gold_mean": models["ppo"]["gold_mean"]} if "ppo" in models else {}) | {
+        "models": models,
         "contamination": contaminated,
         "unusable": unusable["prompts"],
         "tasks": {name: task_answers.described(task) for name, task in tasks.items()},
         **further,
         "paired": statistics.paired_tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
-        "arena": {judge: in_arena(found, players, replies) for judge, (found, players) in wins.items()},
+        "arena": {judge: in_arena(counted, players, replies) for judge, (counted, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
@@ -111,12 +111,12 @@ def shared_by_all(
 
 def by_model(config: Any) -> dict[str, dict[str, Player]]:
     """The players of each model by their names: those of the run, and one for each policy of another run."""
-    found: dict[str, dict[str, Player]] = {}
+    taking_part: dict[str, dict[str, Player]] = {}
     for name in config.models:
         entered = player(name, "evaluate.models")
-        found.setdefault(entered.model, {})[name] = entered
+        taking_part.setdefault(entered.model, {})[name] = entered
     earlier = [policy_name(folder) for folder in config.earlier]
-    return found | {name: {name: Player(name)} for name in earlier}
+    return taking_part | {name: {name: Player(name)} for name in earlier}
 
 
 def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
@@ -146,22 +146,24 @@ def results(
         {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
     )
     verdicts = {score for scores in golds.values() for score in scores} <= {0.0, 1.0, None}
-    found = {
+    metrics = {
         name: judged(shared.job, one.replies, golds[name], seconds[name], verdicts) | one.metrics
         for name, one in played.items()
     }
     for name, one in played.items():
         if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
-    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
-    return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+            metrics[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
+    proxies: dict[str, list[float | None]] = {
+        name: [*one.proxies] for name, one in played.items() if one.proxies is not None
+    }
+    return metrics, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
 
 
-def without_score(found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
+def without_score(models: dict[str, dict[str, Any]], prompts: int) -> list[str]:
     """A line for each judge that gives some replies no score: how many of whose, which its means leave out."""
     lines = []
     for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
-        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in found.items() if metrics[key])
+        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in models.items() if metrics[key])
         if counts:
             lines.append(f"the {judge} judge gives no score to some of {prompts:,} replies each, left out: {counts}")
     return lines
@@ -174,8 +176,8 @@ def on_validation(
     """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
     prompts = [chat.prompt_ids(shared.tokenizer, example.prompt) for example in examples]
     others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
-    found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
-    return {"models": found, "prompts": len(examples)}
+    models, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
+    return {"models": models, "prompts": len(examples)}
 
 
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
@@ -200,11 +202,11 @@ def sample_rows(
     """A row for each prompt: it, and of each model the reply with the score of every judge that has one."""
     rows = []
     for i, example in enumerate(examples):
-        said = {
+        by_model = {
             name: {"reply": texts[i]} | {judge: scores[name][i] for judge, scores in by_judge.items() if name in scores}
             for name, texts in replies.items()
         }
-        rows.append({"prompt": example.prompt, **said})
+        rows.append({"prompt": example.prompt, **by_model})
     return rows
 
 
@@ -218,26 +220,26 @@ def in_arena(wins: np.ndarray, models: list[str], replies: dict[str, list[str]])
 def by_judge_model(
     job: Job, examples: list[Example], replies: dict[str, list[str]]
 ) -> tuple[tuple[np.ndarray, list[str]], dict[str, Any]]:
-    """Wins by the local judge model with their models, and what it is known by; verdicts.jsonl has each verdict."""
+    """Wins by the local judge model with their models, and its metrics; verdicts.jsonl has each verdict."""
     config = job.config.evaluate.judge_model
     count = min(config.prompts or len(examples), len(examples))
     different, same = judge_model.pairs(replies, count)
     job.say(f"{2 * len(different):,} questions to the judge model {config.path}")
     bar = job.progress(2 * len(different), "questions")
     judge = judge_model.load(config, job.device, job.config.tokenizer.template_date)
-    verdicts, known = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
+    verdicts, metrics = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
     bar.close()
     write_lines(job.out / "verdicts.jsonl", judge_model.rows(verdicts, config.margin))
     wins = judge_model.wins(verdicts, same, list(replies), count, config.margin)
-    return (wins, list(replies)), {"path": config.path, **known, "same": len(same), "prompts": count}
+    return (wins, list(replies)), {"path": config.path, **metrics, "same": len(same), "prompts": count}
 
 
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
-    metrics = read_json(job.inputs["dpo"] / "metrics.json")
-    found = side_effects.alarm(metrics, replies["dpo"], replies["sft"])
-    job.say(side_effects.alarm_in_words(found))
-    return found
+    of_stage = read_json(job.inputs["dpo"] / "metrics.json")
+    metrics = side_effects.alarm(of_stage, replies["dpo"], replies["sft"])
+    job.say(side_effects.alarm_in_words(metrics))
+    return metrics
 
 
 def judged(
@@ -258,12 +260,12 @@ def judged(
 def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict[str, Any]:
     """The mean of the gold judge's scores and its 95 % interval over prompts; that of `verdicts` is a share's.
 
-    Verdicts are the scores of a judge that gives 0 and 1 alone, to the replies of all models. Replies that a judge of
-    another scale gives 0 to are no share: where all are alike they have no interval.
+    Scores are verdicts where the judge gives nothing but 0 and 1 to the replies of all models. On another scale, scores
+    that are all alike have no interval.
     """
-    found = applicable(scores, "judge")
-    interval = statistics.share_interval(found) if verdicts else statistics.mean_interval(found)
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
+    given = applicable(scores, "judge")
+    interval = statistics.share_interval(given) if verdicts else statistics.mean_interval(given)
+    return {f"{name}_mean": float(np.mean(given)), f"{name}_ci95": interval}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
@@ -294,13 +296,13 @@ def checked_for_copies(
         asked["held_out_pairs"] = [spoken(p["prompt"]) for p in pairs]
     trained = trained_on(job)
     bar = job.progress(sum(map(len, trained.values())), "texts", part="copies")
-    found = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
+    checked = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
     bar.close()
-    counts = {name: counts for name, (counts, _) in found.items()}
-    drawn = {name: without_copies(job, name, examples, *found[name]) for name, examples in drawn.items()}
-    texts = without_copies(job, "base_text", texts, *found["base_text"])
+    counts = {name: counts for name, (counts, _) in checked.items()}
+    drawn = {name: without_copies(job, name, examples, *checked[name]) for name, examples in drawn.items()}
+    texts = without_copies(job, "base_text", texts, *checked["base_text"])
     for name, task in tasks.items():
-        task.problems = without_copies(job, f"tasks.{name}", task.problems, *found[f"tasks.{name}"])
+        task.problems = without_copies(job, f"tasks.{name}", task.problems, *checked[f"tasks.{name}"])
     return drawn, texts, counts
 
 
@@ -351,7 +353,7 @@ def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]
 
 def applicable(scores: list[float | None], judge: str) -> list[float]:
     """The scores that are not None. Raises `UserError` when the judge applies to no reply."""
-    found = [score for score in scores if score is not None]
-    if not found:
+    given = [score for score in scores if score is not None]
+    if not given:
         raise UserError(f"evaluate.{judge}: applies to none of the replies; choose a judge that does")
-    return found
+    return given

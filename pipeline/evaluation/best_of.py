@@ -100,12 +100,12 @@ def resampled_laws(points: list[dict[str, Any]], score: str, form: str, resample
     generator, seeds = np.random.default_rng(seed), sorted({point["seed"] for point in points})
     kl, gains = np.array([point["kl"] for point in points]), np.array([point["gains"][score] for point in points])
     of_seed = {s: [i for i, point in enumerate(points) if point["seed"] == s] for s in seeds}
-    found = []
+    laws = []
     for _ in range(resamples):
         rows = [i for s in generator.choice(seeds, len(seeds)) for i in of_seed[s]]
         prompts = generator.integers(gains.shape[1], size=gains.shape[1])
-        found.append(fit_law(form, kl[rows], gains[rows][:, prompts].mean(1)))
-    return found
+        laws.append(fit_law(form, kl[rows], gains[rows][:, prompts].mean(1)))
+    return laws
 
 
 def band(laws: list[Law], kl: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,16 +132,18 @@ def law_summary(points: list[dict[str, Any]], score: str, form: str, resamples: 
     law = fit_law(form, kl, np.array([np.mean(point["gains"][score]) for point in points]))
     laws, grid = resampled_laws(points, score, form, resamples, seed), np.linspace(0, np.sqrt(kl.max()), 60) ** 2
     low, high = band(laws, grid)
-    found, trends = trend(law, kl.max()), [trend(each, kl.max()) for each in laws]
-    peaks = [each.peak() for each, word in zip(laws, trends, strict=True) if word == "peaks"]
+    course, courses = trend(law, kl.max()), [trend(other, kl.max()) for other in laws]
+    peaks = [
+        peak for other, word in zip(laws, courses, strict=True) if word == "peaks" if (peak := other.peak()) is not None
+    ]
     return {
         "form": form,
         "alpha": law.alpha,
         "beta": law.beta,
         "farthest_kl": float(kl.max()),
-        "trend": found,
-        "trend_share": trends.count(found) / len(trends),
-        "peak_kl": law.peak() if found == "peaks" else None,
-        "peak_kl_ci95": [float(each) for each in np.quantile(peaks, [0.025, 0.975])] if peaks else None,
+        "trend": course,
+        "trend_share": courses.count(course) / len(courses),
+        "peak_kl": law.peak() if course == "peaks" else None,
+        "peak_kl_ci95": np.quantile(peaks, [0.025, 0.975]).tolist() if peaks else None,
         "curve": {"kl": grid.tolist(), "gain": law.gain(grid).tolist(), "low": low.tolist(), "high": high.tolist()},
     }

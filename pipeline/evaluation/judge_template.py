@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, meta
@@ -58,17 +58,17 @@ def _rendered(compiled: Template, **values: Any) -> str:
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
+def _one_line() -> Generator[None]:
     """Turn whatever an expression of the template can raise into a `UserError`."""
     try:
         yield
     except Exception as error:
-        known = ", ".join((*NEEDED, "verdict_a", "verdict_b"))
-        raise UserError(f"{KEY}: cannot be rendered ({first_line(error)}); it is given {known}") from error
+        names = ", ".join((*NEEDED, "verdict_a", "verdict_b"))
+        raise UserError(f"{KEY}: cannot be rendered ({first_line(error)}); it is given {names}") from error
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
+def _limited() -> Generator[None]:
     """End what takes longer than `LONGEST`, such as loops in loops; only a process's main thread can be ended so."""
     if threading.current_thread() is not threading.main_thread():
         yield

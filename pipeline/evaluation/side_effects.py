@@ -28,13 +28,13 @@ def self_bleu(texts: list[str], seed: int) -> float:
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # slow, and the report needs none of it
 
     drawn = np.random.default_rng(seed).permutation(len(texts))[:REPLIES]
-    words = [found for i in sorted(drawn) if (found := texts[i].lower().split())]
+    words = [split for i in sorted(drawn) if (split := texts[i].lower().split())]
     if len(words) < 2:
         return 1.0
     smoothing = SmoothingFunction().method1
     scores = [
-        sentence_bleu(words[:i] + words[i + 1 :], said, smoothing_function=smoothing, auto_reweigh=True)
-        for i, said in enumerate(words)
+        sentence_bleu(words[:i] + words[i + 1 :], reply, smoothing_function=smoothing, auto_reweigh=True)
+        for i, reply in enumerate(words)
     ]
     return float(np.mean(scores))
 
@@ -45,12 +45,12 @@ def drift(change: dict[str, list[float]], prompts: list[str]) -> dict[str, Any]:
     `chosen_falls` is true where the whole interval of chosen replies is below 0; where there is none it is false. That
     chosen replies lose probability is known as likelihood displacement (Razin et al. 2024, arXiv 2410.08847).
     """
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for side, values in change.items():
-        found[f"{side}_logprob_change"] = float(np.mean(values))
-        found[f"{side}_logprob_change_ci95"] = mean_interval(values, prompts)
-    interval = found["chosen_logprob_change_ci95"]
-    return found | {"chosen_falls": interval is not None and interval[1] < 0}
+        metrics[f"{side}_logprob_change"] = float(np.mean(values))
+        metrics[f"{side}_logprob_change_ci95"] = mean_interval(values, prompts)
+    interval = metrics["chosen_logprob_change_ci95"]
+    return metrics | {"chosen_falls": interval is not None and interval[1] < 0}
 
 
 def alarm(dpo: dict[str, Any], replies: list[str], before: list[str]) -> dict[str, Any]:
@@ -72,16 +72,16 @@ def alarm(dpo: dict[str, Any], replies: list[str], before: list[str]) -> dict[st
     }
 
 
-def alarm_in_words(found: dict[str, Any]) -> str:
+def alarm_in_words(metrics: dict[str, Any]) -> str:
     """One line for the terminal and the report."""
-    said = (
-        f"chosen replies changed by {found['chosen_logprob_change']:+.1f} nats "
-        f"{shown(found['chosen_logprob_change_ci95'], '+.1f')}, replies by {found['length_change']:+.0f} characters "
-        f"{shown(found['length_change_ci95'], '+.0f')}"
+    changes = (
+        f"chosen replies changed by {metrics['chosen_logprob_change']:+.1f} nats "
+        f"{shown(metrics['chosen_logprob_change_ci95'], '+.1f')}, "
+        f"replies by {metrics['length_change']:+.0f} characters {shown(metrics['length_change_ci95'], '+.0f')}"
     )
-    if not found["alarm"]:
-        return f"DPO: {said}"
-    return f"ALARM: DPO made chosen replies less likely and its own longer: {said}; see docs/evaluation.md"
+    if not metrics["alarm"]:
+        return f"DPO: {changes}"
+    return f"ALARM: DPO made chosen replies less likely and its own longer: {changes}; see docs/evaluation.md"
 
 
 def most_changed(
@@ -93,9 +93,9 @@ def most_changed(
     scores, and `text_change`, the share of words that differ (1 less difflib's ratio), which decides between equal
     changes of score. Replies that are the same, or that the judge has no score for, take no part.
     """
-    found = [_changed(row, model, against, judge) for row in rows if _comparable(row, model, against, judge)]
-    gained = sorted((r for r in found if r["change"] > 0), key=lambda r: (-r["change"], -r["text_change"]))
-    lost = sorted((r for r in found if r["change"] < 0), key=lambda r: (r["change"], -r["text_change"]))
+    changed = [_changed(row, model, against, judge) for row in rows if _comparable(row, model, against, judge)]
+    gained = sorted((r for r in changed if r["change"] > 0), key=lambda r: (-r["change"], -r["text_change"]))
+    lost = sorted((r for r in changed if r["change"] < 0), key=lambda r: (r["change"], -r["text_change"]))
     return gained[:count] + lost[:count]
 
 

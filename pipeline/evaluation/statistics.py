@@ -99,7 +99,7 @@ def shown(interval: list[float] | tuple[float, float] | None, form: str) -> str:
 
 def ends(interval: list[float] | tuple[float, float] | None) -> tuple[float | None, float | None]:
     """Both ends of an interval; None and None where there is none."""
-    return tuple(interval) if interval else (None, None)
+    return (interval[0], interval[1]) if interval else (None, None)
 
 
 # Paired tests
@@ -113,15 +113,15 @@ def compare_pairs(ours: list[float | None], theirs: list[float | None], seed: in
     as well have the other sign. All 2^n signs are tried where these are fewer than 10,000; n pairs can give no p below
     2 / 2^n.
     """
-    found = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if not found:
+    scored = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not scored:
         return None
-    differences = [a - b for a, b in found]
+    differences = [a - b for a, b in scored]
     return {
         "difference": float(np.mean(differences)),
         "ci95": mean_interval(differences),
         "p": sign_flip_p(differences, seed),
-        "pairs": len(found),
+        "pairs": len(scored),
     }
 
 
@@ -129,7 +129,7 @@ def sign_flip_p(differences: list[float], seed: int) -> float:
     """Two-sided p of the mean of `differences` under flips of their signs; 1 where there is but one, or all are 0."""
     if len(differences) < 2 or not any(differences):
         return 1.0
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (np.asarray(differences),),
         np.mean,
         permutation_type="samples",
@@ -137,7 +137,7 @@ def sign_flip_p(differences: list[float], seed: int) -> float:
         batch=1000,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def holm(p: list[float]) -> list[float]:
@@ -164,11 +164,11 @@ def planned_comparisons(models: list[str]) -> list[tuple[str, str]]:
 
 def paired_tests(by_judge: dict[str, dict[str, list[float | None]]], seed: int) -> list[dict[str, Any]]:
     """The planned comparisons of models by every judge (judge → model → scores); `p_holm` is corrected for all."""
-    found = []
+    rows: list[dict[str, Any]] = []
     for judge, scores in by_judge.items():
         for model, against in planned_comparisons(list(scores)):
-            if result := compare_pairs(scores[model], scores[against], seed):
-                prompts = result.pop("pairs")
-                found.append({"model": model, "against": against, "judge": judge, **result, "prompts": prompts})
-    corrected = holm([row["p"] for row in found])
-    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
+            if test := compare_pairs(scores[model], scores[against], seed):
+                prompts = test.pop("pairs")
+                rows.append({"model": model, "against": against, "judge": judge, **test, "prompts": prompts})
+    corrected = holm([row["p"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
