@@ -220,7 +220,7 @@ def in_arena(wins: np.ndarray, models: list[str], replies: dict[str, list[str]])
 def by_judge_model(
     job: Job, examples: list[Example], replies: dict[str, list[str]]
 ) -> tuple[tuple[np.ndarray, list[str]], dict[str, Any]]:
-    """Wins by the local judge model with their models, and its metrics; verdicts.jsonl has each verdict."""
+    """Wins [P, M, M] by the local judge model with their models, and its metrics; verdicts.jsonl has each verdict."""
     config = job.config.evaluate.judge_model
     count = min(config.prompts or len(examples), len(examples))
     different, same = judge_model.pairs(replies, count)
@@ -307,7 +307,7 @@ def checked_for_copies(
 
 
 def without_copies(job: Job, name: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray) -> list[Any]:
-    """The items of a set; with `evaluate.remove_contaminated` without those flagged, whose number joins the counts."""
+    """The items of a set; with `evaluate.remove_contaminated` without the flagged [items], whose number is counted."""
     if not job.config.evaluate.remove_contaminated:
         return items
     kept = [item for item, flag in zip(items, flags, strict=True) if not flag]

@@ -239,7 +239,7 @@ def set_learning_rates(ppo: Ppo, factor: float) -> None:
 
 
 def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, number: int) -> dict[str, float]:
-    """`epochs` passes over the rollout in `minibatches` optimiser steps each; mean metrics over all steps."""
+    """`epochs` passes over the rollout (estimates [B, R]) in `minibatches` steps each; metrics as means over steps."""
     started, config = time.perf_counter(), ppo.config
     generator, first = np.random.default_rng([config.seed, number]), number * config.epochs * config.minibatches  # [12]
     steps: list[dict[str, float]] = []
@@ -256,7 +256,7 @@ def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, numb
 def minibatch_step(
     ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, step: int
 ) -> dict[str, float]:
-    """One optimiser step on the replies `rows`, the `step`-th of training; metrics as means over their tokens [11]."""
+    """Step number `step` of training, on the replies `rows` [b] of B; metrics as means over their tokens [11]."""
     config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
     weights = torch.zeros_like(rollout.scores)
     weights[rows] = estimators.reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)

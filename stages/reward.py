@@ -245,7 +245,7 @@ def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[in
 
 
 def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test: TokenisedPairs) -> dict[str, Any]:
-    """Every figure of the check-up, on held-out pairs."""
+    """Every figure of the check-up, on H held-out pairs."""
     config, pad = job.config.reward, tokenizer.pad_token_id
     bar = job.progress(len(model.members) * sequences_checked(config, test), "replies", part="check-up")
 
@@ -255,9 +255,9 @@ def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test:
     chosen_rows, rejected_rows = (
         list(rows) for rows in zip(*(preferences.sequences(row) for row in test.rows), strict=True)
     )
-    by_member = [model.member_scores(rows, pad, bar=bar) for rows in (chosen_rows, rejected_rows)]
+    by_member = [model.member_scores(rows, pad, bar=bar) for rows in (chosen_rows, rejected_rows)]  # [members, H]
     chosen, rejected = (model.combined(scores).double().cpu().numpy() for scores in by_member)
-    raw = torch.tensor([[member.config.score_std] for member in model.members])
+    raw = torch.tensor([[member.config.score_std] for member in model.members])  # [members, 1]
     difference = ((by_member[0] - by_member[1]) * raw).mean(0).double().cpu().numpy()  # on the scale of the loss
     positions = loading.context_length(model.members[0].config)
     checked = (

@@ -124,7 +124,7 @@ def standings(wins: np.ndarray, models: list[str], anchor: str) -> list[Standing
 
 
 def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]]:
-    """How often each model wins against each other one, ties one half; pairs that never met are left out."""
+    """How often each model wins against each other one by wins [P, M, M], ties one half; pairs that met alone."""
     total = wins.sum(0)
     met = total + total.T
     return {
@@ -168,6 +168,7 @@ def summary(wins: np.ndarray, models: list[str], lengths: dict[str, list[int]], 
 
 
 def _summary(wins: np.ndarray, models: list[str], lengths: dict[str, np.ndarray], anchor: str) -> dict[str, Any]:
+    """`summary` of wins [P, M, M] and lengths [P] of models that are all linked, at prompts that all have a vote."""
     at, controlled = models.index(anchor), {}
     for i, name in enumerate(models):
         won, lost = wins[:, i, at], wins[:, at, i]

@@ -43,7 +43,7 @@ def ngram_bits_per_byte(train: bytes, held_out: bytes, longest: int) -> list[flo
 
 
 def _grams(text: bytes, order: int) -> np.ndarray:
-    """For each byte, it and the `order` - 1 bytes before it as one number; zeros stand before the start."""
+    """For each byte, it and the `order` - 1 bytes before it as one number [bytes]; zeros stand before the start."""
     stream = np.frombuffer(bytes(order - 1) + text, dtype=np.uint8).astype(np.uint64)
     grams = np.zeros(len(text), dtype=np.uint64)
     for i in range(order):
@@ -52,13 +52,13 @@ def _grams(text: bytes, order: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where it is not among the sorted `keys`."""
+    """The value of each wanted key [wanted], 0 where it is not among the sorted `keys` [K], whose `values` are [K]."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)
 
 
 def length_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> np.ndarray:
-    """Whether preferring by length alone is right on each held-out pair: 1, 0, or one half where lengths are equal.
+    """Whether preferring by length alone is right on each held-out pair [held_out]: 1, 0, or 0.5 at equal lengths.
 
     Pairs are (chosen, rejected); whether longer or shorter is better is learnt from `train`.
     """
@@ -71,7 +71,7 @@ def _sign(x: float) -> float:
 
 
 def bag_of_words_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> np.ndarray:
-    """As `length_outcomes`, but preferring by a logistic regression on the difference of word counts."""
+    """The same [held_out] of preferring by a logistic regression on the difference of word counts."""
     counter = CountVectorizer(lowercase=True, token_pattern=r"\w+|[^\w\s]")
     counter.fit([text for pair in train for text in pair])
     difference = _count_differences(counter, train)

@@ -71,7 +71,7 @@ class Law:
     beta: float
 
     def gain(self, kl: np.ndarray) -> np.ndarray:
-        """The gain over the SFT model at each KL (in nats)."""
+        """The gain over the SFT model at each KL [P] (in nats)."""
         distance = np.sqrt(kl)
         return self.alpha * distance - self.beta * FORMS[self.form](distance)
 

@@ -1,7 +1,7 @@
 """The check-up of a reward model on held-out pairs: whether it is right, how sure it may be, and what it pays for.
 
 Scores are normalised: 0 ± 1 on the SFT model's own samples. Probabilities are those of the Bradley-Terry model, from
-raw scores.
+raw scores. H: held-out pairs.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ COMPARED = 64  # sequences that are scored in several ways
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: list[Pair]) -> dict[str, Any]:
-    """Held-out accuracy with its interval, beside what length and a bag of words reach from the same pairs."""
+    """Accuracy by the scores [H] of both replies with its interval, beside what length and a bag of words reach."""
     outcomes, prompts = right(chosen, rejected), _prompts(test)
     seen, new = ([(pair.chosen, pair.rejected) for pair in pairs] for pairs in (train, test))
     by_length, by_words = baselines.length_outcomes(seen, new), baselines.bag_of_words_outcomes(seen, new)
@@ -44,12 +44,12 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: 
 
 
 def right(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """1 where the chosen reply scores higher, one half where both score the same."""
+    """1 where the chosen reply scores higher, one half where both score the same [H]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
 def breakdown(chosen: np.ndarray, rejected: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
-    """Accuracy by the model's own score gap, by the pairs' own gap where each has one, and by which reply is longer."""
+    """Accuracy by the gap of the scores [H], by the pairs' own gap where each has one, and by which reply is longer."""
     outcomes, sizes = right(chosen, rejected), np.abs(chosen - rejected)
     tables = {"accuracy_by_score_gap": _by_quarter(sizes, outcomes, pairs)}
     if (gaps := _gaps(pairs)) is not None:
@@ -63,12 +63,13 @@ def breakdown(chosen: np.ndarray, rejected: np.ndarray, pairs: list[Pair]) -> di
 
 
 def _gaps(pairs: list[Pair]) -> np.ndarray | None:
-    """The pairs' own gaps [pairs]; None where some pair has none."""
+    """The pairs' own gaps [H]; None where some pair has none."""
     gaps = [pair.gap for pair in pairs if pair.gap is not None]
     return np.array(gaps) if len(gaps) == len(pairs) else None
 
 
 def _by_quarter(values: np.ndarray, outcomes: np.ndarray, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """The share of `outcomes` [H] that are right, by quarters of `values` [H]."""
     order = np.argsort(values, kind="stable")
     quarters = []
     for rows in np.array_split(order, min(4, len(order))):
@@ -79,6 +80,7 @@ def _by_quarter(values: np.ndarray, outcomes: np.ndarray, pairs: list[Pair]) -> 
 
 
 def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
+    """The share of `outcomes` [H] that are right among those `where` [H] is true."""
     groups = [prompt for prompt, inside in zip(_prompts(pairs), where, strict=True) if inside]
     return {
         "pairs": int(where.sum()),
@@ -90,7 +92,7 @@ def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[st
 def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
     """Expected calibration error and the reliability table behind it (Guo et al. 2017, arXiv 1706.04599).
 
-    `raw_difference` [pairs] is the raw score of the chosen reply less that of the rejected one. The model's confidence
+    `raw_difference` [H] is the raw score of the chosen reply less that of the rejected one. The model's confidence
     in the reply that it prefers is the logistic function of the size of the difference; pairs are put into ten bins of
     equal number by it. `calibration_noise` is the error that so few pairs show where there is none.
     """
@@ -118,7 +120,7 @@ def _calibration_error(rows: list[dict[str, Any]]) -> float:
 
 
 def _calibration_noise(confidence: np.ndarray, repetitions: int = 200) -> float:
-    """The mean calibration error of a model that is exactly as right as it is sure, on as many pairs."""
+    """The mean calibration error of a model that is exactly as right as its `confidence` [H], on as many pairs."""
     generator, parts = np.random.default_rng(0), np.array_split(np.sort(confidence), min(BINS, len(confidence)))
     errors = [
         [len(part) * abs(part.mean() - np.less(generator.random(len(part)), part).mean()) for part in parts]
@@ -128,7 +130,7 @@ def _calibration_noise(confidence: np.ndarray, repetitions: int = 200) -> float:
 
 
 def correlations(chosen: np.ndarray, rejected: np.ndarray, pairs: list[Pair]) -> dict[str, float]:
-    """Spearman's correlation of scores with lengths in characters, and of score gaps with the pairs' own gaps."""
+    """Spearman's correlation of scores [H] with lengths in characters, and of score gaps with the pairs' own gaps."""
     lengths = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
     by_kind = {"length_correlation": _spearman(np.concatenate([chosen, rejected]), lengths)}
     if (theirs := _gaps(pairs)) is not None:
@@ -197,7 +199,7 @@ def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: float, mo
 
 
 def batch_difference(score_in_batches: Callable[[list[list[int]], int], np.ndarray], rows: list[list[int]]) -> float:
-    """The most that a normalised score changes with padding, batch size and order."""
+    """The most that a normalised score [N] changes with padding, batch size and order."""
     rows = rows[:COMPARED]
     alone = score_in_batches(rows, 1)
     together = score_in_batches(rows, len(rows))

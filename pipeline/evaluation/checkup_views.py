@@ -18,10 +18,8 @@ def reliability(rows: list[dict[str, Any]]) -> graph_objects.Figure:
 def accuracy_by_gap(metrics: dict[str, Any]) -> Any:
     """Accuracy by quarters of the score gap, and of the labels' gap where each pair has one, as a figure."""
     figure = graph_objects.Figure()
-    for key, label in (
-        ("accuracy_by_score_gap", "the model's score gap"),
-        ("accuracy_by_gap", "the gap of the labels"),
-    ):
+    labels = {"accuracy_by_score_gap": "the model's score gap", "accuracy_by_gap": "the gap of the labels"}
+    for key, label in labels.items():
         if rows := metrics.get(key):
             bars = {"type": "data", "symmetric": False}
             ends = [statistics.ends(row["ci95"]) for row in rows]

@@ -51,7 +51,7 @@ def long_enough(text: str) -> bool:
 
 
 def same(evaluated: Sequence[str | None], trained: list[str]) -> np.ndarray:
-    """Which evaluated texts are, as a whole and by a form of `plain`, a trained text; None is none."""
+    """Which evaluated texts [evaluated] are, as a whole and by a form of `plain`, a trained text; None is none."""
     whole = {form for text in trained for form in plain(text)}
     return np.array([text is not None and not plain(text).isdisjoint(whole) for text in evaluated], dtype=bool)
 
@@ -116,7 +116,7 @@ def against(
 
     What was trained on is read once for all sets; `bar` counts its texts. `asked` has the prompts of evaluated texts
     (of all of a set, in their order), `answered` those of training stages: where a prompt is the same, the text is a
-    copy, whatever its reply.
+    copy, whatever its reply. Flags are [texts of the set].
     """
     together = [text for texts in evaluated.values() for text in texts]
     ends = np.cumsum([len(texts) for texts in evaluated.values()])[:-1]

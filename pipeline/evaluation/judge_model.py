@@ -66,7 +66,7 @@ class JudgeModel:
 
     @torch.inference_mode()
     def probabilities(self, questions: list[list[int]], bar: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of each question the probability of the first verdict among the two, and that of both among all words.
+        """Of each question [Q] the probability of the first verdict among the two, and that of both among all words.
 
         Questions are batched by length, so that batches hold little padding.
         """

@@ -32,7 +32,7 @@ def share_interval(outcomes: list[float], groups: list[str] | None = None) -> li
 
 
 def _independent_count(outcomes: np.ndarray, groups: list[str]) -> float:
-    """How many independent outcomes would leave the mean as uncertain as these in two or more groups do.
+    """How many independent outcomes would leave the mean as uncertain as these [outcomes] in two or more groups do.
 
     The variance is taken with half a group of ones and half a group of zeros added, as Agresti and Coull (1998) add
     outcomes: few groups near 0 or 1 look more alike than they are.
@@ -87,7 +87,7 @@ def students_t(count: int) -> float:
 
 
 def _by_group(values: np.ndarray, groups: list) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of the values of each group, and how many these are."""
+    """The sum of the values [values] of each group, and how many these are, both [groups]."""
     numbers = np.unique(groups, return_inverse=True)[1]
     return np.bincount(numbers, values), np.bincount(numbers)
 
