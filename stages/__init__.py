@@ -1,4 +1,4 @@
-"""The chain: every stage with what it needs. Importing this package imports no stage, so it costs nothing."""
+"""The chain: every stage with what it needs. Importing this package imports no stage and no torch."""
 
 from dataclasses import dataclass
 from typing import Any

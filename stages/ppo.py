@@ -7,7 +7,7 @@ details that implementations get wrong; docs/ppo.md has their sources:
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
  [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
- [4] The reward model scores the text up to its end token; without one a penalty is the most (Stiennon et al. 2020).
+ [4] The reward model scores the text up to its end token; without one a reply scores at most a penalty (Stiennon 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
  [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019); it can also act as a loss.
  [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020), or shares the trunk.
@@ -144,7 +144,7 @@ def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict
 
 
 def plan(job: Job) -> list[Prompt]:
-    """The prompts; says beforehand, from the shapes of the models, what training will take of time and memory."""
+    """The prompts; announces, from the shapes of the models, how much time and memory training will take."""
     config, limits = job.config.ppo, job.config.sampling
     if "reward" in job.inputs and not config.ignore_gate:
         checkup.require(job.inputs["reward"], job.config.reward.gate)
@@ -214,7 +214,7 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     rows = ranks.share(range(len(prompts)), accelerator)
     mine, numbers = [prompts[i] for i in rows], sampler.random_numbers(seed, len(prompts), limits)[list(rows)]
     ids, size = [p.ids for p in mine], ppo.micro_batch_size
-    recompute = ppo.job.device.bf16  # log-probabilities: in bf16 the fused decoder rounds otherwise than a forward pass
+    recompute = ppo.job.device.bf16  # where the fused decoder's log-probabilities round unlike a forward pass
     if ppo.engine is not None:  # without autocast, for the engine has a precision of its own
         replies, recompute = ppo.engine.sample(policy, ids, numbers), True
     else:
@@ -247,7 +247,7 @@ def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, numb
         order = torch.from_numpy(generator.permutation(len(rollout))).to(rollout.scores.device)
         for rows in order.chunk(config.minibatches):
             steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, first + len(steps)))
-            if len(steps) == 1 and not ppo.job.device.bf16:  # bf16 rounds otherwise for rows in another order
+            if len(steps) == 1 and not ppo.job.device.bf16:  # bf16 rounds differently for rows in another order
                 guards.require_one_distribution("first_ratio_error", steps[0]["ratio_error"], config)
     means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
     return means | {"first_ratio_error": steps[0]["ratio_error"], "update_seconds": time.perf_counter() - started}

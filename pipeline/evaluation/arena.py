@@ -15,7 +15,7 @@ from threefold.evaluation.statistics import students_t
 
 POINTS = 400 / np.log(10)  # Elo points of one unit of the Bradley-Terry model's log-strength
 ANCHOR = 1000.0  # Elo of the model that the others are measured against
-PRIOR = 0.5  # wins that each of two models that met is given against the other beforehand: who never lost stays finite
+PRIOR = 0.5  # wins added to each of two models that met, so that the strength of one that never lost stays finite
 STEPS = 50  # of Newton's method, at most; it needs fewer than ten
 
 
@@ -85,8 +85,8 @@ def _information(met: np.ndarray, theta: np.ndarray) -> np.ndarray:
 def covariance(wins: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """The covariance [M, M] of the log-strengths `theta` that wins [P, M, M] give, by the spread between prompts.
 
-    All votes at one prompt are one observation (Liang and Zeger 1986, the sandwich of an M-estimator); the wins that
-    are added beforehand are observations as well, so that votes which all go one way leave no width of 0.
+    All votes at one prompt are one observation (Liang and Zeger 1986, the sandwich of an M-estimator). The wins that
+    `PRIOR` adds are observations as well, so the width is not 0 where all votes go one way.
     """
     total, prompts, chance = wins.sum(0), len(wins), _chances(theta)
     met = total + total.T > 0
@@ -124,7 +124,7 @@ def standings(wins: np.ndarray, models: list[str], anchor: str) -> list[Standing
 
 
 def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]]:
-    """How often each model wins against each other one by wins [P, M, M], ties one half; pairs that met alone."""
+    """From wins [P, M, M] how often each model wins against each other one that it met, ties being one half."""
     total = wins.sum(0)
     met = total + total.T
     return {

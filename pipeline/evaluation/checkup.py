@@ -108,15 +108,12 @@ def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]
                 "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
             }
         )
+    error = sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
     return {
-        "calibration_error": _calibration_error(rows),
+        "calibration_error": error / sum(row["pairs"] for row in rows),
         "calibration_noise": _calibration_noise(confidence),
         "reliability": rows,
     }
-
-
-def _calibration_error(rows: list[dict[str, Any]]) -> float:
-    return sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / sum(r["pairs"] for r in rows)
 
 
 def _calibration_noise(confidence: np.ndarray, repetitions: int = 200) -> float:

@@ -19,7 +19,7 @@ def shares(evaluated: list[str], trained: list[str], bar: Any = None) -> np.ndar
     """The share of each evaluated text's different word 8-grams that occur in a trained text [evaluated].
 
     Case, punctuation and white space do not count, so a reformatted copy is a copy. A text without an 8-gram has 1
-    where a trained text is the same as a whole by `plain`, and otherwise nan.
+    where it is `same` as a trained text, and otherwise nan.
     """
     grams = HashingVectorizer(
         preprocessor=_folded, token_pattern=r"\w+", ngram_range=(WORDS, WORDS), n_features=SLOTS, binary=True,
@@ -51,9 +51,9 @@ def long_enough(text: str) -> bool:
 
 
 def same(evaluated: Sequence[str | None], trained: list[str]) -> np.ndarray:
-    """Which evaluated texts [evaluated] are, as a whole and by a form of `plain`, a trained text; None is none."""
-    whole = {form for text in trained for form in plain(text)}
-    return np.array([text is not None and not plain(text).isdisjoint(whole) for text in evaluated], dtype=bool)
+    """Which evaluated texts [evaluated] are a trained text: have a form of `plain` in common with it; None is none."""
+    forms = {form for text in trained for form in plain(text)}
+    return np.array([text is not None and not plain(text).isdisjoint(forms) for text in evaluated], dtype=bool)
 
 
 OPERATOR = re.compile(r"(?<=\d)(\s*)([-*/%])|([-*/%])(?=\s*\d)")  # beside a number: 7-5 and 7*5 are two texts

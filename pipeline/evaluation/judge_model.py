@@ -95,7 +95,7 @@ def load(config: Any, device: Any, template_date: str) -> JudgeModel:
 
 
 def check(config: Any, template_date: str) -> None:
-    """Hold the judge's checkpoint to verdicts and template before anything is sampled; raises `UserError`."""
+    """Check verdicts and template of the judge's checkpoint before anything is sampled; raises `UserError`."""
     tokenizer = _checked_tokenizer(config, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, meta
+from jinja2 import StrictUndefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from threefold.columns import Message
@@ -44,17 +44,13 @@ def question(template: str, verdicts: tuple[str, str]) -> Callable[[list[Message
         compiled = environment.from_string(template)
 
     def render(prompt: list[Message], reply_a: str, reply_b: str) -> str:
-        return _rendered(compiled, prompt=prompt, reply_a=reply_a, reply_b=reply_b, **words)
+        with _one_line(), _limited():
+            return compiled.render(prompt=prompt, reply_a=reply_a, reply_b=reply_b, **words)
 
     render([{"role": "user", "content": "?"}], "A", "B")
     if missing := [name for name in NEEDED if name not in used]:
         raise UserError(f"{KEY}: does not show {', '.join(missing)}; a judge must see the prompt and both replies")
     return render
-
-
-def _rendered(compiled: Template, **values: Any) -> str:
-    with _one_line(), _limited():
-        return compiled.render(**values)
 
 
 @contextlib.contextmanager

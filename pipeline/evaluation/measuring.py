@@ -117,7 +117,7 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
 
 
 def sampling_settings(config: Any) -> dict[str, DictConfig]:
-    """How replies are sampled, by the prefix of their metrics: as everywhere, and greedily where that is asked for."""
+    """How replies are sampled, by the prefix of their metrics: as in all stages, and greedily where asked for."""
     settings = {"": config.sampling}
     if config.evaluate.greedy:
         settings["greedy_"] = cast(DictConfig, OmegaConf.merge(config.sampling, GREEDY))
