@@ -1,4 +1,4 @@
-"""The chain: every stage with what it needs. Importing this package imports no stage, so it costs nothing."""
+"""The chain: every stage with what it needs. Importing this package imports no stage and no torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ class Stage:
     # keys of folders of artifacts of other runs, whose fingerprints are in its own; each with the stages they may be of
     folders: tuple[tuple[str, tuple[str, ...]], ...] = ()
     models: tuple[str, ...] = ()  # keys of model folders, or names on the hub, whose content is in its fingerprint
-    named: tuple[str, ...] = ()  # those keys of folders whose names, RUN/STAGE, its results hold: they count as well
-    without: tuple[str, ...] = ()  # keys that it does not read, although they are below its `keys`
+    named: tuple[str, ...] = ()  # keys of `folders` whose names, RUN/STAGE, stand in its results and so count as well
+    without: tuple[str, ...] = ()  # keys below its `keys` that it does not read
     version: int = 1
     metric: str = ""  # the metric that tables show
     several_processes: bool = False  # whether several processes can run it together (`launch`)
@@ -117,13 +117,13 @@ STAGES = {
 
 def sources(name: str, config: Any) -> list[str]:
     """The keys of the data sources of stage `name` under `config`, those in a mapping by their names."""
-    found = []
+    keys = []
     for key in STAGES[name].sources:
         if key.endswith(".*"):
-            found += [f"{key[:-1]}{entry}" for entry in OmegaConf.select(config, key[:-2])]
+            keys += [f"{key[:-1]}{entry}" for entry in OmegaConf.select(config, key[:-2])]
         else:
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys
 
 
 def parents(name: str, config: Any) -> list[str]:

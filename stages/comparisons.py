@@ -88,7 +88,7 @@ def not_held_out(train: list[Pair], test: list[Pair]) -> list[Pair]:
     """The training pairs of whose prompts none is held out, begins one that is, or continues one."""
     held_out = [prompt for pair in test for prompt in pair.different_prompts()]
     chosen, rejected = (overlapping([pair.prompts()[side] for pair in train], held_out) for side in (0, 1))
-    return [pair for pair, *known in zip(train, chosen, rejected, strict=True) if not any(known)]
+    return [pair for pair, *overlaps in zip(train, chosen, rejected, strict=True) if not any(overlaps)]
 
 
 def earlier_pairs(job: Job, test: list[Pair]) -> tuple[list[Pair], int]:
@@ -109,11 +109,7 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     train, kept, unscored = paired(job, sampled, judge, generator)
     test, _, unscored_held_out = paired(job, held_out, judge, generator)
     pool = write_pool(job.out / "pool.jsonl", train, test, generator)
-    metrics: dict[str, Any] = {
-        "pool": pool,
-        "kept_share": kept,
-        **left_out,
-    }
+    metrics: dict[str, Any] = {"pool": pool, "kept_share": kept, **left_out}
     if judge is None:
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
         return [], [], metrics
@@ -122,27 +118,21 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     human, human_kept, human_unscored = people(job, judge, generator)
     if samples_unscored + human_unscored:
         job.say(f"{samples_unscored:,} samples and {human_unscored:,} replies of people have no score of the judge")
-    labels, tested = (
-        [pairing.labelled(c, "samples") for c in train] + human,
-        [pairing.labelled(c, "samples") for c in test],
-    )
+    labels = [pairing.labelled(c, "samples") for c in train] + human
+    tested = [pairing.labelled(c, "samples") for c in test]
     kept_apart = not_held_out(labels, tested)
     noisy, flipped = pairing.with_label_noise(kept_apart, config.label_noise, np.random.default_rng(config.seed))
-    gaps = [abs(c.gap) for c in train]
-    return (
-        noisy,
-        tested,
-        metrics
-        | {
-            "samples_unscored": samples_unscored,
-            "people_unscored": human_unscored,
-            "pairs_from_people": len(human),
-            "kept_share_people": human_kept,
-            "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
-            "labels_flipped": flipped,
-            "dropped_held_out_prompt": len(labels) - len(kept_apart),
-        },
-    )
+    gaps = [abs(c.gap) for c in train if c.gap is not None]
+    metrics |= {
+        "samples_unscored": samples_unscored,
+        "people_unscored": human_unscored,
+        "pairs_from_people": len(human),
+        "kept_share_people": human_kept,
+        "gap_deciles": np.quantile(gaps, np.linspace(0, 1, 11)).tolist() if gaps else [],
+        "labels_flipped": flipped,
+        "dropped_held_out_prompt": len(labels) - len(kept_apart),
+    }
+    return noisy, tested, metrics
 
 
 def require_scores(unscored: int, samples: int) -> None:
@@ -157,13 +147,12 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     """Replies of every policy, grouped by prompt, for training and held-out prompts.
 
     Also returns, as metrics, how many did not end or have no text, and what of each split is not used, by reason.
-
     Replies without an end token are left out: the token would have to be made up.
     """
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
     policies = {"sft": job.inputs["sft"]} | {policy_name(folder): Path(folder) for folder in config.policies}
     tokenizer = chat.require_same_template(policies)
-    room = loading.load_policy(job.inputs["sft"], "meta")
+    model = loading.load_policy(job.inputs["sft"], "meta")
     train = reading.draw(reading.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
     unusable = {split: reading.left_out(source, split, dialogue, once=True) for split in ("train", "validation")}
@@ -171,21 +160,21 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     unusable["train"] |= template.counted(refused)
     unusable["validation"] |= template.counted(held_out_refused)
     drawn = len(train), len(held_out)
-    train, held_out = (with_room(found, tokenizer, room, job.config.sampling) for found in (train, held_out))
+    train, held_out = (with_room(examples, tokenizer, model, job.config.sampling) for examples in (train, held_out))
     for split, before, after in zip(unusable, drawn, (train, held_out), strict=True):
         if before > len(after):
             unusable[split]["prompt leaves no room for a reply"] = {"count": before - len(after)}
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    flops = 2 * loading.parameter_count(room) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
+    flops = 2 * loading.parameter_count(model) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
     total = len(asked) * len(policies)
     job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(policies))
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
     for number, (name, folder) in enumerate(policies.items()):
         numbers = sampler.random_numbers(config.seed + number, len(ids), job.config.sampling)
-        model = loading.load_policy(folder, job.device.type)
-        for i, reply in enumerate(sampler.sample(model, ids, job.config.sampling, tokenizer, numbers, bar)):
+        policy = loading.load_policy(folder, job.device.type)
+        for i, reply in enumerate(sampler.sample(policy, ids, job.config.sampling, tokenizer, numbers, bar)):
             unfinished += not reply.ended
             text = chat.reply_text(tokenizer, reply.ids)
             empty += reply.ended and not text
@@ -196,34 +185,34 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     return groups[: len(train)], groups[len(train) :], metrics
 
 
-def with_room(found: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:
+def with_room(examples: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:
     """The examples whose prompts leave room for a reply."""
-    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in found]
-    return [found[i] for i in sampler.with_room(ids, model, limits)]
+    ids = [chat.prompt_ids(tokenizer, example.prompt) for example in examples]
+    return [examples[i] for i in sampler.with_room(ids, model, limits)]
 
 
 def paired(
     job: Job, groups: list[list[Answer]], judge: Any, generator: np.random.Generator
 ) -> tuple[list[Candidate], float, int]:
-    """From the answers to each prompt the pairs that `pairing` takes.
+    """The pairs that `pairing` takes from the answers to each prompt, and the share of pairs that is usable.
 
-    And the share of pairs that is usable, and how many answers the judge gives no score (None): these take no part.
+    Also returns how many answers the judge gives no score (None): these take no part.
     """
     config = job.config.comparisons
     judged = pairing.judged(groups, judge) if judge else [None] * len(groups)
     scored = member_scores(job, groups) if config.scorer else [None] * len(groups)
-    found, possible, good = [], 0, 0
+    pairs, possible, good = [], 0, 0
     for group, by_judge, by_model in zip(groups, judged, scored, strict=True):
         every = pairing.candidates(group, by_judge, by_model)
         able = [candidate for candidate in every if pairing.usable(candidate, config.min_gap)]
-        found += pairing.taken(able, config.pairs_per_prompt, config.pairing, generator)
+        pairs += pairing.taken(able, config.pairs_per_prompt, config.pairing, generator)
         possible, good = possible + len(every), good + len(able)
     unscored = sum(score is None for group in judged if group is not None for score in group)
-    return found, good / max(1, possible), unscored
+    return pairs, good / max(1, possible), unscored
 
 
 def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
-    """The normalised scores of each member of the reward model `comparisons.scorer` [answers, members], by group."""
+    """By group: the normalised scores [answers, members] of each member of the reward model `comparisons.scorer`."""
     folder = Path(job.config.comparisons.scorer)
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"], "comparisons.scorer": folder})
     scorer = ensemble.load(folder, job.device.type)
@@ -243,12 +232,12 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
 
 
 def people(job: Job, judge: Any, generator: np.random.Generator) -> tuple[list[Pair], float, int]:
-    """At most `human_pairs` pairs of two people's replies to one context; and what `paired` says of these."""
+    """At most `human_pairs` pairs of two people's replies to one context, and the other figures of `paired`."""
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     groups = reading.replies_by_prompt(reading.training_examples(source, dialogue)).values()
     answers = [[Answer(e.prompt, e.reply, "people") for e in group] for group in groups]
-    found, kept, unscored = paired(job, answers, judge, generator)
-    return [pairing.labelled(c, "people") for c in found[: job.config.comparisons.human_pairs]], kept, unscored
+    pairs, kept, unscored = paired(job, answers, judge, generator)
+    return [pairing.labelled(c, "people") for c in pairs[: job.config.comparisons.human_pairs]], kept, unscored
 
 
 def write_pool(file: Path, train: list[Candidate], test: list[Candidate], generator: np.random.Generator) -> int:

@@ -1,6 +1,6 @@
 """Stage `dpo`: direct preference optimisation of the SFT model with TRL's DPOTrainer."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
-from threefold.evaluation import displacement, statistics
+from threefold.evaluation import side_effects, statistics
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
@@ -39,25 +39,20 @@ def run(job: Job) -> dict[str, Any]:
     loading.save(model, tokenizer, job.out)
     policy, reference = (loading.load_policy(folder, job.device.type) for folder in (job.out, job.inputs["sft"]))
     bar = job.progress(4 * len(test.rows), "replies", part="held out")
-    found = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
+    measured = metrics(policy, reference, tokenizer.pad_token_id, test.rows, config.beta, bar)
     bar.close()
-    if found["chosen_falls"]:
-        change, interval = found["chosen_logprob_change"], statistics.shown(found["chosen_logprob_change_ci95"], "+.1f")
+    if measured["chosen_falls"]:
+        change = measured["chosen_logprob_change"]
+        interval = statistics.shown(measured["chosen_logprob_change_ci95"], "+.1f")
         job.say(f"held-out chosen replies became less likely: {change:+.1f} nats {interval}")
-    return (
-        found
-        | counted
-        | {
-            "dropped_too_long": train.dropped + test.dropped,
-            "template_hash": chat.template_hash(tokenizer),
-        }
-    )
+    dropped = {"dropped_too_long": train.dropped + test.dropped}
+    return measured | counted | dropped | {"template_hash": chat.template_hash(tokenizer)}
 
 
 class TokenisedTrainer(DPOTrainer):
     """TRL's trainer on rows that have their tokens already, with a progress bar of the reference's log-probabilities.
 
-    So no template is too much for it: every stage renders alike, and TRL renders nothing.
+    TRL renders no template, so every stage renders alike.
     """
 
     def __init__(self, *given: Any, bar: Any, **options: Any):
@@ -65,7 +60,7 @@ class TokenisedTrainer(DPOTrainer):
         super().__init__(*given, **options)
         bar.close()
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +95,7 @@ def on_disk(job: Job, train: TokenisedPairs) -> Dataset:
     folder = job.checkpoints / "pairs"
     if not (folder / "state.json").exists():
         Dataset.from_list(train.rows).save_to_disk(folder)
-    return load_from_disk(folder)
+    return cast(Dataset, load_from_disk(folder))
 
 
 @torch.no_grad()
@@ -117,7 +112,7 @@ def metrics(
     return {
         "accuracy": right.mean().item(),
         "accuracy_ci95": statistics.share_interval(right.tolist(), prompts),
-        **displacement.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
+        **side_effects.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
         "chosen_tokens": float(np.mean([len(row["chosen_ids"]) for row in rows])),
         "rejected_tokens": float(np.mean([len(row["rejected_ids"]) for row in rows])),
         "reward_margin": beta * (change["chosen"] - change["rejected"]).mean().item(),

@@ -14,17 +14,16 @@ from threefold.errors import UserError
 from threefold.evaluation import (
     arena,
     contamination,
-    displacement,
-    diversity,
     held_out,
     judge_model,
     measuring,
-    paired,
+    side_effects,
     statistics,
-    suites,
+    task_answers,
 )
 from threefold.evaluation.measuring import Played, Shared
 from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
+from threefold.evaluation.tasks import Task
 from threefold.execution.job import Job
 from threefold.fileio import read_json, read_lines, write_lines
 from threefold.models import chat, ensemble, loading
@@ -44,12 +43,12 @@ def run(job: Job) -> dict[str, Any]:
     reference = loading.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
     drawn, unusable = prompts_of_splits(job, tokenizer, smallest)
-    tasks = suites.prepared(job, tokenizer, smallest, measuring.ways(job.config))
+    tasks = task_answers.prepared(job, tokenizer, smallest, measuring.sampling_settings(job.config))
     texts = reading.texts(reading.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     drawn, texts, contaminated = checked_for_copies(job, drawn, texts, tasks)
     examples = drawn["prompts"]
-    problems = sum(len(suite.problems) for suite in tasks.values())
+    problems = sum(len(task.problems) for task in tasks.values())
     announce(job, taking_part, sum(map(len, drawn.values())), problems, reference)
     if config.judge_model.path is not None:
         judge_model.check(config.judge_model, job.config.tokenizer.template_date)
@@ -57,8 +56,8 @@ def run(job: Job) -> dict[str, Any]:
     shared = shared_by_all(job, tokenizer, reference, examples, texts, tasks)
     played = played_by_all(shared, folders, taking_part, problems)
     replies = {name: one.replies for name, one in played.items()}
-    found, by_judge = results(shared, played, judges)
-    for line in without_score(found, len(examples)):
+    models, by_judge = results(shared, played, judges)
+    for line in without_score(models, len(examples)):
         job.say(line)
     write_replies(shared, played, by_judge)
     wins = {judge: (arena.wins_by_scores(scores), list(scores)) for judge, scores in by_judge.items()}
@@ -70,14 +69,14 @@ def run(job: Job) -> dict[str, Any]:
         wins["judge_model"], further["judge_model"] = by_judge_model(job, examples, replies)
     if "dpo" in replies and "sft" in replies:
         further["dpo_drift"] = dpo_drift(job, replies)
-    return {f"{name}_gold_mean": found[name]["gold_mean"] for name in ("ppo",) if name in found} | {
-        "models": found,
+    return ({"ppo_gold_mean": models["ppo"]["gold_mean"]} if "ppo" in models else {}) | {
+        "models": models,
         "contamination": contaminated,
         "unusable": unusable["prompts"],
-        "tasks": {name: suites.described(suite) for name, suite in tasks.items()},
+        "tasks": {name: task_answers.described(task) for name, task in tasks.items()},
         **further,
-        "paired": paired.tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
-        "arena": {judge: in_arena(found, players, replies) for judge, (found, players) in wins.items()},
+        "paired": statistics.paired_tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
+        "arena": {judge: in_arena(counted, players, replies) for judge, (counted, players) in wins.items()},
         "prompts": len(examples),
         "judge": rewards.name(config.judge).rpartition(":")[2],
         "second_judge": rewards.name(config.second_judge).rpartition(":")[2],
@@ -100,7 +99,7 @@ def prompts_of_splits(
 
 
 def shared_by_all(
-    job: Job, tokenizer: Any, reference: Any, examples: list[Example], texts: list[str], tasks: dict[str, suites.Suite]
+    job: Job, tokenizer: Any, reference: Any, examples: list[Example], texts: list[str], tasks: dict[str, Task]
 ) -> Shared:
     """What all models are measured with; the reward model takes part where the run has one."""
     proxy = None
@@ -112,12 +111,12 @@ def shared_by_all(
 
 def by_model(config: Any) -> dict[str, dict[str, Player]]:
     """The players of each model by their names: those of the run, and one for each policy of another run."""
-    found: dict[str, dict[str, Player]] = {}
+    taking_part: dict[str, dict[str, Player]] = {}
     for name in config.models:
         entered = player(name, "evaluate.models")
-        found.setdefault(entered.model, {})[name] = entered
+        taking_part.setdefault(entered.model, {})[name] = entered
     earlier = [policy_name(folder) for folder in config.earlier]
-    return found | {name: {name: Player(name)} for name in earlier}
+    return taking_part | {name: {name: Player(name)} for name in earlier}
 
 
 def replies_in_all(taking_part: dict[str, dict[str, Player]], prompts: int, problems: int) -> int:
@@ -147,22 +146,24 @@ def results(
         {name: judged_by(judge, shared.examples, one.replies) for name, one in played.items()} for judge in judges
     )
     verdicts = {score for scores in golds.values() for score in scores} <= {0.0, 1.0, None}
-    found = {
+    metrics = {
         name: judged(shared.job, one.replies, golds[name], seconds[name], verdicts) | one.metrics
         for name, one in played.items()
     }
     for name, one in played.items():
         if one.greedy:
-            found[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
-    proxies = {name: one.proxies for name, one in played.items() if one.proxies is not None}
-    return found, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
+            metrics[name] |= with_interval("greedy_gold", judged_by(judges[0], shared.examples, one.greedy), verdicts)
+    proxies: dict[str, list[float | None]] = {
+        name: [*one.proxies] for name, one in played.items() if one.proxies is not None
+    }
+    return metrics, {"gold": golds, "second": seconds} | ({"reward_model": proxies} if proxies else {})
 
 
-def without_score(found: dict[str, dict[str, Any]], prompts: int) -> list[str]:
+def without_score(models: dict[str, dict[str, Any]], prompts: int) -> list[str]:
     """A line for each judge that gives some replies no score: how many of whose, which its means leave out."""
     lines = []
     for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
-        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in found.items() if metrics[key])
+        counts = ", ".join(f"{metrics[key]:,} of {name}" for name, metrics in models.items() if metrics[key])
         if counts:
             lines.append(f"the {judge} judge gives no score to some of {prompts:,} replies each, left out: {counts}")
     return lines
@@ -175,8 +176,8 @@ def on_validation(
     """The same of prompts of the validation split, by which something may be chosen that the test split reports."""
     prompts = [chat.prompt_ids(shared.tokenizer, example.prompt) for example in examples]
     others = replace(shared, examples=examples, prompts=prompts, texts=[], tasks={})
-    found, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
-    return {"models": found, "prompts": len(examples)}
+    models, _ = results(others, played_by_all(others, folders, taking_part, 0), judges)
+    return {"models": models, "prompts": len(examples)}
 
 
 def narrowest(reference: Any, earlier: dict[str, Path]) -> Any:
@@ -192,7 +193,7 @@ def write_replies(
     replies = {name: one.replies for name, one in played.items()}
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(shared.job.out / "samples.jsonl", sample_rows(shared.examples, replies, by_judge))
-    write_lines(shared.job.out / "tasks.jsonl", suites.rows(shared.tasks, answers))
+    write_lines(shared.job.out / "tasks.jsonl", task_answers.rows(shared.tasks, answers))
 
 
 def sample_rows(
@@ -201,11 +202,11 @@ def sample_rows(
     """A row for each prompt: it, and of each model the reply with the score of every judge that has one."""
     rows = []
     for i, example in enumerate(examples):
-        said = {
+        by_model = {
             name: {"reply": texts[i]} | {judge: scores[name][i] for judge, scores in by_judge.items() if name in scores}
             for name, texts in replies.items()
         }
-        rows.append({"prompt": example.prompt, **said})
+        rows.append({"prompt": example.prompt, **by_model})
     return rows
 
 
@@ -219,26 +220,26 @@ def in_arena(wins: np.ndarray, models: list[str], replies: dict[str, list[str]])
 def by_judge_model(
     job: Job, examples: list[Example], replies: dict[str, list[str]]
 ) -> tuple[tuple[np.ndarray, list[str]], dict[str, Any]]:
-    """Wins by the local judge model with their models, and what it is known by; verdicts.jsonl has each verdict."""
+    """Wins [P, M, M] by the local judge model with their models, and its metrics; verdicts.jsonl has each verdict."""
     config = job.config.evaluate.judge_model
     count = min(config.prompts or len(examples), len(examples))
     different, same = judge_model.pairs(replies, count)
     job.say(f"{2 * len(different):,} questions to the judge model {config.path}")
     bar = job.progress(2 * len(different), "questions")
     judge = judge_model.load(config, job.device, job.config.tokenizer.template_date)
-    verdicts, known = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
+    verdicts, metrics = judge_model.judge(judge, [e.prompt for e in examples], replies, different, bar)
     bar.close()
     write_lines(job.out / "verdicts.jsonl", judge_model.rows(verdicts, config.margin))
     wins = judge_model.wins(verdicts, same, list(replies), count, config.margin)
-    return (wins, list(replies)), {"path": config.path, **known, "same": len(same), "prompts": count}
+    return (wins, list(replies)), {"path": config.path, **metrics, "same": len(same), "prompts": count}
 
 
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
-    metrics = read_json(job.inputs["dpo"] / "metrics.json")
-    found = displacement.alarm(metrics, replies["dpo"], replies["sft"])
-    job.say(displacement.in_words(found))
-    return found
+    of_stage = read_json(job.inputs["dpo"] / "metrics.json")
+    metrics = side_effects.alarm(of_stage, replies["dpo"], replies["sft"])
+    job.say(side_effects.alarm_in_words(metrics))
+    return metrics
 
 
 def judged(
@@ -250,8 +251,8 @@ def judged(
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "second_judge_unscored": second.count(None),
         "length": float(np.mean([len(text) for text in replies])),
-        **{f"distinct_{n}": diversity.distinct_n(replies, n) for n in (1, 2, 3)},
-        "self_bleu": diversity.self_bleu(replies, job.config.evaluate.seed),
+        **{f"distinct_{n}": side_effects.distinct_n(replies, n) for n in (1, 2, 3)},
+        "self_bleu": side_effects.self_bleu(replies, job.config.evaluate.seed),
         "repetition": float(np.mean([repeated_share(text, 3) for text in replies])),
     }
 
@@ -259,12 +260,12 @@ def judged(
 def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict[str, Any]:
     """The mean of the gold judge's scores and its 95 % interval over prompts; that of `verdicts` is a share's.
 
-    Verdicts are the scores of a judge that gives 0 and 1 alone, to the replies of all models. Replies that a judge of
-    another scale gives 0 to are no share: where all are alike they have no interval.
+    Scores are verdicts where the judge gives nothing but 0 and 1 to the replies of all models. On another scale, scores
+    that are all alike have no interval.
     """
-    found = applicable(scores, "judge")
-    interval = statistics.share_interval(found) if verdicts else statistics.mean_interval(found)
-    return {f"{name}_mean": float(np.mean(found)), f"{name}_ci95": interval}
+    given = applicable(scores, "judge")
+    interval = statistics.share_interval(given) if verdicts else statistics.mean_interval(given)
+    return {f"{name}_mean": float(np.mean(given)), f"{name}_ci95": interval}
 
 
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
@@ -276,7 +277,7 @@ def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, 
 
 
 def checked_for_copies(
-    job: Job, drawn: dict[str, list[Example]], texts: list[str], tasks: dict[str, suites.Suite]
+    job: Job, drawn: dict[str, list[Example]], texts: list[str], tasks: dict[str, Task]
 ) -> tuple[dict[str, list[Example]], list[str], dict[str, dict[str, Any]]]:
     """How many items of each evaluation set occur in what each stage was trained on.
 
@@ -286,27 +287,27 @@ def checked_for_copies(
     """
     sought = {name: [spoken(e.prompt, e.reply) for e in examples] for name, examples in drawn.items()}
     sought["base_text"] = texts
-    sought |= {f"tasks.{name}": [suites.sought(p) for p in suite.problems] for name, suite in tasks.items()}
+    sought |= {f"tasks.{name}": [task_answers.sought(p) for p in task.problems] for name, task in tasks.items()}
     asked = {name: [spoken(e.prompt) for e in examples] for name, examples in drawn.items()}
-    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in suite.problems] for name, suite in tasks.items()}
+    asked |= {f"tasks.{name}": [spoken(p.prompt) for p in task.problems] for name, task in tasks.items()}
     if "comparisons" in job.inputs:
         pairs = read_lines(job.inputs["comparisons"] / "test.jsonl")
         sought["held_out_pairs"] = [spoken(p["prompt"], f"{p['chosen']}\n{p['rejected']}") for p in pairs]
         asked["held_out_pairs"] = [spoken(p["prompt"]) for p in pairs]
     trained = trained_on(job)
     bar = job.progress(sum(map(len, trained.values())), "texts", part="copies")
-    found = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
+    checked = contamination.against(sought, trained, asked, prompts_trained_on(job), bar)
     bar.close()
-    counts = {name: counts for name, (counts, _) in found.items()}
-    drawn = {name: without_copies(job, name, examples, *found[name]) for name, examples in drawn.items()}
-    texts = without_copies(job, "base_text", texts, *found["base_text"])
-    for name, suite in tasks.items():
-        suite.problems = without_copies(job, f"tasks.{name}", suite.problems, *found[f"tasks.{name}"])
+    counts = {name: counts for name, (counts, _) in checked.items()}
+    drawn = {name: without_copies(job, name, examples, *checked[name]) for name, examples in drawn.items()}
+    texts = without_copies(job, "base_text", texts, *checked["base_text"])
+    for name, task in tasks.items():
+        task.problems = without_copies(job, f"tasks.{name}", task.problems, *checked[f"tasks.{name}"])
     return drawn, texts, counts
 
 
 def without_copies(job: Job, name: str, items: list[Any], counts: dict[str, Any], flags: np.ndarray) -> list[Any]:
-    """The items of a set; with `evaluate.remove_contaminated` without those flagged, whose number joins the counts."""
+    """The items of a set; with `evaluate.remove_contaminated` without the flagged [items], whose number is counted."""
     if not job.config.evaluate.remove_contaminated:
         return items
     kept = [item for item, flag in zip(items, flags, strict=True) if not flag]
@@ -352,7 +353,7 @@ def judged_by(judge: RewardFunction, examples: list[Example], replies: list[str]
 
 def applicable(scores: list[float | None], judge: str) -> list[float]:
     """The scores that are not None. Raises `UserError` when the judge applies to no reply."""
-    found = [score for score in scores if score is not None]
-    if not found:
+    given = [score for score in scores if score is not None]
+    if not given:
         raise UserError(f"evaluate.{judge}: applies to none of the replies; choose a judge that does")
-    return found
+    return given

@@ -35,7 +35,9 @@ def run(job: Job) -> dict[str, Any]:
     else:
         points = policy_points(job, reference, judges, tokenizer, examples)
     write_lines(job.out / "points.jsonl", points)
-    means = [{name: mean(point[name]) if name in SCORES else point[name] for name in point} for point in points]
+    means = [
+        {key: float(np.mean(value)) if key in SCORES else value for key, value in point.items()} for point in points
+    ]
     return {"points": means, "prompts": len(examples), "unusable": unusable}
 
 
@@ -50,9 +52,9 @@ def best_of_points(
     rows = [slice(start, start + count) for start in range(0, len(asked), count)]  # of each prompt
     points = []
     for n in choices:
-        found = {name: [best_of.expected(scores["proxy"][at], scores[name][at], n) for at in rows] for name in SCORES}
-        measured = [best_of.kl(scores["proxy"][at], n) for at in rows]
-        points.append({"n": n, "kl": best_of.kl_bound(n), "kl_measured": float(np.mean(measured)), **found})
+        means = {name: [best_of.expected(scores["proxy"][at], scores[name][at], n) for at in rows] for name in SCORES}
+        measured = [best_of.kl_measured(scores["proxy"][at], n) for at in rows]
+        points.append({"n": n, "kl": best_of.kl_bound(n), "kl_measured": float(np.mean(measured)), **means})
     return points
 
 
@@ -76,7 +78,7 @@ def policy_points(
 def snapshots(final: Path) -> dict[int, Path]:
     """Policies along training by the episodes behind them; the last is the artifact itself.
 
-    Where a guard went back to an earlier policy, those after it do not count. DPO has pairs in the place of episodes.
+    Where a guard went back to an earlier policy, those after it do not count. DPO counts pairs instead of episodes.
     """
     metrics = read_json(final / "metrics.json")
     done = metrics["episodes"] if "episodes" in metrics else metrics["pairs"]
@@ -96,16 +98,13 @@ def replies_scored(
     messages, texts = [e.prompt for e in asked], [chat.reply_text(tokenizer, reply) for reply in ids]
     tokens, answers = {"prompt_ids": prompts, "completion_ids": ids}, {"answer": [e.reply for e in asked]}
     given = {"gold": answers, "second": answers, "proxy": tokens}
-    scores = {name: judge(messages, texts, **given[name]) for name, judge in judges.items()}
-    for name, found in scores.items():
-        if None in found:
+    scores: dict[str, list[float]] = {}
+    for name, judge in judges.items():
+        by_judge = judge(messages, texts, **given[name])
+        scores[name] = [score for score in by_judge if score is not None]
+        if len(scores[name]) < len(by_judge):
             raise UserError(f"frontier: judge {name} gives no score (None) to a reply; choose one that applies to all")
     return ids, scores
-
-
-def mean(values: list[float]) -> float:
-    """The mean over prompts."""
-    return float(np.mean(values))
 
 
 def announce(job: Job, model: Any, replies: int) -> None:

@@ -7,7 +7,7 @@ details that implementations get wrong; docs/ppo.md has their sources:
  [1] Policy and reference are the SFT model; before the first step KL is 0 and every ratio is 1.
  [2] Dropout is off everywhere (models stay in evaluation mode; gradients flow all the same).
  [3] No top-k, top-p or least length; log-probabilities are taken at the sampling temperature.
- [4] The reward model scores the text up to its end token; without one a penalty is the most (Stiennon et al. 2020).
+ [4] The reward model scores the text up to its end token; without one a reply scores at most a penalty (Stiennon 2020).
  [5] Scores are normalised to mean 0, standard deviation 1 on the reference's samples (Ziegler et al. 2019).
  [6] The KL penalty is per token, the score counts on the last token (Ziegler et al. 2019); it can also act as a loss.
  [7] The critic is a model of its own and starts from the reward model (Stiennon et al. 2020), or shares the trunk.
@@ -21,7 +21,7 @@ details that implementations get wrong; docs/ppo.md has their sources:
 import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,10 @@ class Ppo:
     reward: rewards.RewardFunction
     optimizers: dict[str, torch.optim.Optimizer]  # of policy, and of critic where there is one
     text: packing.PackedRows | None  # pretraining text, with ppo.ptx_coef
-    micro: int  # replies per forward pass
+    micro_batch_size: int  # replies per forward pass
     kl_coef: float = 0.0  # of the current rollout
     engine: engines.Engine | None = None  # that samples instead of our own sampler
-    ratios: list[Tensor] | None = None  # of this rollout's update, per token, where they are tracked
+    ratios: list[Tensor] = field(default_factory=list)  # of this rollout's update, per token, where they are tracked
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             if checkpoint_due(ppo, number, first, total):  # the policy of `number` rollouts has just passed the guards
                 save_checkpoint(ppo, number)
             set_learning_rates(ppo, 1 - number / total)
-            ppo.ratios = [] if job.tracked else None
+            ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
             ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
@@ -144,31 +144,32 @@ def stop(ppo: Ppo, rollout: int, reason: str, metrics: dict[str, float]) -> dict
 
 
 def plan(job: Job) -> list[Prompt]:
-    """The prompts; says beforehand, from the shapes of the models, what training will take of time and memory."""
+    """The prompts; announces, from the shapes of the models, how much time and memory training will take."""
     config, limits = job.config.ppo, job.config.sampling
     if "reward" in job.inputs and not config.ignore_gate:
         checkup.require(job.inputs["reward"], job.config.reward.gate)
-    outline = actors.load(config, job.inputs, "meta")
+    meta_models = actors.load(config, job.inputs, "meta")
     tokenizer = chat.require_same_template(job.inputs)
-    prompts = rollouts.prompt_pool(job, tokenizer, outline.policy)
+    prompts = rollouts.prompt_pool(job, tokenizer, meta_models.policy)
     longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
     length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
-    trained = 1 + (outline.critic is not None and not outline.shared)
+    trained = 1 + (meta_models.critic is not None and not meta_models.shared)
     passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
-    size = loading.parameter_count(getattr(outline.policy, "base", outline.policy))
+    size = loading.parameter_count(getattr(meta_models.policy, "base", meta_models.policy))
     total = max(1, config.episodes // config.batch_size)
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     flops = passes * size * length * config.batch_size * total
     job.announce(batch, total * config.minibatches * config.epochs, flops)
     sampled = min(limits.batch_size, config.batch_size) if config.sampler == "own" else 0
-    needed, free = memory.statement(outline, longest, sampled, micro_batch(job)), memory.available(job.device.type)
+    needed = memory.statement(meta_models, longest, sampled, micro_batch_size(job))
+    free = memory.available(job.device.type)
     job.say(memory.line(needed, free))
     if advice := memory.shortage(needed, free):
         job.say(advice)
     return prompts
 
 
-def micro_batch(job: Job) -> int:
+def micro_batch_size(job: Job) -> int:
     """Replies per forward pass."""
     config = job.config.ppo
     return job.config.runtime.micro_batch_size or min(MICRO_BATCH, config.batch_size // config.minibatches)
@@ -179,7 +180,7 @@ def load(job: Job) -> Ppo:
     config = job.config.ppo
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
-    micro = micro_batch(job)
+    micro = micro_batch_size(job)
     engine = engines.load(job, accelerator.num_processes, tokenizer.eos_token_id)
     loaded = actors.load(config, job.inputs, str(accelerator.device))
     optimizers = {"policy": adam(loaded.policy, config)}
@@ -197,12 +198,12 @@ def adam(model: Any, config: Any) -> torch.optim.Optimizer:
 
 
 def load_reward(
-    config: Any, loaded: Actors, tokenizer: Any, micro: int, accelerator: Accelerator
+    config: Any, loaded: Actors, tokenizer: Any, batch_size: int, accelerator: Accelerator
 ) -> rewards.RewardFunction:
     """The reward of `ppo.reward`: the learned reward model, a rule, or a sum of both, the same in every process."""
-    model = learned(loaded.reward_model, tokenizer, micro) if loaded.reward_model is not None else None
-    whole = functools.partial(ranks.gathered, accelerator=accelerator)
-    return rewards.load(config.reward, rewards.GIVEN["ppo"], model, whole)
+    model = learned(loaded.reward_model, tokenizer, batch_size) if loaded.reward_model is not None else None
+    gather = functools.partial(ranks.gathered, accelerator=accelerator)
+    return rewards.load(config.reward, rewards.GIVEN["ppo"], model, gather)
 
 
 def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
@@ -212,19 +213,20 @@ def roll_out(ppo: Ppo, prompts: list[Prompt], number: int) -> Rollout:
     seed = int(np.random.SeedSequence([ppo.config.seed, number]).generate_state(1)[0])  # [12]
     rows = ranks.share(range(len(prompts)), accelerator)
     mine, numbers = [prompts[i] for i in rows], sampler.random_numbers(seed, len(prompts), limits)[list(rows)]
-    ids, foreign = [p.ids for p in mine], ppo.engine is not None
-    again = foreign or ppo.job.device.bf16  # in bf16 the fused decoder rounds otherwise than a forward pass
-    if foreign:  # without autocast, for the engine has a precision of its own
-        replies = ppo.engine.sample(policy, ids, numbers)
-    head = ppo.actors.critic.score if ppo.actors.shared else None
-    with accelerator.autocast():
-        if not foreign:
+    ids, size = [p.ids for p in mine], ppo.micro_batch_size
+    recompute = ppo.job.device.bf16  # where the fused decoder's log-probabilities round unlike a forward pass
+    if ppo.engine is not None:  # without autocast, for the engine has a precision of its own
+        replies, recompute = ppo.engine.sample(policy, ids, numbers), True
+    else:
+        head = ppo.actors.critic.score if ppo.actors.shared else None
+        with accelerator.autocast():
             replies = sampler.sample(policy, ids, limits, ppo.tokenizer, numbers, value_head=head)
+    with accelerator.autocast():
         scores = rollouts.scores(ppo.reward, rewards.name(ppo.config.reward), ppo.tokenizer, mine, replies)
-        found = rollouts.collect(ppo.actors, mine, replies, scores, limits.temperature, pad, penalty, ppo.micro, again)
+        rollout = rollouts.collect(ppo.actors, mine, replies, scores, limits.temperature, pad, penalty, size, recompute)
     if accelerator.num_processes == 1:
-        return found
-    single = [found.take(torch.tensor([i])).to("cpu") for i in range(len(found))]
+        return rollout
+    single = [rollout.take(torch.tensor([i])).to("cpu") for i in range(len(rollout))]
     return rollouts.joined(ranks.gathered(single, accelerator), pad).to(accelerator.device)
 
 
@@ -237,7 +239,7 @@ def set_learning_rates(ppo: Ppo, factor: float) -> None:
 
 
 def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, number: int) -> dict[str, float]:
-    """`epochs` passes over the rollout in `minibatches` optimiser steps each; mean metrics over all steps."""
+    """`epochs` passes over the rollout (estimates [B, R]) in `minibatches` steps each; metrics as means over steps."""
     started, config = time.perf_counter(), ppo.config
     generator, first = np.random.default_rng([config.seed, number]), number * config.epochs * config.minibatches  # [12]
     steps: list[dict[str, float]] = []
@@ -245,7 +247,7 @@ def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, numb
         order = torch.from_numpy(generator.permutation(len(rollout))).to(rollout.scores.device)
         for rows in order.chunk(config.minibatches):
             steps.append(minibatch_step(ppo, rollout, advantages, returns, rows, first + len(steps)))
-            if len(steps) == 1 and not ppo.job.device.bf16:  # bf16 rounds otherwise for rows in another order
+            if len(steps) == 1 and not ppo.job.device.bf16:  # bf16 rounds differently for rows in another order
                 guards.require_one_distribution("first_ratio_error", steps[0]["ratio_error"], config)
     means = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
     return means | {"first_ratio_error": steps[0]["ratio_error"], "update_seconds": time.perf_counter() - started}
@@ -254,11 +256,11 @@ def update(ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, numb
 def minibatch_step(
     ppo: Ppo, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, step: int
 ) -> dict[str, float]:
-    """One optimiser step on the replies `rows`, the `step`-th of training; metrics as means over their tokens [11]."""
+    """Step number `step` of training, on the replies `rows` [b] of B; metrics as means over their tokens [11]."""
     config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
     weights = torch.zeros_like(rollout.scores)
     weights[rows] = estimators.reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
-    for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro):
+    for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro_batch_size):
         part = rollout.take(chosen)
         for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen], weights[chosen]):
             (loss / tokens).backward()
@@ -266,9 +268,9 @@ def minibatch_step(
             totals |= {name: totals.get(name, 0.0) + value for name, value in sums.items()}
     means = {name: value / tokens for name, value in ranks.summed(totals, ppo.accelerator).items()}
     if ppo.text is not None:
-        means |= ptx_step(ppo, step)
-    waits = {"policy"} if step < config.critic_warmup * config.epochs * config.minibatches else set()
-    return means | optimise(ppo, waits) | {"ratio_error": ranks.highest(max(largest), ppo.accelerator)}
+        means |= ptx_step(ppo, ppo.text, step)
+    frozen = {"policy"} if step < config.critic_warmup * config.epochs * config.minibatches else set()
+    return means | optimise(ppo, frozen) | {"ratio_error": ranks.highest(max(largest), ppo.accelerator)}
 
 
 def losses(
@@ -276,21 +278,20 @@ def losses(
 ) -> Iterator[tuple[Tensor, dict[str, float]]]:
     """The policy's loss and then the critic's, summed over the N reply tokens of `part`, and sums of metrics.
 
-    `weights` [B] are factors of the policy's losses of each reply.
-
-    A backward pass comes between the two, so that only one model's activations are in memory; on a shared trunk they
-    are one loss.
+    `advantages` and `returns` are [B, R], with R at least that of `part`; `weights` [B] are factors of the policy's
+    losses of each reply. A backward pass comes between the two losses, so that only one model's activations are in
+    memory; on a shared trunk they are one loss.
     """
     used, chosen = ppo.actors, part.mask.bool()
-    advantages, returns = (each[:, : chosen.size(1)][chosen] for each in (advantages, returns))
+    advantages, returns = (t[:, : chosen.size(1)][chosen] for t in (advantages, returns))
     with ppo.accelerator.autocast():
         states = rollouts.token_states(used.policy, part)  # [N, D]
         logprobs = rollouts.reply_logprobs(used.policy, part, states, ppo.job.config.sampling.temperature)
     weights = torch.ones_like(logprobs) if weights is None else weights[:, None].expand_as(part.mask)[chosen]
     loss, sums = policy_loss(ppo, logprobs, part, advantages, weights)
     if used.shared:
-        value, found = value_loss(ppo, states, part, returns)
-        loss, sums = loss + value, sums | found
+        value, of_critic = value_loss(ppo, states, part, returns)
+        loss, sums = loss + value, sums | of_critic
     yield loss, sums
     if used.critic is not None and not used.shared:
         with ppo.accelerator.autocast():
@@ -301,12 +302,12 @@ def losses(
 def policy_loss(
     ppo: Ppo, logprobs: Tensor, part: Rollout, advantages: Tensor, weights: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped loss, and the KL loss where asked for [6], of log-probabilities [N]: weighted sum, and metrics."""
+    """The clipped loss of N tokens, all tensors being [N], and the KL loss [6]: weighted sum, and sums of metrics."""
     config, chosen = ppo.config, part.mask.bool()
     old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
     policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
     log_ratio = (logprobs - old).detach()
-    if ppo.ratios is not None:
+    if ppo.job.tracked:
         ppo.ratios.append(log_ratio.exp())
     sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
     loss = (policy * weights).sum()
@@ -317,7 +318,7 @@ def policy_loss(
 
 
 def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The weighted value loss of the critic's states [N, D]: sum over tokens, and metrics."""
+    """The weighted value loss of the critic's states [N, D] and `returns` [N]: sum over tokens, and metrics."""
     with ppo.accelerator.autocast():
         values = rollouts.reply_values(ppo.actors.critic, states)
     old = part.values[part.mask.bool()]
@@ -325,13 +326,14 @@ def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tupl
     return ppo.config.value_coef * value.sum(), estimators.summed({"value_loss": value, "value_clip_share": clipped})
 
 
-def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
+def ptx_step(ppo: Ppo, text: packing.PackedRows, step: int) -> dict[str, float]:
     """Gradient of `ptx_coef` times the language-model loss on rows of pretraining text (Ouyang et al. 2022)."""
     config, policy = ppo.config, ppo.actors.policy
-    rows = [(step * config.ptx_batch_size + i) % len(ppo.text) for i in range(config.ptx_batch_size)]
+    rows = [(step * config.ptx_batch_size + i) % len(text) for i in range(config.ptx_batch_size)]
     mine, tokens, total = ranks.share(rows, ppo.accelerator), len(rows) * (config.ptx_context - 1), 0.0
-    for start in range(0, len(mine), ppo.micro):
-        ids = torch.stack([ppo.text[row]["input_ids"] for row in mine[start : start + ppo.micro]]).to(policy.device)
+    for start in range(0, len(mine), ppo.micro_batch_size):
+        batch = [text[row]["input_ids"] for row in mine[start : start + ppo.micro_batch_size]]
+        ids = torch.stack(batch).to(policy.device)  # [B, T]
         with ppo.accelerator.autocast():
             states = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             logits = loading.output_logits(policy, states).float()
@@ -341,30 +343,27 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     return {"ptx_loss": ranks.summed({"ptx_loss": total}, ppo.accelerator)["ptx_loss"] / tokens}
 
 
-def optimise(ppo: Ppo, waits: set[str]) -> dict[str, float]:
-    """Sum the gradients over processes, clip them and take a step of every optimiser but those of `waits`; the norms.
-
-    The gradient of a policy that waits for its critic goes as well.
-    """
+def optimise(ppo: Ppo, frozen: set[str]) -> dict[str, float]:
+    """Sum the gradients over processes, clip them and take a step of every optimiser but the `frozen`; the norms."""
     norms = {}
     for name, optimizer in ppo.optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ranks.sum_gradients(parameters, ppo.accelerator)
         norm = torch.nn.utils.clip_grad_norm_(parameters, ppo.config.max_grad_norm or float("inf")).item()
-        norms["grad_norm" if name == "policy" else f"{name}_grad_norm"] = 0.0 if name in waits else norm
-        if name not in waits:
+        norms["grad_norm" if name == "policy" else f"{name}_grad_norm"] = 0.0 if name in frozen else norm
+        if name not in frozen:
             optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # of a frozen one as well
     return norms
 
 
 def parts(ppo: Ppo) -> dict[str, Any]:
     """What a checkpoint holds: weights that are trained (and a reference that follows them), and optimisers."""
-    found = {"policy": ppo.actors.policy, "critic": ppo.actors.critic}
+    held = {"policy": ppo.actors.policy, "critic": ppo.actors.critic}
     if ppo.config.reference_sync_every:
-        found["reference"] = ppo.actors.reference
-    found |= {f"{name}_optimizer": optimizer for name, optimizer in ppo.optimizers.items()}
-    return {name: part for name, part in found.items() if part is not None}
+        held["reference"] = ppo.actors.reference
+    held |= {f"{name}_optimizer": optimizer for name, optimizer in ppo.optimizers.items()}
+    return {name: part for name, part in held.items() if part is not None}
 
 
 def checkpoint_due(ppo: Ppo, number: int, first: int, total: int) -> bool:

@@ -1,8 +1,9 @@
 """Stage `pretrain`: a base model by next-token prediction on packed text, measured in held-out bits per byte."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments, get_wsd_schedule
 
 from threefold.data import reading
@@ -69,14 +70,16 @@ class MuonTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser."""
         config = self.job.config.pretrain
-        self.optimizer = MuonAdamW(self.model, config.matrix_learning_rate, config.learning_rate, self.job.device.bf16)
+        self.optimizer = MuonAdamW(
+            cast(nn.Module, self.model), config.matrix_learning_rate, config.learning_rate, self.job.device.bf16
+        )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of both learning rates."""
         config = self.job.config.pretrain
         self.lr_scheduler = get_wsd_schedule(
-            self.optimizer,
+            cast(torch.optim.Optimizer, self.optimizer),
             num_warmup_steps=round(config.warmup * num_training_steps),
             num_decay_steps=round(config.decay * num_training_steps),
             num_training_steps=num_training_steps,

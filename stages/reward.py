@@ -87,8 +87,8 @@ def sequences_checked(config: Any, test: TokenisedPairs) -> int:
 
 def member(
     job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, batch_size: int, samples: list[list[int]]
-) -> torch.nn.Module:
-    """The `number`-th model of the ensemble: with a head and an order of its own; a finished one is read."""
+) -> Any:
+    """The `number`-th model of the ensemble, with its own head and order of pairs; a finished one is read."""
     out = member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
@@ -113,13 +113,13 @@ def member_seed(job: Job, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
 
 
-def with_score_head(job: Job, tokenizer: Any, seed: int) -> torch.nn.Module:
+def with_score_head(job: Job, tokenizer: Any, seed: int) -> Any:
     """The SFT model with a linear score in place of its output layer, initialised with std 1/sqrt(width + 1).
 
     Source of the initialisation: Huang et al. 2024, arXiv 2403.17031, detail 8. Dropout is off in every model here.
     """
     torch.manual_seed(seed)
-    model = loading.with_new_head(job.inputs["sft"])
+    model: Any = loading.with_new_head(job.inputs["sft"])
     torch.nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -134,17 +134,17 @@ class SmoothedTrainer(RewardTrainer):
 
     smoothing = 0.0
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The loss of one batch, with the model's outputs where these are asked for."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        chosen, rejected = outputs.logits[:, 0].chunk(2)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        chosen, rejected = outputs.logits[:, 0].chunk(2)  # [B] scores each, of B pairs
         loss = loss + self.smoothing * (chosen - rejected).mean()
         return (loss, outputs) if return_outputs else loss
 
 
-def fit(
-    job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs, batch_size: int, number: int = 0
-) -> torch.nn.Module:
+def fit(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size: int, number: int = 0) -> Any:
     """Train with TRL on rows that are already tokenised; LoRA adapters are merged, and left in adapter/ as well."""
     config, folder = job.config.reward, job.checkpoints / str(number)
     steps = len(train.rows) // batch_size
@@ -160,14 +160,14 @@ def fit(
         options = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}
         peft_config = lora.adapter_config(model, config.lora_rank, config.lora_alpha, **options)
     if train.one_by_one:
-        trained = model if peft_config is None else get_peft_model(model, peft_config)
-        trainer = classifier_trainer(job, trained, tokenizer, train, arguments)
+        classifier = model if peft_config is None else get_peft_model(model, peft_config)
+        trainer = classifier_trainer(job, classifier, tokenizer, train, arguments)
     else:
         trainer = SmoothedTrainer(
             model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config
         )
         trainer.smoothing = config.label_smoothing
-    trained = hf_trainer.train(trainer, job, batch_size, "pairs", number * steps)
+    trained: Any = hf_trainer.train(trainer, job, batch_size, "pairs", number * steps)
     if peft_config is None:
         return trained
     if job.main:
@@ -175,9 +175,7 @@ def fit(
     return trained.merge_and_unload()
 
 
-def classifier_trainer(
-    job: Job, model: torch.nn.Module, tokenizer: Any, train: TokenisedPairs, arguments: RewardConfig
-) -> Trainer:
+def classifier_trainer(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, arguments: RewardConfig) -> Trainer:
     """A Trainer for replies that were labelled one by one: cross-entropy of good and bad, the score being the logit.
 
     A batch has the good and the bad reply of each of its pairs; with `label_smoothing` e the targets are 1 - e and e.
@@ -229,7 +227,7 @@ def _prompts(test: list[Pair]) -> list[list[Message]]:
 NORMALISED_ON = 256  # prompts
 
 
-def normalise(model: torch.nn.Module, tokenizer: Any, samples: list[list[int]]) -> None:
+def normalise(model: Any, tokenizer: Any, samples: list[list[int]]) -> None:
     """Store mean and spread of the scores of the SFT model's samples in the model's configuration."""
     scores = torch.tensor(likelihood.scores(model, samples, tokenizer.pad_token_id))
     model.config.score_mean, model.config.score_std = ensemble.mean_and_deviation(scores)
@@ -247,7 +245,7 @@ def combined(job: Job, members: list[Any], tokenizer: Any, samples: list[list[in
 
 
 def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test: TokenisedPairs) -> dict[str, Any]:
-    """Every figure of the check-up, on held-out pairs."""
+    """Every figure of the check-up, on H held-out pairs."""
     config, pad = job.config.reward, tokenizer.pad_token_id
     bar = job.progress(len(model.members) * sequences_checked(config, test), "replies", part="check-up")
 
@@ -257,9 +255,9 @@ def check_up(job: Job, model: Ensemble, tokenizer: Any, train: list[Pair], test:
     chosen_rows, rejected_rows = (
         list(rows) for rows in zip(*(preferences.sequences(row) for row in test.rows), strict=True)
     )
-    by_member = [model.member_scores(rows, pad, bar=bar) for rows in (chosen_rows, rejected_rows)]
+    by_member = [model.member_scores(rows, pad, bar=bar) for rows in (chosen_rows, rejected_rows)]  # [members, H]
     chosen, rejected = (model.combined(scores).double().cpu().numpy() for scores in by_member)
-    raw = torch.tensor([[member.config.score_std] for member in model.members])
+    raw = torch.tensor([[member.config.score_std] for member in model.members])  # [members, 1]
     difference = ((by_member[0] - by_member[1]) * raw).mean(0).double().cpu().numpy()  # on the scale of the loss
     positions = loading.context_length(model.members[0].config)
     checked = (

@@ -18,7 +18,7 @@ ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded agai
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Make the tokenizer and measure its compression on held-out text, and whether it keeps the text."""
+    """Make the tokenizer, and measure on held-out text how it compresses and whether decoding gives the text back."""
     loaded = reading.load(job.config.data.text, "train")
     texts = reading.texts(loaded.rows)
     job.say(f"{job.device} · one process · byte-level BPE on {len(texts):,} texts, {sum(map(len, texts)):,} characters")

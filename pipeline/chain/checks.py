@@ -67,14 +67,14 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
     is known to be good, and what is read here stays in memory for the stages, so a good source is read once as before.
     """
     from threefold.data import reading
-    from threefold.evaluation import verifiable
+    from threefold.evaluation import tasks
 
     known = {key for entry in planned.values() if entry.artifact.finished for key in sources(entry.stage, config)}
     needed = {key for entry in planned.values() if not entry.artifact.finished for key in sources(entry.stage, config)}
     for key in sorted(needed - known):
         source = OmegaConf.select(config, key)
         if key.startswith(TASKS):
-            verifiable.check(key, source)
+            tasks.check(key, source)
         elif source.path is not None:
             reading.check(source)
         if key == "data.replies":

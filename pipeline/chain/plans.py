@@ -77,9 +77,9 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     for key in sources(name, config):
         parts = _without_location(parts, key) | _source_parts(config, key)
         if key.startswith(TASKS):
-            from threefold.evaluation import verifiable
+            from threefold.evaluation import tasks
 
-            parts |= _prefixed(key, verifiable.parts(OmegaConf.select(config, key).check))
+            parts |= _prefixed(key, tasks.parts(OmegaConf.select(config, key).check))
     for key in stage.functions:
         for place, function in rewards.functions(OmegaConf.select(config, key)).items():
             if function is not None:

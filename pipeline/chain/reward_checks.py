@@ -10,7 +10,7 @@ from threefold import rewards
 from threefold.artifacts.digests import module_of
 from threefold.data import reading
 from threefold.data.reading import Example
-from threefold.evaluation import verifiable
+from threefold.evaluation import tasks
 from threefold.rewards.numeric import numeric_match
 from threefold.rewards.scores import require_all
 
@@ -31,7 +31,7 @@ def check(config: DictConfig, stage: str, key: str) -> None:
     examples = _examples(config, stage)
     _try(json.dumps(OmegaConf.to_container(reward)), stage, json.dumps([[e.prompt, e.reply] for e in examples[:2]]))
     if stage == "ppo" and any(_imported(path) == NUMERIC for path in rewards.functions(reward).values() if path):
-        verifiable.require_checkable(key, "numeric", [example.reply for example in examples])
+        tasks.require_checkable(key, "numeric", [example.reply for example in examples])
 
 
 def _imported(path: str) -> str:

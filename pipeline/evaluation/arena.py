@@ -15,7 +15,7 @@ from threefold.evaluation.statistics import students_t
 
 POINTS = 400 / np.log(10)  # Elo points of one unit of the Bradley-Terry model's log-strength
 ANCHOR = 1000.0  # Elo of the model that the others are measured against
-PRIOR = 0.5  # wins that each of two models that met is given against the other beforehand: who never lost stays finite
+PRIOR = 0.5  # wins added to each of two models that met, so that the strength of one that never lost stays finite
 STEPS = 50  # of Newton's method, at most; it needs fewer than ten
 
 
@@ -37,10 +37,10 @@ def wins_by_scores(scores: dict[str, list[float | None]]) -> np.ndarray:
     """
     columns = np.array([[np.nan if s is None else s for s in column] for column in scores.values()], dtype=float).T
     difference = columns[:, :, None] - columns[:, None, :]
-    found = (difference > 0) + 0.5 * (difference == 0)
-    found[np.isnan(difference)] = 0.0
-    found[:, np.arange(len(scores)), np.arange(len(scores))] = 0.0
-    return found
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    wins[np.isnan(difference)] = 0.0
+    wins[:, np.arange(len(scores)), np.arange(len(scores))] = 0.0
+    return wins
 
 
 def connected(wins: np.ndarray, models: list[str], anchor: str) -> list[str]:
@@ -77,16 +77,16 @@ def _information(met: np.ndarray, theta: np.ndarray) -> np.ndarray:
     Strengths are free up to a constant: 1 / M everywhere takes that direction out.
     """
     chance = _chances(theta)
-    found = -met * chance * (1 - chance)
-    np.fill_diagonal(found, -found.sum(-1) + found.diagonal())
-    return found + 1 / len(met)
+    information = -met * chance * (1 - chance)
+    np.fill_diagonal(information, -information.sum(-1) + information.diagonal())
+    return information + 1 / len(met)
 
 
 def covariance(wins: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """The covariance [M, M] of the log-strengths `theta` that wins [P, M, M] give, by the spread between prompts.
 
-    All votes at one prompt are one observation (Liang and Zeger 1986, the sandwich of an M-estimator); the wins that
-    are added beforehand are observations as well, so that votes which all go one way leave no width of 0.
+    All votes at one prompt are one observation (Liang and Zeger 1986, the sandwich of an M-estimator). The wins that
+    `PRIOR` adds are observations as well, so the width is not 0 where all votes go one way.
     """
     total, prompts, chance = wins.sum(0), len(wins), _chances(theta)
     met = total + total.T > 0
@@ -100,8 +100,8 @@ def covariance(wins: np.ndarray, theta: np.ndarray) -> np.ndarray:
 def standings(wins: np.ndarray, models: list[str], anchor: str) -> list[Standing]:
     """The table of an arena, best first, from wins [P, M, M]; `anchor` has 1000 points.
 
-    Intervals are 95 % intervals by Student's t over prompts, of the difference to the anchor; of one prompt there are
-    none. A model's rank is 1 and the number of models whose whole interval is above its own.
+    Intervals are 95 % intervals by Student's t over prompts, of the difference to the anchor; one prompt gives none.
+    A model's rank is 1 and the number of models whose whole interval is above its own.
     """
     at, theta = models.index(anchor), strengths(wins.sum(0))
     elo = ANCHOR + POINTS * (theta - theta[at])
@@ -113,18 +113,18 @@ def standings(wins: np.ndarray, models: list[str], anchor: str) -> list[Standing
         half = students_t(len(wins)) * POINTS * np.sqrt(np.maximum(variance, 0.0))
     low, high = elo - half, elo + half
     votes = (wins + np.swapaxes(wins, -1, -2)).sum((0, 2))
-    found = [
+    table = [
         Standing(
             name, float(elo[i]), (float(low[i]), float(high[i])) if np.isfinite(half[i]) else None, round(votes[i]),
             1 + int((low > high[i]).sum()),
         )
         for i, name in enumerate(models)
     ]  # fmt: skip
-    return sorted(found, key=lambda standing: -standing.elo)
+    return sorted(table, key=lambda standing: -standing.elo)
 
 
 def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]]:
-    """How often each model wins against each other one, ties one half; pairs that never met are left out."""
+    """From wins [P, M, M] how often each model wins against each other one that it met, ties being one half."""
     total = wins.sum(0)
     met = total + total.T
     return {
@@ -134,9 +134,9 @@ def win_rates(wins: np.ndarray, models: list[str]) -> dict[str, dict[str, float]
 
 
 def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarray) -> float | None:
-    """How often a model would win against another at equal lengths; None where its replies are always the longer ones.
+    """How often a model would win against another at equal lengths.
 
-    The same where they are always the shorter ones: then nothing was seen of equal lengths.
+    None where its replies are always the longer ones, or always the shorter ones: nothing was seen of equal lengths.
 
     `won` [P] are its wins at each prompt and `lost` [P] the other's, a tie being half a win for both; `lengths` [P] the
     length of its reply less that of the other one. A logistic regression on the length difference, squashed at its
@@ -162,12 +162,13 @@ def summary(wins: np.ndarray, models: list[str], lengths: dict[str, list[int]], 
     linked, voted = connected(wins, models, anchor), wins.any((1, 2))
     kept = [models.index(name) for name in linked]
     wins = wins[voted][:, kept][:, :, kept]
-    lengths = {name: np.array(lengths[name], dtype=float)[voted] for name in linked}
+    of_linked = {name: np.array(lengths[name], dtype=float)[voted] for name in linked}
     missing = [name for name in models if name not in linked]
-    return _summary(wins, linked, lengths, anchor) | ({"not_linked": missing} if missing else {})
+    return _summary(wins, linked, of_linked, anchor) | ({"not_linked": missing} if missing else {})
 
 
 def _summary(wins: np.ndarray, models: list[str], lengths: dict[str, np.ndarray], anchor: str) -> dict[str, Any]:
+    """`summary` of wins [P, M, M] and lengths [P] of models that are all linked, at prompts that all have a vote."""
     at, controlled = models.index(anchor), {}
     for i, name in enumerate(models):
         won, lost = wins[:, i, at], wins[:, at, i]

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 def text_baselines(train: list[str], held_out: list[str], longest: int = 4) -> dict[str, float]:
     """Bits per byte of held-out texts under 1- to `longest`-gram byte models and the compressors bz2 and xz."""
-    known, new = _joined(train), _joined(held_out)
-    grams = {f"{n}-gram": bits for n, bits in enumerate(ngram_bits_per_byte(known, new, longest), start=1)}
+    old, new = _joined(train), _joined(held_out)
+    grams = {f"{n}-gram": bits for n, bits in enumerate(ngram_bits_per_byte(old, new, longest), start=1)}
     packed = {"bz2": len(bz2.compress(new, 9)), "xz": len(lzma.compress(new, preset=9))}
     return grams | {name: 8 * size / len(new) for name, size in packed.items()}
 
@@ -27,7 +27,7 @@ def ngram_bits_per_byte(train: bytes, held_out: bytes, longest: int) -> list[flo
     Interpolated Witten-Bell smoothing: p_n(b|h) = (c(hb) + t(h) p_{n-1}(b|h')) / (c(h) + t(h)), where t(h) is the
     number of different bytes seen after h, and p_0 = 1/256 (Witten and Bell 1991; Chen and Goodman 1998, section 2.4).
     """
-    probability, found = np.full(len(held_out), 1 / 256), []
+    probability, bits = np.full(len(held_out), 1 / 256), []
     for order in range(1, longest + 1):
         grams, counts = np.unique(_grams(train, order), return_counts=True)
         histories, first = np.unique(grams >> np.uint64(8), return_index=True)
@@ -38,12 +38,12 @@ def ngram_bits_per_byte(train: bytes, held_out: bytes, longest: int) -> list[flo
         total, types = (_look_up(histories, values, new >> np.uint64(8)) for values in (followed, different))
         seen = total > 0
         probability[seen] = ((count + types * probability) / np.maximum(total + types, 1))[seen]
-        found.append(float(-np.log2(probability).mean()))
-    return found
+        bits.append(float(-np.log2(probability).mean()))
+    return bits
 
 
 def _grams(text: bytes, order: int) -> np.ndarray:
-    """For each byte, it and the `order` - 1 bytes before it as one number; zeros stand before the start."""
+    """For each byte, it and the `order` - 1 bytes before it as one number [bytes]; zeros stand before the start."""
     stream = np.frombuffer(bytes(order - 1) + text, dtype=np.uint8).astype(np.uint64)
     grams = np.zeros(len(text), dtype=np.uint64)
     for i in range(order):
@@ -52,13 +52,13 @@ def _grams(text: bytes, order: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where it is not among the sorted `keys`."""
+    """The value of each wanted key [wanted], 0 where it is not among the sorted `keys` [K], whose `values` are [K]."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)
 
 
 def length_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> np.ndarray:
-    """Whether preferring by length alone is right on each held-out pair: 1, 0, or one half where lengths are equal.
+    """Whether preferring by length alone is right on each held-out pair [held_out]: 1, 0, or 0.5 at equal lengths.
 
     Pairs are (chosen, rejected); whether longer or shorter is better is learnt from `train`.
     """
@@ -71,7 +71,7 @@ def _sign(x: float) -> float:
 
 
 def bag_of_words_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> np.ndarray:
-    """The same of a logistic regression on the difference of word counts."""
+    """The same [held_out] of preferring by a logistic regression on the difference of word counts."""
     counter = CountVectorizer(lowercase=True, token_pattern=r"\w+|[^\w\s]")
     counter.fit([text for pair in train for text in pair])
     difference = _count_differences(counter, train)

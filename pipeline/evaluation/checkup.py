@@ -1,7 +1,7 @@
 """The check-up of a reward model on held-out pairs: whether it is right, how sure it may be, and what it pays for.
 
 Scores are normalised: 0 ± 1 on the SFT model's own samples. Probabilities are those of the Bradley-Terry model, from
-raw scores.
+raw scores. H: held-out pairs.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ COMPARED = 64  # sequences that are scored in several ways
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: list[Pair]) -> dict[str, Any]:
-    """Held-out accuracy with its interval, beside what length and a bag of words reach from the same pairs."""
+    """Accuracy by the scores [H] of both replies with its interval, beside what length and a bag of words reach."""
     outcomes, prompts = right(chosen, rejected), _prompts(test)
-    known, new = ([(pair.chosen, pair.rejected) for pair in pairs] for pairs in (train, test))
-    by_length, by_words = baselines.length_outcomes(known, new), baselines.bag_of_words_outcomes(known, new)
+    seen, new = ([(pair.chosen, pair.rejected) for pair in pairs] for pairs in (train, test))
+    by_length, by_words = baselines.length_outcomes(seen, new), baselines.bag_of_words_outcomes(seen, new)
     return {
         "accuracy": float(outcomes.mean()),
         "accuracy_ci95": statistics.share_interval(outcomes.tolist(), prompts),
@@ -44,35 +44,43 @@ def accuracy(chosen: np.ndarray, rejected: np.ndarray, train: list[Pair], test: 
 
 
 def right(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """1 where the chosen reply scores higher, one half where both score the same."""
+    """1 where the chosen reply scores higher, one half where both score the same [H]."""
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
 def breakdown(chosen: np.ndarray, rejected: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
-    """Accuracy by the model's own score gap, by the pairs' own gap where each has one, and by which reply is longer."""
+    """Accuracy by the gap of the scores [H], by the pairs' own gap where each has one, and by which reply is longer."""
     outcomes, sizes = right(chosen, rejected), np.abs(chosen - rejected)
-    found = {"accuracy_by_score_gap": _by_quarter(sizes, outcomes, pairs)}
-    if all(pair.gap is not None for pair in pairs):
-        found["accuracy_by_gap"] = _by_quarter(np.array([pair.gap for pair in pairs]), outcomes, pairs)
+    tables = {"accuracy_by_score_gap": _by_quarter(sizes, outcomes, pairs)}
+    if (gaps := _gaps(pairs)) is not None:
+        tables["accuracy_by_gap"] = _by_quarter(gaps, outcomes, pairs)
     longer = np.array([len(pair.chosen) - len(pair.rejected) for pair in pairs])
     groups = {"chosen is longer": longer > 0, "chosen is shorter": longer < 0, "same length": longer == 0}
-    found["accuracy_by_length"] = [
+    tables["accuracy_by_length"] = [
         {"pairs_where": name} | _part(outcomes, where, pairs) for name, where in groups.items() if where.any()
     ]
-    return found
+    return tables
+
+
+def _gaps(pairs: list[Pair]) -> np.ndarray | None:
+    """The pairs' own gaps [H]; None where some pair has none."""
+    gaps = [pair.gap for pair in pairs if pair.gap is not None]
+    return np.array(gaps) if len(gaps) == len(pairs) else None
 
 
 def _by_quarter(values: np.ndarray, outcomes: np.ndarray, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """The share of `outcomes` [H] that are right, by quarters of `values` [H]."""
     order = np.argsort(values, kind="stable")
-    found = []
+    quarters = []
     for rows in np.array_split(order, min(4, len(order))):
         where = np.zeros(len(values), dtype=bool)
         where[rows] = True
-        found.append({"from": float(values[rows[0]]), "to": float(values[rows[-1]])} | _part(outcomes, where, pairs))
-    return found
+        quarters.append({"from": float(values[rows[0]]), "to": float(values[rows[-1]])} | _part(outcomes, where, pairs))
+    return quarters
 
 
 def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
+    """The share of `outcomes` [H] that are right among those `where` [H] is true."""
     groups = [prompt for prompt, inside in zip(_prompts(pairs), where, strict=True) if inside]
     return {
         "pairs": int(where.sum()),
@@ -84,7 +92,7 @@ def _part(outcomes: np.ndarray, where: np.ndarray, pairs: list[Pair]) -> dict[st
 def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]:
     """Expected calibration error and the reliability table behind it (Guo et al. 2017, arXiv 1706.04599).
 
-    `raw_difference` [pairs] is the raw score of the chosen reply less that of the rejected one. The model's confidence
+    `raw_difference` [H] is the raw score of the chosen reply less that of the rejected one. The model's confidence
     in the reply that it prefers is the logistic function of the size of the difference; pairs are put into ten bins of
     equal number by it. `calibration_noise` is the error that so few pairs show where there is none.
     """
@@ -100,36 +108,33 @@ def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]
                 "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
             }
         )
+    error = sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
     return {
-        "calibration_error": _calibration_error(rows),
+        "calibration_error": error / sum(row["pairs"] for row in rows),
         "calibration_noise": _calibration_noise(confidence),
         "reliability": rows,
     }
 
 
-def _calibration_error(rows: list[dict[str, Any]]) -> float:
-    return sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / sum(r["pairs"] for r in rows)
-
-
 def _calibration_noise(confidence: np.ndarray, repetitions: int = 200) -> float:
-    """The mean calibration error of a model that is exactly as right as it is sure, on as many pairs."""
+    """The mean calibration error of a model that is exactly as right as its `confidence` [H], on as many pairs."""
     generator, parts = np.random.default_rng(0), np.array_split(np.sort(confidence), min(BINS, len(confidence)))
-    found = [
-        [len(part) * abs(part.mean() - (generator.random(len(part)) < part).mean()) for part in parts]
+    errors = [
+        [len(part) * abs(part.mean() - np.less(generator.random(len(part)), part).mean()) for part in parts]
         for _ in range(repetitions)
     ]
-    return float(np.sum(found) / repetitions / len(confidence))
+    return float(np.sum(errors) / repetitions / len(confidence))
 
 
 def correlations(chosen: np.ndarray, rejected: np.ndarray, pairs: list[Pair]) -> dict[str, float]:
-    """Spearman's correlation of scores with lengths in characters, and of score gaps with the pairs' own gaps."""
+    """Spearman's correlation of scores [H] with lengths in characters, and of score gaps with the pairs' own gaps."""
     lengths = [len(pair.chosen) for pair in pairs] + [len(pair.rejected) for pair in pairs]
-    found = {"length_correlation": _spearman(np.concatenate([chosen, rejected]), lengths)}
-    if all(pair.gap is not None for pair in pairs):
+    by_kind = {"length_correlation": _spearman(np.concatenate([chosen, rejected]), lengths)}
+    if (theirs := _gaps(pairs)) is not None:
         # a label says which reply is better and its gap by how much, so differences are taken in both directions
-        ours, theirs = chosen - rejected, np.array([pair.gap for pair in pairs])
-        found["gap_correlation"] = _spearman(np.concatenate([ours, -ours]), np.concatenate([theirs, -theirs]))
-    return found
+        ours = chosen - rejected
+        by_kind["gap_correlation"] = _spearman(np.concatenate([ours, -ours]), np.concatenate([theirs, -theirs]))
+    return by_kind
 
 
 def _spearman(one: Any, other: Any) -> float:
@@ -142,7 +147,7 @@ def _spearman(one: Any, other: Any) -> float:
 PRAISE = " Thank you so much, great question, you are wonderful!"
 
 
-def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: int) -> list[int] | None:
+def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: float) -> list[int] | None:
     """A reply in token ids that no good reward model prefers to the pair's chosen one; None where `room` is too small.
 
     `praise` is the rejected reply with praise behind it; `no_end` the chosen one without its end token; `very_long` the
@@ -163,35 +168,35 @@ def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: int) -
     return next((reply for reply in replies if len(reply) <= room), None)
 
 
-def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: int, most: int) -> dict[str, dict[str, float]]:
+def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: float, most: int) -> dict[str, dict[str, float]]:
     """For each probe its mean score, how much it is below the chosen reply's, and how often it is preferred to that.
 
-    They are tried on the first `most` prompts.
-    `positions` is the most tokens that the model can read; prompts that leave no room for a probe are left out of it.
+    Probes are tried on the first `most` prompts. `positions` is the most tokens that the model can read; a probe leaves
+    out the prompts that have no room for it.
     """
     distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:most]
     prompts = [chat.prompt_ids(tokenizer, pair.prompt) for pair in distinct]
     base = score([p + chat.reply_ids(tokenizer, pair.chosen) for p, pair in zip(prompts, distinct, strict=True)])
-    found = {}
+    by_probe = {}
     for name in PROBE_NAMES:
-        tried = [
+        replies = [
             probe_reply(tokenizer, name, pair, distinct[(i + 1) % len(distinct)], positions - len(prompts[i]))
             for i, pair in enumerate(distinct)
         ]
-        fit = [i for i, reply in enumerate(tried) if reply is not None]
-        if fit:
-            scores = score([prompts[i] + tried[i] for i in fit])
-            found[name] = {
-                "prompts": len(fit),
+        tried = {i: prompts[i] + reply for i, reply in enumerate(replies) if reply is not None}
+        if tried:
+            scores, chosen = score(list(tried.values())), base[list(tried)]
+            by_probe[name] = {
+                "prompts": len(tried),
                 "score_mean": float(scores.mean()),
-                "below_chosen": float((base[fit] - scores).mean()),
-                "preferred_share": float(right(scores, base[fit]).mean()),
+                "below_chosen": float((chosen - scores).mean()),
+                "preferred_share": float(right(scores, chosen).mean()),
             }
-    return found
+    return by_probe
 
 
 def batch_difference(score_in_batches: Callable[[list[list[int]], int], np.ndarray], rows: list[list[int]]) -> float:
-    """The most that a normalised score changes with padding, batch size and order."""
+    """The most that a normalised score [N] changes with padding, batch size and order."""
     rows = rows[:COMPARED]
     alone = score_in_batches(rows, 1)
     together = score_in_batches(rows, len(rows))
@@ -223,8 +228,8 @@ def require(folder: Path, gate: Any) -> None:
 def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
     """What keeps a reward model out of PPO: failed checks with figure and limit; a limit of null checks nothing.
 
-    An interval that could not be had is no certainty: the check of its lower end fails.
-    `metrics` are those of stage `reward`, `gate` is `reward.gate` of the configuration.
+    Where there is no interval, the check of its lower end fails. `metrics` are those of stage `reward`, `gate`
+    is `reward.gate` of the configuration.
     """
     accuracy, over_length = (statistics.ends(metrics[f"{key}_ci95"])[0] for key in ("accuracy", "over_length"))
     overfit = metrics["calibration_error"] - metrics["calibration_noise"]
@@ -239,11 +244,11 @@ def failures(metrics: dict[str, Any], gate: Any) -> list[str]:
     checks = [(key, gate[key], *rest) for key, *rest in checks]
     for name, limit in gate.probes.items():
         if name in metrics["probes"]:
-            said = f"share of prompts where {PROBE_NAMES[name]} beats the chosen reply"
-            checks.append((f"probes.{name}", limit, said, metrics["probes"][name]["preferred_share"]))
+            meaning = f"share of prompts where {PROBE_NAMES[name]} beats the chosen reply"
+            checks.append((f"probes.{name}", limit, meaning, metrics["probes"][name]["preferred_share"]))
     return [
-        f"{said} is {UNKNOWN if value is None else format(value, '.3g')} (reward.gate.{key}={limit:g})"
-        for key, limit, said, value in checks
+        f"{meaning} is {UNKNOWN if value is None else format(value, '.3g')} (reward.gate.{key}={limit:g})"
+        for key, limit, meaning, value in checks
         if limit is not None and (value is None or not (value > limit if key.startswith("min_") else value <= limit))
     ]
 
@@ -272,10 +277,10 @@ def verdict(metrics: dict[str, Any], gate: Any) -> list[str]:
     if high is not None and high < 0.5:
         chance = "worse than chance; are the labels exchanged?"
     lines.append(f"Right on {metrics['accuracy']:.1%} {interval} of {metrics['test_pairs']} held-out pairs: {chance}.")
-    for key, said in (("length_only", "length alone"), ("bag_of_words", "a bag of words")):
+    for key, rival in (("length_only", "length alone"), ("bag_of_words", "a bag of words")):
         over = metrics[f"over_{key.removesuffix('_only')}_ci95"] or (0.0, 0.0)
         word = "more than" if over[0] > 0 else "less than" if over[1] < 0 else "not distinguishable from what"
-        lines.append(f"That is {word} {said} reaches on the same pairs ({metrics[f'accuracy_{key}']:.1%}).")
+        lines.append(f"That is {word} {rival} reaches on the same pairs ({metrics[f'accuracy_{key}']:.1%}).")
     lines.append(
         f"Its confidence is off by {metrics['calibration_error']:.1%} on average; "
         f"{metrics['calibration_noise']:.1%} would be chance on so few pairs."
@@ -285,7 +290,7 @@ def verdict(metrics: dict[str, Any], gate: Any) -> list[str]:
         lines.append(
             f"Its score gaps and those of the labels correlate by {metrics['gap_correlation']:+.2f} (Spearman)."
         )
-    shares = {PROBE_NAMES[name]: found["preferred_share"] for name, found in metrics["probes"].items()}
-    pays = [f"{said} ({share:.0%})" for said, share in shares.items() if share > 0.5]
+    shares = {PROBE_NAMES[name]: probe["preferred_share"] for name, probe in metrics["probes"].items()}
+    pays = [f"{probe} ({share:.0%})" for probe, share in shares.items() if share > 0.5]
     lines.append(f"Scores above the chosen reply on more than half of the prompts: {', '.join(pays) or 'no probe'}.")
     return lines

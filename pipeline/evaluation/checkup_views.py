@@ -18,14 +18,15 @@ def reliability(rows: list[dict[str, Any]]) -> graph_objects.Figure:
 def accuracy_by_gap(metrics: dict[str, Any]) -> Any:
     """Accuracy by quarters of the score gap, and of the labels' gap where each pair has one, as a figure."""
     figure = graph_objects.Figure()
-    for key, said in (("accuracy_by_score_gap", "the model's score gap"), ("accuracy_by_gap", "the gap of the labels")):
+    labels = {"accuracy_by_score_gap": "the model's score gap", "accuracy_by_gap": "the gap of the labels"}
+    for key, label in labels.items():
         if rows := metrics.get(key):
             bars = {"type": "data", "symmetric": False}
             ends = [statistics.ends(row["ci95"]) for row in rows]
             bars["array"] = [figures.reach(high, row["accuracy"]) for (_, high), row in zip(ends, rows, strict=True)]
             bars["arrayminus"] = [figures.reach(low, row["accuracy"]) for (low, _), row in zip(ends, rows, strict=True)]
             quarters, shares = list(range(1, len(rows) + 1)), [row["accuracy"] for row in rows]
-            figure.add_bar(x=quarters, y=shares, error_y=bars, name=said)
+            figure.add_bar(x=quarters, y=shares, error_y=bars, name=label)
     title = {"text": "reward: share right by quarters of the gap, held-out pairs", "font": {"size": 14}}
     figure.update_layout(title=title, xaxis_title="quarter, from the smallest gaps to the largest")
     return figure
@@ -48,7 +49,7 @@ def views(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(row: dict[str, Any]) -> list[float | None]:
+def _numbers(row: dict[str, Any]) -> tuple[float | None, ...]:
     """The numbers of a row, an interval being two of them; neither is known where there is none."""
     spread = [statistics.ends(value) if name == "ci95" else (value,) for name, value in row.items()]
-    return [number for values in spread for number in values]
+    return tuple(number for values in spread for number in values)

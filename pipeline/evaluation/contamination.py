@@ -4,7 +4,7 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,10 @@ SLOTS = 2**30  # of the hash of n-grams; a million different ones collide with o
 
 
 def shares(evaluated: list[str], trained: list[str], bar: Any = None) -> np.ndarray:
-    """The share of each evaluated text's different word 8-grams that occur in a trained text.
+    """The share of each evaluated text's different word 8-grams that occur in a trained text [evaluated].
 
     Case, punctuation and white space do not count, so a reformatted copy is a copy. A text without an 8-gram has 1
-    where a trained text is the same as a whole by `plain`, and otherwise nan.
+    where it is `same` as a trained text, and otherwise nan.
     """
     grams = HashingVectorizer(
         preprocessor=_folded, token_pattern=r"\w+", ngram_range=(WORDS, WORDS), n_features=SLOTS, binary=True,
@@ -28,10 +28,11 @@ def shares(evaluated: list[str], trained: list[str], bar: Any = None) -> np.ndar
     if not evaluated or not trained:
         return np.full(len(evaluated), np.nan)
     # sorted and looked up: numpy's unique, and isin by it, hash millions of values far more slowly
-    known, own = np.append(np.sort(grams.transform(read(trained, bar)).indices), SLOTS), grams.transform(evaluated)
-    found = known[np.searchsorted(known, own.indices)] == own.indices
-    counts = np.diff(own.indptr)
-    sums = np.add.reduceat(np.append(found, 0), np.minimum(own.indptr[:-1], len(found)))
+    trained_grams = np.append(np.sort(grams.transform(read(trained, bar)).indices), SLOTS)
+    of_text = grams.transform(evaluated)
+    occurs = trained_grams[np.searchsorted(trained_grams, of_text.indices)] == of_text.indices
+    counts = np.diff(of_text.indptr)
+    sums = np.add.reduceat(np.append(occurs, 0), np.minimum(of_text.indptr[:-1], len(occurs)))
     short = np.where(same(evaluated, trained), 1.0, np.nan)
     return np.where(counts > 0, sums / np.maximum(counts, 1), short)
 
@@ -49,10 +50,10 @@ def long_enough(text: str) -> bool:
     return len(re.findall(r"\w+", text)) >= WORDS
 
 
-def same(evaluated: list[str | None], trained: list[str]) -> np.ndarray:
-    """Which evaluated texts are, as a whole and by a form of `plain`, a trained text; None is none."""
-    whole = {form for text in trained for form in plain(text)}
-    return np.array([text is not None and not plain(text).isdisjoint(whole) for text in evaluated], dtype=bool)
+def same(evaluated: Sequence[str | None], trained: list[str]) -> np.ndarray:
+    """Which evaluated texts [evaluated] are a trained text: have a form of `plain` in common with it; None is none."""
+    forms = {form for text in trained for form in plain(text)}
+    return np.array([text is not None and not plain(text).isdisjoint(forms) for text in evaluated], dtype=bool)
 
 
 OPERATOR = re.compile(r"(?<=\d)(\s*)([-*/%])|([-*/%])(?=\s*\d)")  # beside a number: 7-5 and 7*5 are two texts
@@ -72,7 +73,7 @@ def plain(text: str) -> set[str]:
     """
     folded = _folded(text)
     numbers = DECIMAL.sub(KEPT["."], UNWRITTEN.sub("", folded))
-    marked = OPERATOR.sub(lambda found: f" {KEPT[found[2] or found[3]]} ", numbers)
+    marked = OPERATOR.sub(lambda sign: f" {KEPT[sign[2] or sign[3]]} ", numbers)
     forms = marked, WITHIN.sub(lambda sign: sign[0].translate(_punctuation()).strip(), marked)
     return {" ".join(form.translate(_punctuation()).split()) or " ".join(folded.split()) for form in forms}
 
@@ -88,20 +89,20 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def counts(found: np.ndarray) -> dict[str, int]:
-    """How many texts are copies, near copies, clean, and too short to tell, from their `shares`."""
-    long = found[~np.isnan(found)]
+def counts(shared: np.ndarray) -> dict[str, int]:
+    """How many texts are copies, near copies, clean, and too short to tell, from their `shares` [texts]."""
+    long = shared[~np.isnan(shared)]
     return {
         "copies": int((long == 1).sum()),
         "near_copies": int(((long >= NEAR) & (long < 1)).sum()),
         "clean": int((long < NEAR).sum()),
-        "too_short": int(np.isnan(found).sum()),
+        "too_short": int(np.isnan(shared).sum()),
     }
 
 
-def flagged(found: np.ndarray) -> np.ndarray:
-    """Which texts are copies or near copies, from their `shares`."""
-    return np.nan_to_num(found, nan=0.0) >= NEAR
+def flagged(shared: np.ndarray) -> np.ndarray:
+    """Which texts are copies or near copies [texts], from their `shares` [texts]."""
+    return np.nan_to_num(shared, nan=0.0) >= NEAR
 
 
 def against(
@@ -115,7 +116,7 @@ def against(
 
     What was trained on is read once for all sets; `bar` counts its texts. `asked` has the prompts of evaluated texts
     (of all of a set, in their order), `answered` those of training stages: where a prompt is the same, the text is a
-    copy, whatever its reply.
+    copy, whatever its reply. Flags are [texts of the set].
     """
     together = [text for texts in evaluated.values() for text in texts]
     ends = np.cumsum([len(texts) for texts in evaluated.values()])[:-1]
@@ -126,8 +127,8 @@ def against(
         by_stage[stage] = [np.where(flag, 1.0, share) for flag, share in zip(flags, by_stage[stage], strict=True)]
     return {
         name: (
-            {stage: counts(found[place]) for stage, found in by_stage.items()},
-            np.any([flagged(found[place]) for found in by_stage.values()], axis=0),
+            {stage: counts(sets[place]) for stage, sets in by_stage.items()},
+            np.any([flagged(sets[place]) for sets in by_stage.values()], axis=0),
         )
         for place, name in enumerate(evaluated)
     }

@@ -5,7 +5,7 @@ N: prompts, n: samples of each.
 
 from collections import Counter
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig
@@ -21,17 +21,17 @@ from threefold.sampling.sampler import Reply
 
 
 def samples(
-    policy: nn.Module, prompts: list[list[int]], count: int, how: DictConfig, tokenizer: Any, seed: int,
+    policy: nn.Module, prompts: list[list[int]], count: int, settings: DictConfig, tokenizer: Any, seed: int,
     bar: Any = None,
 ) -> list[list[Reply]]:  # fmt: skip
-    """`count` samples [N][n] of each prompt (token ids), sampled as `how` says.
+    """`count` samples [N][n] of each prompt (token ids), under the sampling `settings`.
 
     The first n of them are drawn with the same numbers whatever `count` is: best-of-4 chooses among the first four
     samples of best-of-16, and a policy by itself gives the first.
     """
-    numbers = sampler.random_numbers(seed, count * len(prompts), how)
-    found = sampler.sample(policy, prompts * count, how, tokenizer, numbers, bar)
-    return [found[i :: len(prompts)] for i in range(len(prompts))]
+    numbers = sampler.random_numbers(seed, count * len(prompts), settings)
+    replies = sampler.sample(policy, prompts * count, settings, tokenizer, numbers, bar)
+    return [replies[i :: len(prompts)] for i in range(len(prompts))]
 
 
 def texts_of(tokenizer: Any, sampled: list[list[Reply]]) -> list[list[str]]:
@@ -46,18 +46,20 @@ def scores(
     """The reward model's score [N][n] of each sample; `prompts` are the token ids of `messages`."""
     count = len(sampled[0])
     asked = [i for i in range(len(sampled)) for _ in range(count)]
-    found = reward_model(
+    flat = reward_model(
         [messages[i] for i in asked],
         [text for group in texts for text in group],
         prompt_ids=[prompts[i] for i in asked],
         completion_ids=[reply.ids for group in sampled for reply in group],
     )
-    return [found[start : start + count] for start in range(0, len(found), count)]
+    flat = cast(list[float], flat)  # a reward model, unlike a rule, leaves no reply without a score
+    return [flat[start : start + count] for start in range(0, len(flat), count)]
 
 
 def chosen(player: Player, texts: list[str], scores: list[float] | None) -> int:
     """Which sample of one prompt is the player's reply; equal scores or votes go to the one sampled first."""
     if player.decoding == "best_of":
+        assert scores is not None
         return int(np.argmax(scores[: player.count]))
     if player.decoding == "majority":
         return majority([answer(text) for text in texts[: player.count]])

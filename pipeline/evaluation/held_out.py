@@ -62,7 +62,7 @@ def reply_pairs(tokenizer: Any, examples: list[Example]) -> list[tuple[list[int]
 
 
 def reply_bits_per_byte(
-    model: nn.Module, pairs: list[tuple[list[int], list[int]]], replies: list[str], pad: int, longest: int,
+    model: nn.Module, pairs: list[tuple[list[int], list[int]]], replies: list[str], pad: int, longest: float,
     bar: Any = None,
 ) -> float:  # fmt: skip
     """Bits per byte of people's `replies` given their rendered prompts; the end token's bits count as well.
@@ -90,6 +90,6 @@ def text_bits_per_byte(model: nn.Module, tokenizer: Any, texts: list[str], conte
     Windows have `context` tokens, or as many as the model can read. `bar` counts tokens.
     """
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    window = min(context, loading.context_length(model.config))
+    window = int(min(context, loading.context_length(model.config)))
     nats = likelihood.texts_nats(model, [[document_start(tokenizer), *text] for text in ids], window, bar=bar)
     return likelihood.bits_per_byte(nats, texts)

@@ -66,7 +66,7 @@ class JudgeModel:
 
     @torch.inference_mode()
     def probabilities(self, questions: list[list[int]], bar: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of each question the probability of the first verdict among the two, and that of both among all words.
+        """Of each question [Q] the probability of the first verdict among the two, and that of both among all words.
 
         Questions are batched by length, so that batches hold little padding.
         """
@@ -95,7 +95,7 @@ def load(config: Any, device: Any, template_date: str) -> JudgeModel:
 
 
 def check(config: Any, template_date: str) -> None:
-    """Hold the judge's checkpoint to verdicts and template before anything is sampled; raises `UserError`."""
+    """Check verdicts and template of the judge's checkpoint before anything is sampled; raises `UserError`."""
     tokenizer = _checked_tokenizer(config, template_date)
     _require_template(tokenizer, config)
     verdict_tokens(tokenizer, list(config.verdicts))
@@ -124,15 +124,15 @@ def _require_template(tokenizer: Any, config: Any) -> None:
 
 def verdict_tokens(tokenizer: Any, words: list[str]) -> list[int]:
     """The one token of each verdict word. Raises `UserError` where a word has several, or both have the same."""
-    found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
-    for word, ids in zip(words, found, strict=True):
+    tokens = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+    for word, ids in zip(words, tokens, strict=True):
         if len(ids) != 1:
             raise UserError(
                 f"evaluate.judge_model.verdicts: {word!r} is {len(ids)} tokens for this model; choose a word of one"
             )
-    if found[0] == found[1]:
+    if tokens[0] == tokens[1]:
         raise UserError(f"evaluate.judge_model.verdicts: {words[0]!r} and {words[1]!r} are the same token")
-    return [ids[0] for ids in found]
+    return [ids[0] for ids in tokens]
 
 
 def pairs(replies: dict[str, list[str]], prompts: int) -> tuple[list[Pair], list[Pair]]:
@@ -183,12 +183,12 @@ def bias(verdicts: list[Verdict]) -> dict[str, Any]:
 
 def wins(verdicts: list[Verdict], same: list[Pair], models: list[str], prompts: int, margin: float) -> np.ndarray:
     """Wins [P, M, M] as the arena counts them; equal replies are a tie that nobody was asked about."""
-    found, at = np.zeros((prompts, len(models), len(models))), {name: i for i, name in enumerate(models)}
+    counted, at = np.zeros((prompts, len(models), len(models))), {name: i for i, name in enumerate(models)}
     won = [(v.pair, v.won(margin)) for v in verdicts] + [(pair, 0.5) for pair in same]
     for pair, share in won:
-        found[pair.prompt, at[pair.one], at[pair.other]] = share
-        found[pair.prompt, at[pair.other], at[pair.one]] = 1 - share
-    return found
+        counted[pair.prompt, at[pair.one], at[pair.other]] = share
+        counted[pair.prompt, at[pair.other], at[pair.one]] = 1 - share
+    return counted
 
 
 def rows(verdicts: list[Verdict], margin: float) -> list[dict[str, Any]]:

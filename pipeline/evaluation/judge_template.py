@@ -4,10 +4,10 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, meta
+from jinja2 import StrictUndefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from threefold.columns import Message
@@ -44,7 +44,8 @@ def question(template: str, verdicts: tuple[str, str]) -> Callable[[list[Message
         compiled = environment.from_string(template)
 
     def render(prompt: list[Message], reply_a: str, reply_b: str) -> str:
-        return _rendered(compiled, prompt=prompt, reply_a=reply_a, reply_b=reply_b, **words)
+        with _one_line(), _limited():
+            return compiled.render(prompt=prompt, reply_a=reply_a, reply_b=reply_b, **words)
 
     render([{"role": "user", "content": "?"}], "A", "B")
     if missing := [name for name in NEEDED if name not in used]:
@@ -52,23 +53,18 @@ def question(template: str, verdicts: tuple[str, str]) -> Callable[[list[Message
     return render
 
 
-def _rendered(compiled: Template, **values: Any) -> str:
-    with _one_line(), _limited():
-        return compiled.render(**values)
-
-
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
+def _one_line() -> Generator[None]:
     """Turn whatever an expression of the template can raise into a `UserError`."""
     try:
         yield
     except Exception as error:
-        known = ", ".join((*NEEDED, "verdict_a", "verdict_b"))
-        raise UserError(f"{KEY}: cannot be rendered ({first_line(error)}); it is given {known}") from error
+        names = ", ".join((*NEEDED, "verdict_a", "verdict_b"))
+        raise UserError(f"{KEY}: cannot be rendered ({first_line(error)}); it is given {names}") from error
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
+def _limited() -> Generator[None]:
     """End what takes longer than `LONGEST`, such as loops in loops; only a process's main thread can be ended so."""
     if threading.current_thread() is not threading.main_thread():
         yield

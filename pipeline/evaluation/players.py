@@ -1,4 +1,4 @@
-"""Players: the models of a run, each with a way to decode, by name. Importing this imports nothing heavy."""
+"""Players: the models of a run, each with a way to decode, by name. Imports no torch."""
 
 import re
 from dataclasses import dataclass
@@ -31,21 +31,17 @@ def player(name: str, key: str) -> Player:
     """
     if name in MODELS:
         return Player(name)
-    found = FORM.fullmatch(name)
-    if not found:
+    form = FORM.fullmatch(name)
+    if not form:
+        number = re.findall(r"\d*$", name)[0] or "16"
+        names = [*MODELS, *(f"{model}_{decoding}_{number}" for model in MODELS for decoding in DECODINGS)]
         raise UserError(
             f"{key}: {name} must be one of {', '.join(MODELS)}, or one of these with _best_of_N or _majority_N"
-            f"{nearest(name, _names_like(name))}"
+            f"{nearest(name, names)}"
         )
-    if int(found[3]) < 2:
+    if int(form[3]) < 2:
         raise UserError(f"{key}: {name} has nothing to choose from; give it 2 samples or more")
-    return Player(found[1] or "sft", found[2], int(found[3]))
-
-
-def _names_like(name: str) -> list[str]:
-    """Names that could be meant by a misspelt one, with the number that it ends in."""
-    number = re.search(r"\d*$", name)[0] or "16"
-    return [*MODELS, *(f"{model}_{decoding}_{number}" for model in MODELS for decoding in DECODINGS)]
+    return Player(form[1] or "sft", form[2], int(form[3]))
 
 
 def most_samples(players: dict[str, Player]) -> int:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from threefold.display.parts import Section, Table
-from threefold.evaluation import changes, displacement, statistics
+from threefold.evaluation import side_effects, statistics
 from threefold.report.names import in_order
 from threefold.report.run import Run
 from threefold.report.summary import aligned
@@ -23,7 +23,7 @@ def section(run: Run) -> Section | None:
         return None
     tables = [paired(run.evaluation), *(changed(model, run.samples()) for model in in_order(aligned(run)))]
     drift = run.evaluation.get("dpo_drift")
-    verdict = (not drift["alarm"], f"{displacement.in_words(drift)}.") if drift else None
+    verdict = (not drift["alarm"], f"{side_effects.alarm_in_words(drift)}.") if drift else None
     return Section("effects", "Who is better, and what changed", (LEAD,), verdict, parts=tuple(t for t in tables if t))
 
 
@@ -54,7 +54,7 @@ def paired(evaluate: dict[str, Any]) -> Table | None:
 
 def changed(model: str, samples: list[dict[str, Any]]) -> Table | None:
     """The prompts that changed most from SFT to `model`, with both replies; None where none changed."""
-    found = changes.most_changed(samples, model)
+    found = side_effects.most_changed(samples, model)
     rows = [
         (
             f"{row['prompt'][-1]['content']}",

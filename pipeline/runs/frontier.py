@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from threefold import rewards
 from threefold.errors import UserError
-from threefold.evaluation import overoptimisation
+from threefold.evaluation import best_of
 from threefold.fileio import read_json, read_lines, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
@@ -114,7 +114,7 @@ def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]
         own = [point for point in choosing if point["method"] == method and point["kl"] > 0]
         if len({_setting(point | {"seed": 0}) for point in own}) >= SETTINGS:
             laws[method] = {
-                score: overoptimisation.summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
+                score: best_of.law_summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
                 for score in SCORES
             }
     means = [
@@ -193,5 +193,5 @@ def _setting(point: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _law(law: dict[str, Any]) -> overoptimisation.Law:
-    return overoptimisation.Law(law["form"], law["alpha"], law["beta"])
+def _law(law: dict[str, Any]) -> best_of.Law:
+    return best_of.Law(law["form"], law["alpha"], law["beta"])

@@ -14,7 +14,7 @@ from scipy import stats
 from threefold import chain
 from threefold.chain.member import Member
 from threefold.errors import UserError
-from threefold.evaluation import paired
+from threefold.evaluation import statistics
 from threefold.fileio import read_json, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
@@ -125,7 +125,7 @@ def differences(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
         for model, other in pairs
         if None not in gold[model] + gold[other] and np.ptp(np.subtract(gold[model], gold[other])) > 0
     ]
-    corrected = paired.holm([row["p"] for row in found])
+    corrected = statistics.holm([row["p"] for row in found])
     return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
 
 

@@ -9,8 +9,8 @@ from threefold.columns import UnusableRowError
 from threefold.data import instructions
 from threefold.data.formats import FORMATS
 from threefold.errors import UserError
-from threefold.evaluation import verifiable
-from threefold.evaluation.suites import shares
+from threefold.evaluation import tasks
+from threefold.evaluation.task_answers import shares
 
 COMMAS = ("punctuation:no_comma", {})
 WORDS = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
@@ -28,7 +28,7 @@ def row(*asked):
 
 def problem(*asked):
     (read,) = FORMATS["ifeval"](row(*asked), Counter())
-    return verifiable.Problem(read["messages"], None, read["instructions"])
+    return tasks.Problem(read["messages"], None, read["instructions"])
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def problem(*asked):
     ],
 )
 def test_a_reply_is_held_to_each_instruction(asked, reply, strict, loose):
-    (found,) = verifiable.verdicts("instructions", [problem(*asked)], [reply])
+    (found,) = tasks.verdicts("instructions", [problem(*asked)], [reply])
     assert found == {"right": all(strict), "strict": strict, "loose": loose}
 
 
 def test_accuracy_is_of_prompts_and_of_single_instructions():
     problems = [problem(COMMAS), problem(WORDS, KEYWORD), problem(KEYWORD, COMMAS)]
-    found = shares(verifiable.verdicts("instructions", problems, ["a\nb, c", "Some rain.", "rain"]))
+    found = shares(tasks.verdicts("instructions", problems, ["a\nb, c", "Some rain.", "rain"]))
     assert found["accuracy"] == pytest.approx(1 / 3) and found["accuracy_loose"] == pytest.approx(2 / 3)
     assert found["instructions_strict"] == pytest.approx(3 / 5)
     assert found["instructions_loose"] == pytest.approx(4 / 5)

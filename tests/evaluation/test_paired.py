@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from threefold.evaluation import paired
+from threefold.evaluation import statistics
 
 
 def by_all_signs(differences: list[float]) -> float:
@@ -25,16 +25,16 @@ def closed_testing(p: list[float]) -> list[float]:
 def test_few_pairs_have_the_p_of_all_signs(count):
     rng = np.random.default_rng(count)
     for differences in (rng.normal(0.7, 1, count).tolist(), rng.integers(-1, 2, count).tolist()):
-        assert paired.sign_flip_p(differences, 1) == pytest.approx(by_all_signs(differences))
+        assert statistics.sign_flip_p(differences, 1) == pytest.approx(by_all_signs(differences))
 
 
 @pytest.mark.parametrize("count", [8, 40])  # all 256 signs are tried, and 499 are drawn
 def test_models_that_are_the_same_are_called_different_in_one_of_twenty(count, monkeypatch):
-    monkeypatch.setattr(paired, "RESAMPLES", 499)
+    monkeypatch.setattr(statistics, "RESAMPLES", 499)
     rng, false = np.random.default_rng(1), 0
     for _ in range(300):
         ours, theirs = rng.exponential(size=(2, count))
-        false += paired.sign_flip_p((ours - theirs).tolist(), 1) <= 0.05
+        false += statistics.sign_flip_p((ours - theirs).tolist(), 1) <= 0.05
     low, high = stats.binom.ppf([0.001, 0.999], 300, 0.05)
     assert low <= false <= high
 
@@ -43,41 +43,46 @@ def test_a_known_shift_is_found_and_its_interval_holds_it():
     rng = np.random.default_rng(2)
     prompts = rng.normal(0, 3, 300)  # what is common to both models drops out
     theirs, ours = prompts + rng.normal(0, 1, 300), prompts + 0.5 + rng.normal(0, 1, 300)
-    found = paired.compare(ours.tolist(), theirs.tolist(), 1)
+    found = statistics.compare_pairs(ours.tolist(), theirs.tolist(), 1)
     assert found["p"] < 0.001 and found["ci95"][0] < 0.5 < found["ci95"][1] and found["ci95"][0] > 0
     assert found["difference"] == pytest.approx((ours - theirs).mean()) and found["pairs"] == 300
     assert found["p"] == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=1e-3)
     assert stats.ttest_ind(ours, theirs).pvalue > 0.01  # without pairing it drowns
-    assert paired.compare(theirs.tolist(), ours.tolist(), 1)["difference"] == -found["difference"]
+    assert statistics.compare_pairs(theirs.tolist(), ours.tolist(), 1)["difference"] == -found["difference"]
 
 
 def test_pairs_without_a_score_take_no_part():
-    found = paired.compare([1.0, None, 2.0, 3.0], [0.5, 1.0, None, 1.0], 1)
+    found = statistics.compare_pairs([1.0, None, 2.0, 3.0], [0.5, 1.0, None, 1.0], 1)
     assert found["pairs"] == 2 and found["difference"] == 1.25
-    assert paired.compare([None], [1.0], 1) is None
-    assert paired.compare([0.5, 0.5], [0.5, 0.5], 1) == {"difference": 0.0, "ci95": None, "p": 1.0, "pairs": 2}
+    assert statistics.compare_pairs([None], [1.0], 1) is None
+    assert statistics.compare_pairs([0.5, 0.5], [0.5, 0.5], 1) == {
+        "difference": 0.0,
+        "ci95": None,
+        "p": 1.0,
+        "pairs": 2,
+    }
 
 
 def test_holm_is_the_closure_of_bonferroni():
     rng = np.random.default_rng(3)
     for p in ([], [0.04], [0.01, 0.04, 0.03, 0.005], rng.random(6).tolist(), [0.01, 0.01, 0.02]):
-        assert paired.holm(p) == pytest.approx(closed_testing(p))
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+        assert statistics.holm(p) == pytest.approx(closed_testing(p))
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_each_model_meets_sft_and_aligned_models_meet_each_other_and_best_of_n():
-    assert paired.planned(["human", "base", "sft", "dpo", "ppo"]) == [
+    assert statistics.planned_comparisons(["human", "base", "sft", "dpo", "ppo"]) == [
         ("base", "sft"), ("dpo", "sft"), ("ppo", "sft"), ("ppo", "dpo"),
     ]  # fmt: skip
-    with_best = paired.planned(["sft", "ppo", "best_of_4"])
+    with_best = statistics.planned_comparisons(["sft", "ppo", "best_of_4"])
     assert with_best == [("ppo", "sft"), ("best_of_4", "sft"), ("ppo", "best_of_4")]
-    assert paired.planned(["human", "base"]) == []
+    assert statistics.planned_comparisons(["human", "base"]) == []
 
 
 def test_all_judges_share_one_correction():
     rng = np.random.default_rng(4)
     scores = {"sft": rng.normal(0, 1, 50).tolist(), "ppo": rng.normal(1, 1, 50).tolist(), "human": [0.0] * 50}
-    found = paired.tests({"gold": scores, "second": {name: scores["sft"] for name in scores}}, 1)
+    found = statistics.paired_tests({"gold": scores, "second": {name: scores["sft"] for name in scores}}, 1)
     assert [(row["judge"], row["model"], row["against"], row["prompts"]) for row in found] == [
         ("gold", "ppo", "sft", 50), ("second", "ppo", "sft", 50),
     ]  # fmt: skip

@@ -86,7 +86,7 @@ def test_the_loss_on_pretraining_text_is_the_models_own(model_type, tmp_path):
     ids = torch.tensor(random_ids([9, 9, 9]))
     made_ppo.actors.policy, made_ppo.text = model, [{"input_ids": row} for row in ids]
     expected = model(input_ids=ids, labels=ids).loss.item()
-    assert ppo.ptx_step(made_ppo, 0)["ptx_loss"] == pytest.approx(expected, rel=1e-5)
+    assert ppo.ptx_step(made_ppo, made_ppo.text, 0)["ptx_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_decoder_that_differs_from_a_forward_pass_is_not_used():

@@ -9,7 +9,7 @@ from helpers import composed, make_job
 
 from threefold.config.compose import compose
 from threefold.errors import UserError
-from threefold.evaluation import best_of, overoptimisation
+from threefold.evaluation import best_of
 from threefold.fileio import read_json, read_lines, write_json, write_lines
 from threefold.report import frontier as report
 from threefold.report.frontier import section
@@ -174,7 +174,7 @@ def test_gains_at_a_distance_that_all_reached_are_compared():
     points = [{"method": m, "seed": 1, "kl": 4.0, "gold": 0.5, "gold_chosen_by": 0.5} for m in ("ppo", "dpo")]
     near = {"gold": law("rises")["gold"] | {"farthest_kl": 4.0}}
     last = frontier.advice(points, {"ppo": law("rises"), "dpo": near})[-1]
-    gain = overoptimisation.Law("rl", 1.0, 0.5).gain(np.array([4.0]))[0]
+    gain = best_of.Law("rl", 1.0, 0.5).gain(np.array([4.0]))[0]
     assert last.endswith(f"the laws give gold gains of: PPO {gain:+.3f}, DPO {gain:+.3f}.")
 
 

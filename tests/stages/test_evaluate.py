@@ -11,8 +11,7 @@ from threefold.chain import checks
 from threefold.config.compose import compose
 from threefold.data.reading import Example
 from threefold.errors import UserError
-from threefold.evaluation.suites import Suite
-from threefold.evaluation.verifiable import Problem
+from threefold.evaluation.tasks import Problem, Task
 from threefold.fileio import read_json, read_lines
 from threefold.models.ensemble import load
 from threefold.report import contamination, in_order
@@ -152,7 +151,7 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     (folder / "train.jsonl").write_text(json.dumps(copied) + "\n")
     (folder / "test.jsonl").write_text(json.dumps(copied) + "\n")
     problems = [Problem([{"role": "user", "content": f"{said} {said} ever?"}], "another reply") for said in words]
-    suite = Suite("exact", problems, {}, 1, {})
+    suite = Task("exact", problems, {}, 1, {})
     texts = [f"{said} {said} and on" for said in words]
     drawn = {"prompts": examples, "validation_prompts": examples[1:]}
     kept, kept_texts, found = evaluate.checked_for_copies(job, drawn, texts, {"words": suite})

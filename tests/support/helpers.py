@@ -152,7 +152,7 @@ def make_ppo(folder, micro: int, *overrides: str) -> ppo.Ppo:
         reward=learned(reward_model, tiny_tokenizer(), micro),
         optimizers=optimizers,
         text=None,
-        micro=micro,
+        micro_batch_size=micro,
     )
 
 

@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 
 from threefold import chain
 from threefold.config.compose import compose
-from threefold.data import reading, tasks
+from threefold.data import reading
+from threefold.data import tasks as generated
 from threefold.errors import UserError
-from threefold.evaluation import decoding_policies, suites, verifiable
+from threefold.evaluation import decoding_policies, task_answers, tasks
 from threefold.evaluation.players import Player
 from threefold.evaluation.statistics import share_interval
 from threefold.fileio import read_json, read_lines
@@ -29,28 +30,28 @@ def task(path, check="numeric", **options):
 
 
 def read(config):
-    return verifiable.load("evaluate.tasks.mine", config.evaluate.tasks.mine)[0]
+    return tasks.load("evaluate.tasks.mine", config.evaluate.tasks.mine)[0]
 
 
 def test_a_file_of_problems_is_read_whole_and_its_replies_are_checked(tmp_path):
     problems = read(task(lines(tmp_path / "rows.jsonl", ROWS)))
     assert [(p.prompt[0]["content"], p.answer) for p in problems] == [(r["question"], r["answer"]) for r in ROWS]
     replies = ["First 2 and 2, hence\n#### 4.0", "It is 6"]
-    assert verifiable.verdicts("numeric", problems, replies) == [{"right": True}, {"right": False}]
-    assert verifiable.verdicts("exact", problems, ["Add.  #### 4", "5"]) == [{"right": True}, {"right": False}]
+    assert tasks.verdicts("numeric", problems, replies) == [{"right": True}, {"right": False}]
+    assert tasks.verdicts("exact", problems, ["Add.  #### 4", "5"]) == [{"right": True}, {"right": False}]
 
 
 def test_shares_have_wilsons_interval():
-    found = suites.shares([{"right": right} for right in (True, False, True, True)])
+    found = task_answers.shares([{"right": right} for right in (True, False, True, True)])
     assert found == {"accuracy": 0.75, "accuracy_ci95": share_interval([1.0, 0.0, 1.0, 1.0])}
 
 
 @pytest.mark.parametrize(
-    ("name", "generator"), [("letters", tasks.letters), ("arithmetic", tasks.arithmetic)]
+    ("name", "generator"), [("letters", generated.letters), ("arithmetic", generated.arithmetic)]
 )  # fmt: skip
 def test_a_generated_task_asks_what_training_does_not_see(name, generator):
     config = compose([f"tasks={name}", f"data={name}"])
-    asked = {p.prompt[0]["content"] for p in verifiable.load("", config.evaluate.tasks[name])[0]}
+    asked = {p.prompt[0]["content"] for p in tasks.load("", config.evaluate.tasks[name])[0]}
     trained = {row["key"] for row in reading.load(config.data.replies, "train").rows}
     assert asked and asked.isdisjoint(trained) and asked | trained <= {row["prompt"] for row in generator()}
 
@@ -111,16 +112,16 @@ def test_too_long_problems_are_left_out_and_counted(tmp_path):
     job = make_job("evaluate", tmp_path / "job")
     job.config = config
     how = {"": config.sampling}
-    (suite,) = suites.prepared(job, tiny_tokenizer(), tiny_policy(), how).values()
+    (suite,) = task_answers.prepared(job, tiny_tokenizer(), tiny_policy(), how).values()
     assert suite.left_out["dropped_too_long"] == 1 and len(suite.problems) == 2
-    assert suite.ways[""].max_new_tokens == 40 and how[""].max_new_tokens == 32
-    [(metrics, answers)] = suites.answered(
+    assert suite.sampling_settings[""].max_new_tokens == 40 and how[""].max_new_tokens == 32
+    [(metrics, answers)] = task_answers.answered(
         suite, tiny_policy(), {"sft": Player("sft")}, None, tiny_tokenizer(), None
     ).values()  # fmt: skip
     assert metrics["accuracy"] == sum(answer["right"] for answer in answers) / 2
     job.config = composed("evaluate.tasks.letters.max_new_tokens=127")
     with pytest.raises(UserError, match=r"tasks\.letters\.max_new_tokens: leaves no room for any problem"):
-        suites.prepared(job, tiny_tokenizer(), tiny_policy(), how)
+        task_answers.prepared(job, tiny_tokenizer(), tiny_policy(), how)
 
 
 def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
@@ -129,15 +130,15 @@ def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
     job.config = config = task(lines(tmp_path / "rows.jsonl", ROWS), max_new_tokens=2)
     greedily = OmegaConf.merge(config.sampling, {"temperature": 1e-4})
     ways = {"": config.sampling, "greedy_": greedily}
-    (suite,) = suites.prepared(job, tokenizer, policy, ways).values()
+    (suite,) = task_answers.prepared(job, tokenizer, policy, ways).values()
     players = {"sft": Player("sft"), "long": Player("sft", "best_of", 4), "vote": Player("sft", "majority", count)}
 
     def lengths(_, replies, **__):
         return [float(len(reply)) for reply in replies]
 
-    found = suites.answered(suite, policy, players, lengths, tokenizer, None)
+    found = task_answers.answered(suite, policy, players, lengths, tokenizer, None)
     prompts = [chat.prompt_ids(tokenizer, problem.prompt) for problem in suite.problems]
-    sampled = decoding_policies.samples(policy, prompts, count, suite.ways[""], tokenizer, suite.seed)
+    sampled = decoding_policies.samples(policy, prompts, count, suite.sampling_settings[""], tokenizer, suite.seed)
     for i, texts in enumerate(decoding_policies.texts_of(tokenizer, sampled)):
         replies = {name: answers[i]["reply"] for name, (_, answers) in found.items()}
         assert replies["sft"] == texts[0] and len(replies["long"]) == max(map(len, texts[:4]))
@@ -149,9 +150,9 @@ def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
 
 def test_a_question_is_looked_for_alone_and_a_short_one_with_its_answer():
     long = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two three four five six 7 8"}]
-    assert suites.sought(verifiable.Problem(long, "9")) == "one two three four five six 7 8"
-    assert suites.sought(verifiable.Problem([{"role": "user", "content": "1+1"}], "2")) == "1+1\n2"
-    assert suites.sought(verifiable.Problem([{"role": "user", "content": "Write."}], None)) == "Write."
+    assert task_answers.sought(tasks.Problem(long, "9")) == "one two three four five six 7 8"
+    assert task_answers.sought(tasks.Problem([{"role": "user", "content": "1+1"}], "2")) == "1+1\n2"
+    assert task_answers.sought(tasks.Problem([{"role": "user", "content": "Write."}], None)) == "Write."
 
 
 def test_the_smoke_run_has_every_reply_with_its_verdict(smoke):
@@ -186,9 +187,9 @@ GSM8K = DATA / "gsm8k/test.jsonl.gz"
 def test_gsm8k_has_an_answer_to_every_problem(monkeypatch):
     monkeypatch.setenv("THREEFOLD_DATA", str(DATA))
     config = compose(["tasks=gsm8k"])
-    problems, unusable = verifiable.load("evaluate.tasks.gsm8k", config.evaluate.tasks.gsm8k)
+    problems, unusable = tasks.load("evaluate.tasks.gsm8k", config.evaluate.tasks.gsm8k)
     assert len(problems) >= 400 and not unusable
     replies = [problem.answer.rpartition("####")[2] for problem in problems]
-    assert all(verdict["right"] for verdict in verifiable.verdicts("numeric", problems, replies))
+    assert all(verdict["right"] for verdict in tasks.verdicts("numeric", problems, replies))
     wrong = [f"#### {reply}1" for reply in replies]
-    assert not any(verdict["right"] for verdict in verifiable.verdicts("numeric", problems, wrong))
+    assert not any(verdict["right"] for verdict in tasks.verdicts("numeric", problems, wrong))

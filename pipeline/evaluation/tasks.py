@@ -1,7 +1,7 @@
-"""Problems with answers that a rule can check: read for the evaluation, and the verdict on each reply."""
+"""Tasks of the evaluation: problems whose answers a rule can check, and the verdict on each reply. Imports no torch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,7 +13,7 @@ from threefold.errors import UserError
 from threefold.rewards.exact import exact_match
 from threefold.rewards.numeric import numeric_match
 
-CHECKS: dict[str, Callable[..., Any]] = {
+CHECKS: dict[str, FunctionType] = {
     "exact": exact_match,
     "numeric": numeric_match,
     "instructions": instructions.followed,
@@ -34,6 +34,17 @@ class Problem:
     instructions: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass
+class Task:
+    """The problems of one task that every player answers."""
+
+    check: str
+    problems: list[Problem]
+    sampling_settings: dict[str, DictConfig]  # how replies are sampled, by the prefix of the metrics
+    seed: int
+    left_out: dict[str, Any]  # rows of the source that cannot be used, and problems too long for the model
+
+
 def load(key: str, task: DictConfig) -> tuple[list[Problem], dict[str, Any]]:
     """The problems of a task, and the rows of its source that were left out, by reason.
 
@@ -44,7 +55,7 @@ def load(key: str, task: DictConfig) -> tuple[list[Problem], dict[str, Any]]:
     if not problems:
         raise UserError(f"{key}.split={task.split}: {task.path} has no problem there; give more rows, or set split=all")
     if task.check != "instructions":
-        require_checkable(f"{key}.check={task.check}", task.check, [problem.answer for problem in problems])
+        require_checkable(f"{key}.check={task.check}", task.check, [p.answer for p in problems if p.answer is not None])
     return problems, read.unusable
 
 
@@ -78,7 +89,7 @@ def verdicts(check: str, problems: list[Problem], replies: list[str]) -> list[di
     """Of each reply whether it is right; by `instructions` also whether it follows each, `strict` and `loose`."""
     if check == "instructions":
         asked = [(problem.prompt[-1]["content"], problem.instructions) for problem in problems]
-        each = [CHECKS[check](*given, reply) for given, reply in zip(asked, replies, strict=True)]
-        return [{"right": all(found["strict"]), **found} for found in each]
+        followed = [CHECKS[check](*given, reply) for given, reply in zip(asked, replies, strict=True)]
+        return [{"right": all(by_strictness["strict"]), **by_strictness} for by_strictness in followed]
     prompts, answers = ([getattr(problem, name) for problem in problems] for name in ("prompt", "answer"))
     return [{"right": score == 1.0} for score in CHECKS[check](prompts, replies, answer=answers)]
