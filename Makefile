@@ -87,8 +87,11 @@ bench-sampler: install ## compare the sampler with generate: tokens per second a
 bench-labels: install ## compare reward models by wrong labels and number of pairs (about 14 minutes on two cores)
 	$(VENV)/bin/python tests/bench/bench_labels.py $(ARGS)
 
-lint: install ## check style
+# the type checker sees no editable install, so it is given an ordinary one
+lint: install ## check style and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	rm -rf $(VENV)/typed && $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/typed .
+	cd $(VENV)/typed && ../bin/ty check --python .. threefold
 
 clean: ## remove caches and builds; runs/ stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ LONGER = {
 
 
 # `make test` kills the two that train in ways of their own: by transformers' Trainer, as all but PPO do, and PPO
-QUICK = ("sft", "ppo")
+QUICK = ("ppo",)
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,7 @@ def score(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 def test_the_error_of_one_rank_ends_all_with_its_one_line(places, tmp_path, monkeypatch, capfd):
     (tmp_path / "ranked.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(tmp_path)

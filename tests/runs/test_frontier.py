@@ -95,6 +95,7 @@ def written(smoke, tmp_path_factory):
     return folder, read_json(folder / "frontier.json")
 
 
+@pytest.mark.slow
 def test_the_command_makes_every_point_once_and_fits_what_has_enough_settings(written):
     folder, found = written
     methods = ("best_of_n", "dpo", "ppo")
@@ -114,6 +115,7 @@ def test_the_command_makes_every_point_once_and_fits_what_has_enough_settings(wr
     assert artifacts.count("reward") == 1 and artifacts.count("ppo") == 3  # that of the smoke run, and two seeds
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_frontier_of_this_reward_model_alone(written, smoke):
     folder, found = written
     config = compose(["experiment=smoke", f"runs={folder.parent}"])

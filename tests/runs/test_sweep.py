@@ -335,6 +335,7 @@ def test_a_stage_ends_at_the_next_step_that_it_logs_when_asked_to(tmp_path):
         job.log(2, {"loss": 0.5})
 
 
+@pytest.mark.slow
 def test_the_command_makes_what_is_missing_in_processes_of_their_own(borrowed, capsys):
     command = ["sweep", "experiment=smoke", "tracker=none", f"runs={borrowed}", "target=dpo", "dpo.beta=0.1,0.2"]
     cli.main([*command, "launcher.jobs=2"])

@@ -53,6 +53,7 @@ def test_a_search_does_better_than_chance_and_says_what_mattered(tmp_path, monke
     assert best["x"] == list(range(1, 21)) and best["y"] == [max(means[: i + 1]) for i in range(20)]
 
 
+@pytest.mark.slow
 def test_a_search_killed_in_the_middle_comes_to_the_same_as_one_that_was_not(tmp_path, monkeypatch):
     whole = sweeps.stand_in(monkeypatch)
     expected = sweeps.swept(tmp_path / "whole", *SEARCH)

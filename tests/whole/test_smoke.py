@@ -143,6 +143,7 @@ def test_an_outdated_dependent_is_named_in_the_report(smoke):
     assert "evaluate was made from an earlier ppo" in (smoke / "outdated" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits(smoke, tmp_path):
     """The first three stages, made again in a fresh process with another hash seed, are equal to the bit."""
     environment = os.environ | {"PYTHONHASHSEED": "7"}
