@@ -90,11 +90,6 @@ def one(smoke, tmp_path_factory, once) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(smoke, tmp_path_factory, once) -> Path:
-    return together(smoke, tmp_path_factory.mktemp("two"), list(STAGES), [], once)
-
-
-@pytest.fixture(scope="module")
 def shared(smoke, tmp_path_factory, once) -> Path:
     return together(smoke, tmp_path_factory.mktemp("shared"), list(STAGES), [], once, mode="fsdp2")
 
