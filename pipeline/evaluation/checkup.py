@@ -98,16 +98,15 @@ def calibration(raw_difference: np.ndarray, pairs: list[Pair]) -> dict[str, Any]
     """
     confidence, prompts = 1 / (1 + np.exp(-np.abs(raw_difference))), _prompts(pairs)
     outcomes = (raw_difference > 0) + 0.5 * (raw_difference == 0)
-    rows = []
-    for part in np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(confidence))):
-        rows.append(
-            {
-                "pairs": len(part),
-                "confidence": float(confidence[part].mean()),
-                "accuracy": float(outcomes[part].mean()),
-                "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
-            }
-        )
+    rows: list[dict[str, Any]] = [
+        {
+            "pairs": len(part),
+            "confidence": float(confidence[part].mean()),
+            "accuracy": float(outcomes[part].mean()),
+            "ci95": statistics.share_interval(outcomes[part].tolist(), [prompts[i] for i in part]),
+        }
+        for part in np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(confidence)))
+    ]
     error = sum(row["pairs"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
     return {
         "calibration_error": error / sum(row["pairs"] for row in rows),

@@ -20,9 +20,9 @@ def prompts(
 ) -> tuple[list[Example], dict[str, dict[str, Any]]]:
     """At most `count` prompts of a held-out split, with replies, that no training split and no comparison contains.
 
-    To the test split the validation split is one of training. Prompts that leave no room for a reply in `model`'s
-    context, or that the chat template refuses, are left out. Also returns what of the split is not used, by reason;
-    prompts that were not drawn are no part of it.
+    For prompts of the test split, the validation split counts as training. Prompts that leave no room for a reply
+    in `model`'s context, or that the chat template refuses, are left out. Also returns what of the split is not used,
+    by reason; prompts that were not drawn are no part of it.
     """
     source, dialogue = job.config.data.replies, job.config.data.dialogue
     earlier = ("train", "validation") if split == "test" else ("train",)
