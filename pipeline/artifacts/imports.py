@@ -67,17 +67,17 @@ def imports_of(file: Path, module: str) -> set[str]:
     if file.suffix != ".py":
         return set()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([base] if base else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)} if base else set()
-    with_packages = {".".join(name.split(".")[:n]) for name in found for n in range(1, name.count(".") + 2)}
+            modules |= {base, *(f"{base}.{alias.name}" for alias in node.names)} if base else set()
+    with_packages = {".".join(name.split(".")[:n]) for name in modules for n in range(1, name.count(".") + 2)}
     return {name for name in with_packages if name.partition(".")[0] not in sys.stdlib_module_names}
 
 

@@ -134,8 +134,8 @@ def _text(file: Path) -> Numbered:
     content = (line.rstrip("\r\n") for line in lines(file))
     for blank, group in itertools.groupby(enumerate(content, start=1), key=lambda numbered: not numbered[1].strip()):
         if not blank:
-            numbers, said = zip(*group, strict=True)
-            yield numbers[0], {"text": "\n".join(said)}
+            numbers, paragraph = zip(*group, strict=True)
+            yield numbers[0], {"text": "\n".join(paragraph)}
 
 
 def _parquet(file: Path) -> Numbered:

@@ -31,10 +31,10 @@ def local_files(path: str, pattern: str | None = None) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
-    found = [f for f in (sorted(root.glob(pattern)) if pattern else _all(root)) if _has_rows(f)]
-    if not found:
+    matching_files = [f for f in (sorted(root.glob(pattern)) if pattern else _all(root)) if _has_rows(f)]
+    if not matching_files:
         raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
-    return found
+    return matching_files
 
 
 def split_files(path: str, splits: dict[str, str]) -> dict[str, list[Path]]:

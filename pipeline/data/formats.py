@@ -36,10 +36,10 @@ def prompt_completion(raw: Row, dropped: Counter) -> list[Row]:
 
 def messages(raw: Row, dropped: Counter) -> list[Row]:
     """Column `messages`: a list of {"role", "content"}."""
-    found = messages_of(raw, "messages")
-    if not any(m["role"] == "assistant" for m in found):
+    turns = messages_of(raw, "messages")
+    if not any(m["role"] == "assistant" for m in turns):
         raise UnusableRowError("no assistant turn")
-    return [{"key": key_of(found), "messages": found, "symmetric": False}]
+    return [{"key": key_of(turns), "messages": turns, "symmetric": False}]
 
 
 def ifeval(raw: Row, dropped: Counter) -> list[Row]:

@@ -66,7 +66,7 @@ def usable(candidate: Candidate, min_gap: float) -> bool:
     return candidate.gap is None or (candidate.gap != 0 and abs(candidate.gap) >= min_gap)
 
 
-def taken(found: list[Candidate], most: int, pairing: str, generator: np.random.Generator) -> list[Candidate]:
+def taken(comparable: list[Candidate], most: int, pairing: str, generator: np.random.Generator) -> list[Candidate]:
     """The `most` candidates that come first by `pairing`; of equal ones those that come first in the list.
 
     best_worst: largest gap, by the reward model where there is one and by the judge otherwise. random: any. uncertain:
@@ -74,10 +74,10 @@ def taken(found: list[Candidate], most: int, pairing: str, generator: np.random.
     differences (Gleave and Irving 2022, arXiv 2203.07472).
     """
     if pairing == "random":
-        return [found[i] for i in generator.permutation(len(found))[:most]]
+        return [comparable[i] for i in generator.permutation(len(comparable))[:most]]
     if pairing == "uncertain":
-        return sorted(found, key=lambda c: -c.scored.std())[:most]
-    return sorted(found, key=lambda c: -abs(c.gap if c.scored is None else c.scored.mean()))[:most]
+        return sorted(comparable, key=lambda c: -c.scored.std())[:most]
+    return sorted(comparable, key=lambda c: -abs(c.gap if c.scored is None else c.scored.mean()))[:most]
 
 
 def labelled(candidate: Candidate, source: str) -> Pair:

@@ -115,10 +115,10 @@ def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
     winners = [_vote(vote, "a vote of preference") for vote in votes]
     context = _shortened(_passages_of(raw), PASSAGE_CHARS)
     prompt = [{"role": "user", "content": "\n\n".join([*context, question])}]
-    found = [
+    rows = [
         pair for both, winner in zip(pairs, winners, strict=True) for pair in _compared(prompt, both, winner, dropped)
     ]
-    return [pair | {"key": question} for pair in found]
+    return [pair | {"key": question} for pair in rows]
 
 
 def unpaired(raw: Row, dropped: Counter) -> list[Row]:
@@ -129,8 +129,8 @@ def unpaired(raw: Row, dropped: Counter) -> list[Row]:
     prompt, reply = messages_of(raw, "prompt"), dialogue_of(raw, "completion")[-1]
     if (label := LABELS.get(str(raw.get("label")).lower())) is None:
         raise UnusableRowError("label is neither true nor false" if "label" in raw else "no column label")
-    said = {"messages": [*prompt, reply] if label else prompt, "symmetric": False}
-    return [{"key": key_of(prompt), "prompt": prompt, "reply": reply["content"], "label": label, **said}]
+    dialogue = {"messages": [*prompt, reply] if label else prompt, "symmetric": False}
+    return [{"key": key_of(prompt), "prompt": prompt, "reply": reply["content"], "label": label, **dialogue}]
 
 
 PREFERENCE_FORMATS: dict[str, Callable[[Row, Counter], list[Row]]] = {
@@ -161,7 +161,7 @@ def _labelled(raw: Row, margin: float | None = None) -> Row:
     before = [side[:-1] for side in sides.values()]
     if raw.get("prompt") is not None:
         prompt = messages_of(raw, "prompt")
-        if any(said and said[-len(prompt) :] != prompt for said in before):
+        if any(turns and turns[-len(prompt) :] != prompt for turns in before):
             raise UnusableRowError("chosen or rejected does not go on from prompt")
     elif not all(before):
         raise UnusableRowError("no column prompt")
@@ -182,11 +182,11 @@ def _scored_completions(raw: Row, dropped: Counter) -> list[Row]:
     if len(completions) < 2:
         raise UnusableRowError("fewer than two completions")
     scored = [(number_of(c, "overall_score"), plain_text_of(c, "response")) for c in completions]
-    found = []
+    rows = []
     for (a, first), (b, second) in itertools.combinations(scored, 2):
         winner = 0 if a == b else 1 if a > b else 2
-        found += _compared(prompt, (first, second), winner, dropped, abs(a - b))
-    return found
+        rows += _compared(prompt, (first, second), winner, dropped, abs(a - b))
+    return rows
 
 
 def _vote(value: Any, what: str) -> int:
@@ -204,10 +204,10 @@ def _transcript(raw: Row, column: str) -> list[Message]:
     if parts[0].strip() or len(parts) < 5:
         raise UnusableRowError(f"{column} does not alternate Human: and Assistant:")
     roles = {"Human": "user", "Assistant": "assistant"}
-    found = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-    if found[-1]["role"] != "assistant" or not found[-1]["content"]:
+    turns = [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
         raise UnusableRowError(f"{column} does not end with an assistant's reply")
-    return found
+    return turns
 
 
 def _passages_of(raw: Row) -> list[list[str]]:
@@ -217,8 +217,8 @@ def _passages_of(raw: Row) -> list[list[str]]:
         isinstance(p, list) and p and all(isinstance(sentence, str) for sentence in p) for p in passages
     ):
         raise UnusableRowError("passages is not a list of lists of text")
-    cleaned = [[title.strip(), *(s.strip() for s in said)] for title, *said in passages]
-    return [[title, *(s.removeprefix(f"{title}\n\n") for s in said)] for title, *said in cleaned]
+    cleaned = [[title.strip(), *(s.strip() for s in sentences)] for title, *sentences in passages]
+    return [[title, *(s.removeprefix(f"{title}\n\n") for s in sentences)] for title, *sentences in cleaned]
 
 
 def _shortened(passages: list[list[str]], limit: int) -> list[str]:
@@ -231,4 +231,4 @@ def _shortened(passages: list[list[str]], limit: int) -> list[str]:
             if room < 0:
                 break
             counts[i] = rank + 1
-    return [f"{title}: {' '.join(said[:n])}" for (title, *said), n in zip(passages, counts, strict=True) if n]
+    return [f"{title}: {' '.join(sentences[:n])}" for (title, *sentences), n in zip(passages, counts, strict=True) if n]

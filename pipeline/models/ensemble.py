@@ -48,10 +48,10 @@ class Ensemble:
         if len(scores) == 1:
             return scores[0]
         if self.combine == "min":
-            found = scores.amin(0)
+            score = scores.amin(0)
         else:
-            found = scores.mean(0) - (self.coef * scores.var(0, correction=0) if self.combine == "uncertain" else 0.0)
-        return (found - self.scale[0]) / self.scale[1]
+            score = scores.mean(0) - (self.coef * scores.var(0, correction=0) if self.combine == "uncertain" else 0.0)
+        return (score - self.scale[0]) / self.scale[1]
 
     def settings(self) -> dict[str, Any]:
         """What the configuration of the first model holds of the ensemble."""

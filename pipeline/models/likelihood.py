@@ -73,16 +73,16 @@ def scores(
     `bar` is a progress bar that counts sequences, here and below.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found = [0.0] * len(sequences)
+    raw_scores = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = right_padded([sequences[i] for i in chosen], pad, model.device)
         states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(chosen), device=ids.device), mask.sum(1) - 1]
         for i, score in zip(chosen, model.score(last)[:, 0].tolist(), strict=True):
-            found[i] = score
+            raw_scores[i] = score
         advance(bar, len(chosen))
-    return found
+    return raw_scores
 
 
 @torch.no_grad()
@@ -91,15 +91,15 @@ def replies_logprobs(
 ) -> Tensor:
     """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    found = torch.zeros(len(pairs))
+    sums = torch.zeros(len(pairs))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompt, prompt_mask = left_padded([pairs[i][0] for i in batch], pad, model.device)
         reply, reply_mask = right_padded([pairs[i][1] for i in batch], pad, model.device)
         logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
-        found[batch] = (logprobs * reply_mask).sum(1).cpu()
+        sums[batch] = (logprobs * reply_mask).sum(1).cpu()
         advance(bar, len(batch))
-    return found
+    return sums
 
 
 @torch.no_grad()

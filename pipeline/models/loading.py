@@ -190,11 +190,11 @@ def output_logits(model: Any, states: Tensor) -> Tensor:
     That pass runs with the states in place of its trunk, so that scales (Granite, Cohere), caps (Gemma 2) and layers
     before the matrix (ModernBERT) are those of the architecture. `model` may be one with adapters (`lora.Adapted`).
     """
-    whole = getattr(model, "base", model)
-    prefix, head = whole.base_model_prefix, object.__new__(type(whole))
-    trunk = _GivenStates(whole._modules[prefix], states.reshape(1, -1, states.size(-1)))
-    head.__dict__ = {**whole.__dict__, "_modules": {**whole._modules, prefix: trunk}}
-    logits = type(whole).forward(head, use_cache=False, return_dict=True).logits
+    full_model = getattr(model, "base", model)
+    prefix, head = full_model.base_model_prefix, object.__new__(type(full_model))
+    trunk = _GivenStates(full_model._modules[prefix], states.reshape(1, -1, states.size(-1)))
+    head.__dict__ = {**full_model.__dict__, "_modules": {**full_model._modules, prefix: trunk}}
+    logits = type(full_model).forward(head, use_cache=False, return_dict=True).logits
     return logits.reshape(*states.shape[:-1], -1)
 
 

@@ -62,8 +62,8 @@ def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
 def copy_adapter(base: nn.Module, source: str, name: str) -> None:
     """Give the base one more adapter that equals the adapter `source`."""
     _add(base, copy.deepcopy(base.peft_config[source]), name)
-    own = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
-    _fill(base, name, own)
+    source_values = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
+    _fill(base, name, source_values)
 
 
 @torch.no_grad()

@@ -208,11 +208,11 @@ class FusedDecoder(Decoder):
 def fusible(model: nn.Module) -> bool:
     """Whether `FusedDecoder` knows the model."""
     config = model.config
-    known = config.model_type in FUSED and config.hidden_act == "silu"
-    whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    known_architecture = config.model_type in FUSED and config.hidden_act == "silu"
+    full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     steady = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in STEADY_ROPE
     windowed = config.model_type == "mistral" and config.sliding_window
-    return bool(known and whole and steady and not windowed)
+    return bool(known_architecture and full_attention and steady and not windowed)
 
 
 def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
@@ -292,8 +292,8 @@ def _agrees(kind: type[Decoder], model: Any) -> bool:
     ids = torch.arange(1, 9, device=model.device).view(2, 4)
     mask, kept = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=model.device), torch.tensor([1], device=model.device)
     with torch.autocast(model.device.type, enabled=False):
-        whole = torch.cat([ids[1, 2:], ids[0, :2]])[None]
-        expected = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, 1:]
+        sequence = torch.cat([ids[1, 2:], ids[0, :2]])[None]
+        expected = model.base_model(input_ids=sequence, use_cache=False).last_hidden_state[0, 1:]
         try:
             decoder = kind(model)
             states = [decoder.prefill(ids, mask, 2)[kept], decoder.step(ids[[1, 0], 0])[kept]]

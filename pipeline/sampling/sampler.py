@@ -83,10 +83,10 @@ def require_static(model: nn.Module) -> None:
 def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) -> list[int]:
     """Numbers of the prompts (token ids) that leave room for a reply. Raises `UserError` when none does."""
     room = loading.context_length(model.config) - sampling.max_new_tokens
-    found = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not found:
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
         raise UserError(f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for any prompt")
-    return found
+    return fitting
 
 
 def _sample_batch(

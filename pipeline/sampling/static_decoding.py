@@ -96,9 +96,11 @@ class StaticDecoder(FusedDecoder):
         shape = len(position), hidden.size(-1)
         if shape not in self.frames:
             place = slot.clone()
-            own = [StaticLayer(layer.keys, place) for layer in layers]
+            fresh = [StaticLayer(layer.keys, place) for layer in layers]
             tables = self.cosine.clone(), self.sine.clone()
-            self.frames[shape] = Frame(torch.zeros_like(position), position.clone(), place, hidden.clone(), tables, own)
+            self.frames[shape] = Frame(
+                torch.zeros_like(position), position.clone(), place, hidden.clone(), tables, fresh
+            )
         frame = self.frame = self.frames[shape]
         for target, source in ((frame.position, position), (frame.slot, slot), (frame.hidden, hidden)):
             target.copy_(source)
