@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.data import tasks
-from threefold.data.folders import split_files
-from threefold.data.locations import WORD_LIST, is_local, is_package, is_task, package_file
+from threefold.data.folders import WORD_LIST, is_local, is_package, is_task, package_file, split_files
 from threefold.errors import UserError, nearest
 from threefold.fileio import read_json
 from threefold.models.adapters import adapter_base

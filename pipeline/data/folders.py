@@ -1,8 +1,12 @@
-"""Which files of a local source hold rows, and of which split: as given, by their names, or as save_to_disk left them.
+"""What the path of a data source names, and which files of a local one hold rows, and of which split.
+
+A path names files here, a file of an installed package, a task, or a name on the hub. The splits of files are as given,
+by their names, or as save_to_disk left them.
 
 Names are read as the library datasets reads them: `train.jsonl`, `test-00000-of-00002.parquet`, `validation/a.csv`.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -18,8 +22,36 @@ KEYWORDS = {
 }
 SHARD = re.compile(r"[-_.]\d+-of-\d+")
 ABOUT = re.compile(r"((readme|licen[sc]e|copying|requirements)([-_. ]\w+)*|notice|authors|changelog)\.txt")  # no data
+WORD_LIST = "package:better_profanity/profanity_wordlist.txt"  # by which format chitchat leaves messages out
 ALL = "all"  # of a source whose files name no splits
 NONE, SEVERAL = "no split", "several splits"  # what a name tells otherwise
+
+
+def is_package(path: str) -> bool:
+    """Whether `path` names a file inside an installed package, package:MODULE/FILE."""
+    return path.startswith("package:")
+
+
+def is_task(path: str) -> bool:
+    """Whether `path` names problems that the project generates, task:NAME."""
+    return path.startswith("task:")
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is a file or folder here, rather than a name on the hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def package_file(path: str) -> Path:
+    """The file behind package:MODULE/FILE. Raises `UserError` when the package or file is missing."""
+    module, _, name = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the package {module} is not installed")
+    file = Path(spec.submodule_search_locations[0]) / name
+    if not file.is_file():
+        raise UserError(f"{path}: the package {module} has no file {name}")
+    return file
 
 
 def local_files(path: str, pattern: str | None = None) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from threefold.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from threefold.data import instructions
-from threefold.data.locations import WORD_LIST, package_file
+from threefold.data.folders import WORD_LIST, package_file
 from threefold.data.preference_formats import PREFERENCE_FORMATS
 
 

@@ -1,4 +1,4 @@
-"""Which replies to one prompt are put side by side, and which of the two is better."""
+"""Which prompts belong together, which replies to one prompt are put side by side, and which of the two is better."""
 
 import hashlib
 import itertools
@@ -106,3 +106,17 @@ def pool_row(candidate: Candidate, split: str, swap: bool) -> dict[str, Any]:
         "model_b": b.model,
         "split": split,
     }
+
+
+def overlapping(prompts: list[list[Message]], others: list[list[Message]]) -> list[bool]:
+    """Of each prompt whether it equals, begins or continues one of `others`: then both are of one conversation."""
+    conversations = {_turns(other) for other in others}
+    beginnings = {turns[:end] for turns in conversations for end in range(1, len(turns) + 1)}
+    return [
+        turns in beginnings or any(turns[:end] in conversations for end in range(1, len(turns)))
+        for turns in map(_turns, prompts)
+    ]
+
+
+def _turns(prompt: list[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((m["role"], m["content"]) for m in prompt)

@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from threefold.columns import Message, Row, UnusableRowError
 from threefold.data import raw_rows
-from threefold.data.folders import ALL, split_files
+from threefold.data.folders import ALL, is_local, is_package, is_task, package_file, split_files
 from threefold.data.formats import FORMATS, alternating
-from threefold.data.locations import is_local, is_package, is_task, package_file
 from threefold.data.preference_formats import PREFERENCE_FORMATS
 from threefold.errors import UserError
 
