@@ -115,9 +115,10 @@ def _names_defined(file: Path) -> dict[str, str]:
     for node in _statements(parsed(file).body):
         names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
-            origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
+            relative = isinstance(node, ast.ImportFrom) and node.level and node.module
+            origin = f"{'.' * node.level}{node.module}:" if relative else ""
             names |= {alias.asname or alias.name: origin and origin + alias.name for alias in node.names}
-        elif hasattr(node, "name"):
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names[node.name] = ""
     return names
 

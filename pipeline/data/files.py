@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from threefold.columns import Row
 from threefold.errors import UserError
@@ -85,17 +85,22 @@ SPACE = re.compile(r"\s*")
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
     """The elements of the JSON list that `text` is, each with its position."""
     decode = json.JSONDecoder().raw_decode
-    position = SPACE.match(text, text.index("[") + 1).end()
+    position = _after_space(text, text.index("[") + 1)
     while text[position : position + 1] != "]":
         element, end = decode(text, position)
         yield position, element
-        position = SPACE.match(text, end).end()
+        position = _after_space(text, end)
         if text[position : position + 1] == ",":
-            position = SPACE.match(text, position + 1).end()
+            position = _after_space(text, position + 1)
         elif text[position : position + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
     if text[position + 1 :].strip():
         raise json.JSONDecodeError("Extra data", text, position + 1)
+
+
+def _after_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _object(file: Path, number: int, row: Any) -> Row:
@@ -152,10 +157,10 @@ def _parquet(file: Path) -> Numbered:
 
 def _saved(folder: Path) -> Numbered:
     """A data set as datasets.save_to_disk leaves it: Arrow tables, from which no code is run."""
-    from datasets import load_from_disk
+    from datasets import Dataset, load_from_disk
 
     try:
-        rows = load_from_disk(str(folder)).to_list()
+        rows = cast(Dataset, load_from_disk(str(folder))).to_list()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(

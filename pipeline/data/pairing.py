@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -47,15 +47,15 @@ def candidates(
 
     `judged` are the judge's scores [answers], `scored` those of a reward model's members [answers, members].
     """
-    able = [i for i in range(len(group)) if judged is None or judged[i] is not None]
+    scores = None if judged is None else {i: score for i, score in enumerate(judged) if score is not None}
     return [
         Candidate(
             group[i],
             group[j],
-            None if judged is None else judged[i] - judged[j],
+            None if scores is None else scores[i] - scores[j],
             None if scored is None else scored[i] - scored[j],
         )
-        for i, j in itertools.combinations(able, 2)
+        for i, j in itertools.combinations(range(len(group)) if scores is None else scores, 2)
     ]
 
 
@@ -76,14 +76,15 @@ def taken(comparable: list[Candidate], most: int, pairing: str, generator: np.ra
     if pairing == "random":
         return [comparable[i] for i in generator.permutation(len(comparable))[:most]]
     if pairing == "uncertain":
-        return sorted(comparable, key=lambda c: -c.scored.std())[:most]
-    return sorted(comparable, key=lambda c: -abs(c.gap if c.scored is None else c.scored.mean()))[:most]
+        return sorted(comparable, key=lambda c: -cast(np.ndarray, c.scored).std())[:most]
+    return sorted(comparable, key=lambda c: -abs(cast(float, c.gap) if c.scored is None else c.scored.mean()))[:most]
 
 
 def labelled(candidate: Candidate, source: str) -> Pair:
     """The pair with the judge's label."""
-    better, worse = (candidate.one, candidate.other) if candidate.gap > 0 else (candidate.other, candidate.one)
-    return Pair(better.prompt, better.reply, worse.reply, abs(candidate.gap), source)
+    gap = cast(float, candidate.gap)
+    better, worse = (candidate.one, candidate.other) if gap > 0 else (candidate.other, candidate.one)
+    return Pair(better.prompt, better.reply, worse.reply, abs(gap), source)
 
 
 def with_label_noise(pairs: list[Pair], share: float, generator: np.random.Generator) -> tuple[list[Pair], int]:

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -96,7 +96,7 @@ def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> Use
     dropped = _unused(source, split, dialogue, once=False)
     if not dropped:
         return UserError(f"{source.path}: no prompt in its {split} split{_how_split(source)}")
-    worst = max(dropped, key=dropped.get)
+    worst = max(dropped, key=lambda why: dropped[why])
     return UserError(
         f"{source.path}: no prompt in its {split} split is left, most often because {worst} ({dropped[worst]:,}); "
         "give more rows, or set data.dialogue"
@@ -116,7 +116,7 @@ def _how_split(source: DictConfig) -> str:
 
 def _as_json(source: DictConfig) -> str:
     """A source with the `files` of each of its splits where it is local; those that its files name are in `splits`."""
-    given = OmegaConf.to_container(source, resolve=True)
+    given = cast(dict[str, Any], OmegaConf.to_container(source, resolve=True))
     if is_package(source.path):
         given["files"] = {ALL: [str(package_file(source.path))]}
     elif not is_task(source.path) and is_local(source.path):
@@ -253,7 +253,7 @@ def _unused(source: DictConfig, split: str, dialogue: DictConfig, once: bool) ->
 
 
 def _limits(dialogue: DictConfig) -> tuple[tuple[str, int | None], ...]:
-    return tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
+    return tuple(sorted(cast(dict[str, Any], OmegaConf.to_container(dialogue, resolve=True)).items()))
 
 
 @functools.lru_cache(maxsize=8)

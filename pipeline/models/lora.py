@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from threefold.models import Model
+
 SAVED = Path("adapter") / "adapter_model.safetensors"  # where a stage that trains an adapter leaves it
 
 
-def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) -> LoraConfig:
+def adapter_config(model: Model, rank: int, alpha: float, **options: Any) -> LoraConfig:
     """Adapters of `rank` on every matrix of the model's blocks; what they add counts alpha / rank times."""
     matrices = {
         name.rsplit(".", 1)[-1]: module
@@ -26,7 +28,7 @@ def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) ->
     transposed = any(isinstance(getattr(m, "base_layer", m), Conv1D) for m in matrices.values())
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # as peft types what it takes as a fraction, too
         lora_dropout=0.0,
         target_modules=sorted(matrices),
         fan_in_fan_out=transposed,
@@ -34,19 +36,19 @@ def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) ->
     )
 
 
-def add_adapter(base: nn.Module, name: str, rank: int, alpha: float, seed: int) -> None:
+def add_adapter(base: Model, name: str, rank: int, alpha: float, seed: int) -> None:
     """Give the base one more adapter, which adds nothing until it is trained."""
     torch.manual_seed(seed)
     _add(base, adapter_config(base, rank, alpha), name)
 
 
-def _add(base: nn.Module, config: LoraConfig, name: str) -> None:
+def _add(base: Model, config: LoraConfig, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
         base.add_adapter(config, name)
 
 
-def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
+def load_adapter(base: Model, name: str, folder: Path) -> nn.Linear:
     """Give the base the adapter of a reward model's artifact, `adapter/` in `folder`; returns its score layer."""
     saved = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / SAVED).items()}
     config = LoraConfig.from_pretrained(str((folder / SAVED).parent))
@@ -59,7 +61,7 @@ def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
     return score
 
 
-def copy_adapter(base: nn.Module, source: str, name: str) -> None:
+def copy_adapter(base: Model, source: str, name: str) -> None:
     """Give the base one more adapter that equals the adapter `source`."""
     _add(base, copy.deepcopy(base.peft_config[source]), name)
     source_values = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
@@ -67,7 +69,7 @@ def copy_adapter(base: nn.Module, source: str, name: str) -> None:
 
 
 @torch.no_grad()
-def _fill(base: nn.Module, name: str, values: dict[str, Tensor]) -> None:
+def _fill(base: Model, name: str, values: dict[str, Tensor]) -> None:
     """Copy into the adapter `name` the values of its parameters, by their names without the adapter's."""
     for key, parameter in base.named_parameters():
         if f".{name}." in key:
@@ -75,7 +77,7 @@ def _fill(base: nn.Module, name: str, values: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def merged_weight(layer: nn.Module, adapters: list[str] | None = None) -> Tensor:
+def merged_weight(layer: Any, adapters: list[str] | None = None) -> Tensor:
     """The matrix of a linear layer with what `adapters` add to it; those that are switched on where none are named."""
     weight = layer.weight.detach()
     if not isinstance(layer, BaseTunerLayer):
@@ -87,7 +89,7 @@ def merged_weight(layer: nn.Module, adapters: list[str] | None = None) -> Tensor
     return weight
 
 
-def merged_weights(base: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(base: Model, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of the model that the base is with the adapter merged, made one at a time."""
     for name, parameter in base.named_parameters():
         if "lora_" not in name:
@@ -97,7 +99,7 @@ def merged_weights(base: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]
 
 
 @torch.no_grad()
-def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:
+def merge_into(model: Model, base: Model, adapter: str) -> Model:
     """`model`, a copy of the base without adapters, with the trunk of the base with the adapter merged."""
     trunk = dict(model.base_model.named_parameters(prefix=model.base_model_prefix))
     for name, weight in merged_weights(base, adapter):
@@ -114,7 +116,7 @@ class Adapted:
     linear layer, it is a reward model or critic; `scale` is mean and spread of its raw scores.
     """
 
-    def __init__(self, base: nn.Module, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):
+    def __init__(self, base: Model, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):
         self.base, self.adapter, self.score = base, adapter, score
         self.config = copy.copy(base.config)
         self.config.score_mean, self.config.score_std = scale

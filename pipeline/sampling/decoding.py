@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from threefold.errors import UserError
-from threefold.models import likelihood, loading, lora
+from threefold.models import Model, likelihood, loading, lora
 
 # rows leave the batch when this share or less of it is alive: leaving copies the cache, staying costs work
 KEEP_ABOVE = 0.875
@@ -31,6 +31,8 @@ class RoomyLayer(CacheLayerMixin):
     """Keys and values [B, G, T, W] of one layer in buffers that have room for all tokens: nothing is copied to grow."""
 
     is_sliding = False
+    keys: Any  # tensors [B, G, T, W]
+    values: Any
 
     def __init__(self, room: int):
         super().__init__()
@@ -71,7 +73,9 @@ class Decoder:
     That may hold keys and values, or the states of a recurrent model, which a step reads without a mask.
     """
 
-    def __init__(self, model: nn.Module):
+    cache: Any  # a DynamicCache
+
+    def __init__(self, model: Model):
         self.model = model
         accepted = inspect.signature(model.base_model.forward).parameters
         self.recurrent = "past_key_values" not in accepted
@@ -145,7 +149,7 @@ class FusedDecoder(Decoder):
     are those of the model. The matrices are copies, adapters merged, so a decoder is good for one set of weights.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__(model)
         config = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -205,7 +209,7 @@ class FusedDecoder(Decoder):
         self.hidden = None if self.hidden is None else self.hidden[rows]
 
 
-def fusible(model: nn.Module) -> bool:
+def fusible(model: Model) -> bool:
     """Whether `FusedDecoder` knows the model."""
     config = model.config
     known_architecture = config.model_type in FUSED and config.hidden_act == "silu"
@@ -215,7 +219,7 @@ def fusible(model: nn.Module) -> bool:
     return bool(known_architecture and full_attention and steady and not windowed)
 
 
-def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
+def _fused(layer: Any, config: Any) -> dict[str, Any]:
     """The weights of one block, those of matrices with the same input stacked; (matrix, bias or None) each."""
     attention, mlp = layer.self_attn, layer.mlp
     head_norm = None
@@ -233,7 +237,7 @@ def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
     }
 
 
-def _stacked(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _stacked(*projections: Any) -> tuple[Tensor, Tensor | None]:
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases).detach()
     matrix = torch.cat([lora.merged_weight(projection) for projection in projections]).t().contiguous()
@@ -269,7 +273,7 @@ def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
 _KINDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models that were tried
 
 
-def kind_for(model: Any) -> type[Decoder]:
+def kind_for(model: Model) -> type[Decoder]:
     """The fastest decoder whose steps give what one forward pass gives; a model is tried once.
 
     Raises `UserError` where none does.
@@ -287,7 +291,7 @@ def kind_for(model: Any) -> type[Decoder]:
 
 
 @torch.no_grad()
-def _agrees(kind: type[Decoder], model: Any) -> bool:
+def _agrees(kind: type[Decoder], model: Model) -> bool:
     """Whether a prompt and two steps, with padding and a row that leaves, give states and logits of a plain pass."""
     ids = torch.arange(1, 9, device=model.device).view(2, 4)
     mask, kept = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=model.device), torch.tensor([1], device=model.device)

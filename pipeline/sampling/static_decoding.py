@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from threefold.models import Model
 from threefold.sampling.decoding import FusedDecoder
 
 ROOM = 64  # the room of a frame is a multiple of this many tokens, so that batches of other lengths find it again
@@ -41,7 +42,7 @@ class Frame:
     tables: tuple[Tensor, Tensor]  # cosines and sines of the rotary embedding [T, W]
     layers: list[StaticLayer]
     graph: Any = None  # the torch.cuda.CUDAGraph of a step
-    states: Tensor | None = None  # [B, D] that the graph writes
+    states: Any = None  # the tensor [B, D] that the graph writes
 
 
 class StaticDecoder(FusedDecoder):
@@ -51,7 +52,7 @@ class StaticDecoder(FusedDecoder):
     shapes, and each has a frame, with its graph, that later batches use again. On a CPU it gains nothing.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__(model)
         self.frames: dict[tuple[int, int], Frame] = {}
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
