@@ -66,7 +66,7 @@ def normalised_scores(
 
 
 def normalised(reward_model: Model, raw: Tensor) -> Tensor:
-    """Raw scores on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
+    """Raw scores [...] on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
     return (raw - reward_model.config.score_mean) / reward_model.config.score_std
 
 

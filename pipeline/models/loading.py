@@ -154,7 +154,7 @@ def without_dropout(model: Model) -> Model:
 
 
 class _GivenStates:
-    """Stands for the trunk of a model while its output layer runs: whatever it is called with, it gives `states`."""
+    """Stands for the trunk while the output layer runs: whatever it is called with, it gives `states` [1, N, D]."""
 
     def __init__(self, trunk: nn.Module, states: Tensor):
         self.trunk, self.states = trunk, states
@@ -172,7 +172,7 @@ class _GivenStates:
 
 
 class _TrunkOutput:
-    """What a trunk returns: its states first, and None for anything else (caches, attentions)."""
+    """What a trunk returns: its states [1, N, D] first, and None for anything else (caches, attentions)."""
 
     def __init__(self, states: Tensor):
         self.last_hidden_state = states
@@ -200,7 +200,7 @@ def output_logits(model: Model, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def require_own_logits(model: Model) -> None:
-    """Raises `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
+    """Raise `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
     kind, ids = model.config.model_type, torch.arange(1, 4, device=model.device)[None]
     if model.base_model is model:
         raise UserError(f"{kind}: its trunk cannot be run apart from its output layer; choose another model")
@@ -216,7 +216,7 @@ def require_own_logits(model: Model) -> None:
 
 
 def logits_agree(values: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same thing in fp32 agree up to rounding: a thousandth of the largest value."""
+    """Whether two fp32 tensors [...] of the same thing agree up to rounding: a thousandth of the largest value."""
     return torch.allclose(values, expected, rtol=0.0, atol=0.001 * expected.abs().max().item() + 1e-6)
 
 

@@ -1,4 +1,7 @@
-"""LoRA: low-rank adapters on a frozen base, several on one (Hu et al. 2021, arXiv 2106.09685), through PEFT."""
+"""LoRA: low-rank adapters on a frozen base, several on one (Hu et al. 2021, arXiv 2106.09685), through PEFT.
+
+Tensors by name are parameters of any shape; a matrix is [out, in], and that of a Conv1D [in, out].
+"""
 
 import copy
 import warnings
@@ -70,7 +73,7 @@ def copy_adapter(base: Model, source: str, name: str) -> None:
 
 @torch.no_grad()
 def _fill(base: Model, name: str, values: dict[str, Tensor]) -> None:
-    """Copy into the adapter `name` the values of its parameters, by their names without the adapter's."""
+    """Copy into the adapter `name` the values of its parameters [any shape], by their names without the adapter's."""
     for key, parameter in base.named_parameters():
         if f".{name}." in key:
             parameter.copy_(values[key.replace(f".{name}.", ".")])
@@ -78,7 +81,7 @@ def _fill(base: Model, name: str, values: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def merged_weight(layer: Any, adapters: list[str] | None = None) -> Tensor:
-    """The matrix of a linear layer with what `adapters` add to it; those that are switched on where none are named."""
+    """The matrix [out, in] of a linear layer with what `adapters` add to it, or else those that are switched on."""
     weight = layer.weight.detach()
     if not isinstance(layer, BaseTunerLayer):
         return weight
@@ -90,7 +93,7 @@ def merged_weight(layer: Any, adapters: list[str] | None = None) -> Tensor:
 
 
 def merged_weights(base: Model, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the model that the base is with the adapter merged, made one at a time."""
+    """Names and weights [any shape] of the base with the adapter merged, made one at a time."""
     for name, parameter in base.named_parameters():
         if "lora_" not in name:
             layer, matrix, _ = name.partition(".base_layer.weight")
@@ -100,7 +103,7 @@ def merged_weights(base: Model, adapter: str) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def merge_into(model: Model, base: Model, adapter: str) -> Model:
-    """`model`, a copy of the base without adapters, with the trunk of the base with the adapter merged."""
+    """`model`, a copy of the base without adapters, whose trunk becomes that of the base with the adapter merged."""
     trunk = dict(model.base_model.named_parameters(prefix=model.base_model_prefix))
     for name, weight in merged_weights(base, adapter):
         if name in trunk:
@@ -145,7 +148,7 @@ class Adapted:
         return self.base.get_output_embeddings()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's weights and the score's, which are all that is trained."""
+        """The adapter's matrices [rank, in] and [out, rank] and the score's [1, D]: all that is trained."""
         adapter = {name: p for name, p in self.base.named_parameters() if f".{self.adapter}." in name}
         return adapter | ({f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {})
 
@@ -156,5 +159,5 @@ class Adapted:
                 parameter.copy_(state[name])
 
     def parameters(self) -> list[Tensor]:
-        """What is trained."""
+        """What is trained, in the shapes of `state_dict`."""
         return list(self.state_dict().values())

@@ -1,7 +1,7 @@
 """Decoders: the hidden state after one more token for a batch of rows, with a key-value cache.
 
 B: rows, P: prompt tokens, T: room of the cache in tokens, H: heads, G: key and value heads, W: width of a head,
-D: width.
+D: width, V: vocabulary.
 """
 
 import inspect
@@ -39,14 +39,14 @@ class RoomyLayer(CacheLayerMixin):
         self.room, self.length = room, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the buffers in the shape and type of the first keys and values."""
+        """Make buffers [B, G, T, W] of the type of the first keys and values [B, G, tokens, W]."""
         self.keys, self.values = (
             states.new_empty(*states.shape[:2], self.room, states.size(-1)) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values of new tokens behind the others; returns those of all tokens."""
+        """Put keys and values [B, G, new tokens, W] behind the others; returns those of all [B, G, tokens, W]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = slice(self.length, self.length + key_states.size(2))
@@ -112,6 +112,7 @@ class Decoder:
         self.cache.reorder_cache(rows)
 
     def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """States [B, D] of the last of the new tokens `ids` [B, n]; `mask` [B, tokens] is over all tokens so far."""
         options = {self.cache_name: self.cache} | ({"position_ids": self.position} if self.has_positions else {})
         outputs = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
         return outputs.last_hidden_state[:, -1]
@@ -137,6 +138,7 @@ class RecomputingDecoder(Decoder):
         self.ids, self.mask = self.ids[rows], self.mask[rows]
 
     def _last_states(self) -> Tensor:
+        """States [B, D] of the last real token of each row."""
         states = self.model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
         return states[torch.arange(len(states), device=states.device), self.mask.sum(1) - 1]
 
@@ -185,6 +187,7 @@ class FusedDecoder(Decoder):
         return _normed(x, self.last_norm)
 
     def _layer(self, x: Tensor, weights: dict[str, Any], cached: Any, cosine: Tensor, sine: Tensor) -> Tensor:
+        """The residual stream [B, D] after one block; `x` [B, D] comes before it, `cosine` and `sine` are [B, 1, W]."""
         h = _normed(x, weights["attention_norm"])
         h = _product(h, *weights["qkv"]).view(len(x), -1, self.width)  # [B, H + 2 G, W]
         turning, values = h.split([self.heads + self.groups, self.groups], 1)
@@ -220,7 +223,7 @@ def fusible(model: Model) -> bool:
 
 
 def _fused(layer: Any, config: Any) -> dict[str, Any]:
-    """The weights of one block, those of matrices with the same input stacked; (matrix, bias or None) each."""
+    """The weights of one block, those of matrices with the same input stacked: each (matrix, bias) as of `_stacked`."""
     attention, mlp = layer.self_attn, layer.mlp
     head_norm = None
     if hasattr(attention, "q_norm"):
@@ -238,6 +241,7 @@ def _fused(layer: Any, config: Any) -> dict[str, Any]:
 
 
 def _stacked(*projections: Any) -> tuple[Tensor, Tensor | None]:
+    """The matrices of linear layers side by side [in, out], and their biases [out]; None where they have none."""
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases).detach()
     matrix = torch.cat([lora.merged_weight(projection) for projection in projections]).t().contiguous()
@@ -253,19 +257,19 @@ def _product(h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _norm(weight: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """An RMS norm over the last dimension of width D as `_normed` wants it: its weight and epsilon times D's root."""
+    """An RMS norm over n numbers as `_normed` takes it: weight [..., n] and epsilon [], times the root of n."""
     root = weight.size(-1) ** 0.5
     return weight.detach() * root, torch.tensor(config.rms_norm_eps**0.5 * root, device=weight.device)
 
 
 def _normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-    """RMS norm in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
+    """RMS norm of `x` [..., n] in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
     weight, smallest = norm
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), smallest) * weight
 
 
 def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores [B, 1, 1, T]: minus infinity on padding, 0 on tokens."""
+    """What is added to attention scores [B, 1, 1, T], from a mask [B, P]: minus infinity on padding, 0 on tokens."""
     seen = F.pad(mask, (0, room), value=1)[:, None, None].to(dtype)
     return torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
 

@@ -93,7 +93,10 @@ class StaticDecoder(FusedDecoder):
         self._enter(old.position[rows], old.slot, old.hidden[rows], layers, old.hidden.size(-1))
 
     def _enter(self, position: Tensor, slot: Tensor, hidden: Tensor, layers: list[Any], used: int) -> None:
-        """Go on in the frame of this many rows and tokens, from copies of these and of `used` places of `layers`."""
+        """Go on in the frame of this many rows and tokens, from copies of these and of `used` places of `layers`.
+
+        `position` is [B], `slot` [1], `hidden` [B, 1, 1, T], and keys and values of a layer are [B, G, T, W].
+        """
         shape = len(position), hidden.size(-1)
         if shape not in self.frames:
             place = slot.clone()
