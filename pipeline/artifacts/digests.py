@@ -18,8 +18,8 @@ from threefold.models.adapters import adapter_base
 def source_parts(source: Any) -> dict[str, Any]:
     """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
 
-    The path of a local file is no part of it: the same content elsewhere is the same data. How a file is read, by its
-    suffix, and which split it is counts.
+    The path of a local file does not count: the same content elsewhere is the same data. Its suffix, by which it is
+    read, and its split do.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
     if source.format == "chitchat":
@@ -45,7 +45,7 @@ def source_parts(source: Any) -> dict[str, Any]:
 def content_digest(files: list[Path]) -> str:
     """Digest of what `files` hold, in their order, and of their suffixes, by which they are read.
 
-    Of a folder that datasets.save_to_disk left, the tables count.
+    A folder of datasets.save_to_disk counts by its tables.
     """
     tables = [table for file in files for table in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])]
     read_as = [(Path(table.name.removesuffix(".gz")).suffix, file_digest(table)) for table in tables]
@@ -107,9 +107,9 @@ def parsed(file: Path) -> ast.Module:
 
 
 def _names_defined(file: Path) -> dict[str, str]:
-    """Names that a Python file defines or imports at its top level; the file is read, not run.
+    """Names that a Python file defines or imports at its top level, each with its origin; the file is read, not run.
 
-    With each stands where a relative import has it from, as ".module:name", or an empty string.
+    The origin is ".module:name" for a relative import and an empty string otherwise.
     """
     names: dict[str, str] = {}
     for node in _statements(parsed(file).body):
@@ -124,7 +124,7 @@ def _names_defined(file: Path) -> dict[str, str]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements at the top level of a module, those below if and try among them."""
+    """Statements at the top level of a module, including those within if and try."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -132,7 +132,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
-    """The fingerprint of an artifact by its folder. Raises `UserError` naming `key` where it is none of `stages`."""
+    """The fingerprint of the artifact in a folder. Raises `UserError` naming `key` where none of `stages` made it."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"{key}: {path} is no finished stage; name its folder, for example runs/demo/{stages[-1]}")

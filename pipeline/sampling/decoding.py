@@ -170,7 +170,9 @@ class FusedDecoder(Decoder):
         everywhere = torch.arange(ids.size(1) + room, device=ids.device)[None]
         self.cosine, sine = (table[0] for table in self.model.base_model.rotary_emb(states, everywhere))
         self.sine = torch.cat([-sine[:, : self.width // 2], sine[:, self.width // 2 :]], 1)
-        self.hidden = None if mask.all() else _hidden(mask, room, states.dtype)
+        # [B, 1, 1, T] added to attention scores: minus infinity on padding, 0 on tokens
+        seen = F.pad(mask, (0, room), value=1)[:, None, None].to(states.dtype)
+        self.hidden = None if mask.all() else torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
         return states
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -266,12 +268,6 @@ def _normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     """RMS norm of `x` [..., n] in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
     weight, smallest = norm
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), smallest) * weight
-
-
-def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores [B, 1, 1, T], from a mask [B, P]: minus infinity on padding, 0 on tokens."""
-    seen = F.pad(mask, (0, room), value=1)[:, None, None].to(dtype)
-    return torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
 
 
 _KINDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models that were tried
