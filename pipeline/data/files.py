@@ -17,7 +17,7 @@ Numbered = Iterator[tuple[int, Row]]
 
 
 def read(file: Path) -> list[tuple[str, int, Row]]:
-    """The rows of a file, each with the file's name and its first line. Raises `UserError` when one cannot be read.
+    """The rows of a file, each with the file's name and the row's first line. Raises `UserError` for an unreadable one.
 
     A folder of save_to_disk is read as one file.
     """
@@ -31,7 +31,7 @@ def read(file: Path) -> list[tuple[str, int, Row]]:
 
 
 def lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, also of a compressed one, with their ends."""
+    """The lines of a text file, compressed or not, with their line ends."""
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -58,7 +58,7 @@ def _json_lines(file: Path, content: Iterable[str] | None = None) -> Numbered:
 
 
 def _json(file: Path) -> Numbered:
-    """A list of objects, or an object a line."""
+    """A JSON list of objects, or one object on each line."""
     content = list(lines(file))
     text = "".join(content)
     if text.lstrip()[:1] != "[":
@@ -83,7 +83,7 @@ SPACE = re.compile(r"\s*")
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
-    """The elements of the JSON list that `text` is, each with its position."""
+    """The elements of the JSON list in `text`, each with its position."""
     decode = json.JSONDecoder().raw_decode
     position = _after_space(text, text.index("[") + 1)
     while text[position : position + 1] != "]":
@@ -116,7 +116,7 @@ def _not_json(file: Path, number: int, error: json.JSONDecodeError) -> UserError
 
 
 def _csv(file: Path) -> Numbered:
-    """Rows by the names in the first line; every value is text."""
+    """Rows with the names of the first line as columns; every value is text."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines(file), strict=True)
     header, first = [], 1
@@ -135,7 +135,7 @@ def _csv(file: Path) -> Numbered:
 
 
 def _text(file: Path) -> Numbered:
-    """Texts between blank lines."""
+    """One row for each text between blank lines."""
     content = (line.rstrip("\r\n") for line in lines(file))
     for blank, group in itertools.groupby(enumerate(content, start=1), key=lambda numbered: not numbered[1].strip()):
         if not blank:
@@ -156,7 +156,7 @@ def _parquet(file: Path) -> Numbered:
 
 
 def _saved(folder: Path) -> Numbered:
-    """A data set as datasets.save_to_disk leaves it: Arrow tables, from which no code is run."""
+    """A data set that datasets.save_to_disk wrote: Arrow tables, so no code runs."""
     from datasets import Dataset, load_from_disk
 
     try:

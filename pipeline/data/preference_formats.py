@@ -1,8 +1,8 @@
 """The formats of preference data: who compared two or more replies to a prompt, and how the rows say which is better.
 
 A pair is {"key", "prompt", "chosen", "rejected"}, with "margin" (above 0) where the data says how much better. Ties,
-and two replies of the same words among several, tell nothing about which is better: they are dropped and counted.
-Replies that were labelled one by one are no pairs yet; stage `comparisons` matches them.
+and equal replies among several, do not tell which is better: they are dropped and counted. Replies that were labelled
+one by one are no pairs yet; stage `comparisons` matches them.
 """
 
 import itertools
@@ -21,7 +21,7 @@ WINNERS = {"model_a": 1, "model_b": 2, "tie": 0, "tie (bothbad)": 0}
 def preference(raw: Row, dropped: Counter) -> list[Row]:
     """Columns `chosen` and `rejected` (text or messages), `prompt`, and `margin` where there is one.
 
-    Where both sides are whole dialogues, they may say the prompt themselves.
+    Where both sides are whole dialogues, the prompt may be part of them.
     """
     margin = number_of(raw, "margin") if raw.get("margin") not in (None, "") else None
     if margin is not None and margin <= 0:
@@ -40,7 +40,7 @@ def preference_dialogues(raw: Row, dropped: Counter) -> list[Row]:
 def ultrafeedback(raw: Row, dropped: Counter) -> list[Row]:
     """UltraFeedback: `instruction` with scored `completions`, or binarized to `chosen` and `rejected` with scores.
 
-    Of several completions each two with different scores are a pair. The margin is the difference of the scores.
+    Any two completions with different scores are a pair. The margin is the difference of the scores.
     """
     if raw.get("completions") is not None or "chosen" not in raw:
         return _scored_completions(raw, dropped)
@@ -58,8 +58,8 @@ def ultrafeedback(raw: Row, dropped: Counter) -> list[Row]:
 def pandalm(raw: Row, dropped: Counter) -> list[Row]:
     """PandaLM: `instruction`, `input`, two responses, and votes of `annotator1` and others: 1, 2, or 0 for a tie.
 
-    The label that most annotators gave counts; without one, or where it is 0, the row is a tie. The margin is the share
-    of votes for the better response less the share for the other.
+    The label that most annotators gave counts. Where there is no such label, or it is 0, the row is a tie. The margin
+    is the share of votes for the better response less the share for the other.
     """
     context = raw.get("input")
     context = f"\n\n{context.strip()}" if isinstance(context, str) and context.strip() else ""
@@ -79,7 +79,7 @@ def pandalm(raw: Row, dropped: Counter) -> list[Row]:
 def arena(raw: Row, dropped: Counter) -> list[Row]:
     """Votes between two models: two conversations, or a `prompt` with two responses, and `winner`.
 
-    Conversations of several turns of which an earlier reply differs have no common prompt; they are dropped.
+    Conversations in which an earlier reply differs have no common prompt; they are dropped.
     """
     winner = raw.get("winner")
     if "winner" not in raw:
@@ -99,7 +99,7 @@ def arena(raw: Row, dropped: Counter) -> list[Row]:
 
 
 def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
-    """Fine-grained RLHF (Wu et al. 2023): `prediction 1` and others, and `preference`, a vote on each two of them.
+    """Fine-grained RLHF (Wu et al. 2023): `prediction 1` and others, and `preference`, a vote on every two of them.
 
     The votes are in the order 1 and 2, 1 and 3, ..., 2 and 3, ...: 1 for the first, 2 for the second, 0 for a tie. The
     prompt is the passages, shortened to PASSAGE_CHARS, and then the question.
@@ -124,7 +124,7 @@ def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
 def unpaired(raw: Row, dropped: Counter) -> list[Row]:
     """TRL's unpaired preferences: `prompt`, `completion`, and `label`, whether the completion is good.
 
-    A row is {"key", "prompt", "reply", "label"} rather than a pair; as a dialogue it lacks its reply where that is bad.
+    A row is {"key", "prompt", "reply", "label"} rather than a pair. Its dialogue leaves out the reply where it is bad.
     """
     prompt, reply = messages_of(raw, "prompt"), dialogue_of(raw, "completion")[-1]
     if (label := LABELS.get(str(raw.get("label")).lower())) is None:
