@@ -101,26 +101,26 @@ def _is_message(names: Collection[str]) -> bool:
 
 def messages_of(raw: Row, column: str) -> list[Message]:
     """Messages; text is one message of the user."""
-    found = value_of(raw, column)
-    if isinstance(found, str):
+    turns = value_of(raw, column)
+    if isinstance(turns, str):
         return [{"role": "user", "content": text_of(raw, column)}]
-    if not found:
+    if not turns:
         raise UnusableRowError(f"no column {column}" if column not in raw else f"{column} is empty")
-    if not isinstance(found, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found):
+    if not isinstance(turns, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in turns):
         raise UnusableRowError(f"{column} is not a list of messages with role and content")
-    if not all(m["role"] in ROLES for m in found):
+    if not all(m["role"] in ROLES for m in turns):
         raise UnusableRowError(f"{column} has a role other than {', '.join(ROLES)}")
-    return [{"role": m["role"], "content": text_of(m, "content")} for m in found]
+    return [{"role": m["role"], "content": text_of(m, "content")} for m in turns]
 
 
 def dialogue_of(raw: Row, column: str) -> list[Message]:
     """Messages that end with a reply of the assistant; text is that reply alone."""
     if isinstance(value_of(raw, column), str):
         return [{"role": "assistant", "content": text_of(raw, column)}]
-    found = messages_of(raw, column)
-    if found[-1]["role"] != "assistant":
+    messages = messages_of(raw, column)
+    if messages[-1]["role"] != "assistant":
         raise UnusableRowError(f"{column} does not end with an assistant's reply")
-    return found
+    return messages
 
 
 def number_of(raw: Row, column: str) -> float:

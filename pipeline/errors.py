@@ -31,10 +31,10 @@ def public_traceback(error: BaseException) -> str:
     return public("".join(traceback.format_exception(error)))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """A suggestion for a misspelt `name`, as " (nearest: ppo.kl_coef)", or the empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {found[0]})" if found else ""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (nearest: {matches[0]})" if matches else ""
 
 
 def first_line(error: BaseException) -> str:

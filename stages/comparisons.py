@@ -7,8 +7,7 @@ import numpy as np
 
 from threefold import rewards
 from threefold.data import pairing, preferences, reading
-from threefold.data.overlap import overlapping
-from threefold.data.pairing import Answer, Candidate
+from threefold.data.pairing import Answer, Candidate, overlapping
 from threefold.data.preferences import Pair
 from threefold.data.reading import Example
 from threefold.errors import UserError

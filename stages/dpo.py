@@ -22,7 +22,7 @@ def run(job: Job) -> dict[str, Any]:
     config = job.config.dpo
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     train, test = load_pairs(job, tokenizer)
-    if train.one_by_one:
+    if train.unpaired:
         raise UserError("dpo: replies that were labelled one by one (format unpaired) are no pairs; leave DPO out")
     model = loading.load_policy(job.inputs["sft"])
     hf_trainer.require_whole_batch(job, len(train.rows), config.batch_size)

@@ -8,7 +8,7 @@ import numpy as np
 
 from threefold import rewards
 from threefold.data import reading
-from threefold.data.locations import is_task
+from threefold.data.folders import is_task
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation import (

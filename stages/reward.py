@@ -58,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
 def require_margins(config: Any, train: TokenisedPairs) -> None:
     """Raise `UserError` where `reward.margin_coef` asks for a gap that pairs do not have."""
     missing = sum(pair.gap is None for pair in train.pairs)
-    if config.margin_coef and train.one_by_one:
+    if config.margin_coef and train.unpaired:
         raise UserError("reward.margin_coef: replies that were labelled one by one have no margin; set it to 0")
     if config.margin_coef and missing:
         raise UserError(
@@ -159,7 +159,7 @@ def fit(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size:
     if config.lora_rank is not None:
         options = {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}
         peft_config = lora.adapter_config(model, config.lora_rank, config.lora_alpha, **options)
-    if train.one_by_one:
+    if train.unpaired:
         classifier = model if peft_config is None else get_peft_model(model, peft_config)
         trainer = classifier_trainer(job, classifier, tokenizer, train, arguments)
     else:

@@ -3,7 +3,7 @@
 runs/artifacts/<stage>-<fingerprint>/       a finished artifact
 runs/artifacts/<stage>-<fingerprint>.work/  one being made: out/ becomes the artifact, checkpoints/ lets it continue
 runs/artifacts/<stage>-<fingerprint>.lock   held while it is being made
-runs/artifacts/<stage>-<fingerprint>.stop   why its making is to end early, where a sweep asks for that
+runs/artifacts/<stage>-<fingerprint>.stop   why the process that makes it is to end early, where a sweep asks for that
 runs/artifacts/<stage>-<fingerprint>.job    the Slurm job that is to make it (pipeline/slurm/job_records.py)
 runs/<run>/<stage>                          a link to the artifact that the run uses
 """
@@ -21,9 +21,9 @@ from threefold.fileio import read_json, write_json
 
 
 def stop_file(work: Path) -> Path:
-    """Where it says why the process that makes an artifact in the folder `work`, wherever it runs, is to end.
+    """The file that tells the process that makes an artifact in the folder `work`, wherever it runs, why it is to end.
 
-    Beside that folder, which is removed as soon as the artifact is finished.
+    It lies beside that folder, which is removed as soon as the artifact is finished.
     """
     return work.with_suffix(".stop")
 
@@ -90,13 +90,13 @@ class Artifact:
         stop_file(self.work).unlink(missing_ok=True)
 
     def ask_to_stop(self, run: str, reason: str) -> None:
-        """Have its maker end with an error at the next step that it logs; it continues from there when made again.
+        """Ask the maker to end with an error at the next step that it logs; a later attempt continues from there.
 
-        It heeds that only where it makes the artifact for `run` or one of its variants.
+        The maker does so only where it makes the artifact for `run` or one of its variants.
         """
         if self.work.is_dir():
             write_json(stop_file(self.work), {"run": run, "reason": reason})
-        if self.finished:  # by now
+        if self.finished:  # in the meantime
             stop_file(self.work).unlink(missing_ok=True)
 
     def note_failure(self, line: str) -> None:
@@ -105,7 +105,7 @@ class Artifact:
         (self.work / "failed.txt").write_text(f"{line}\n")
 
     def forget_failure(self) -> None:
-        """Drop the error line of the last attempt, for there is a new one."""
+        """Remove the error line of the last attempt, because a new attempt begins."""
         (self.work / "failed.txt").unlink(missing_ok=True)
 
     def finish(self, manifest: dict[str, Any]) -> None:

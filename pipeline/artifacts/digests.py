@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.data import tasks
-from threefold.data.folders import split_files
-from threefold.data.locations import WORD_LIST, is_local, is_package, is_task, package_file
+from threefold.data.folders import WORD_LIST, is_local, is_package, is_task, package_file, split_files
 from threefold.errors import UserError, nearest
 from threefold.fileio import read_json
 from threefold.models.adapters import adapter_base
@@ -19,8 +18,8 @@ from threefold.models.adapters import adapter_base
 def source_parts(source: Any) -> dict[str, Any]:
     """What identifies a source's content: its reading options, and digests of its files or its name on the hub.
 
-    The path of a local file is no part of it: the same content elsewhere is the same data. How a file is read, by its
-    suffix, and which split it is counts.
+    The path of a local file does not count: the same content elsewhere is the same data. Its suffix, by which it is
+    read, and its split do.
     """
     parts = {key: source[key] for key in ("format", "columns", "splits", "max_unusable_share")}
     if source.format == "chitchat":
@@ -46,7 +45,7 @@ def source_parts(source: Any) -> dict[str, Any]:
 def content_digest(files: list[Path]) -> str:
     """Digest of what `files` hold, in their order, and of their suffixes, by which they are read.
 
-    Of a folder that datasets.save_to_disk left, the tables count.
+    A folder of datasets.save_to_disk counts by its tables.
     """
     tables = [table for file in files for table in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])]
     read_as = [(Path(table.name.removesuffix(".gz")).suffix, file_digest(table)) for table in tables]
@@ -108,23 +107,24 @@ def parsed(file: Path) -> ast.Module:
 
 
 def _names_defined(file: Path) -> dict[str, str]:
-    """Names that a Python file defines or imports at its top level; the file is read, not run.
+    """Names that a Python file defines or imports at its top level, each with its origin; the file is read, not run.
 
-    With each stands where a relative import has it from, as ".module:name", or an empty string.
+    The origin is ".module:name" for a relative import and an empty string otherwise.
     """
     names: dict[str, str] = {}
     for node in _statements(parsed(file).body):
         names |= {target.id: "" for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
-            origin = f"{'.' * node.level}{node.module}:" if getattr(node, "level", 0) and node.module else ""
+            relative = isinstance(node, ast.ImportFrom) and node.level and node.module
+            origin = f"{'.' * node.level}{node.module}:" if relative else ""
             names |= {alias.asname or alias.name: origin and origin + alias.name for alias in node.names}
-        elif hasattr(node, "name"):
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names[node.name] = ""
     return names
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements at the top level of a module, those below if and try among them."""
+    """Statements at the top level of a module, including those within if and try."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -132,7 +132,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def artifact_digest(path: str, key: str, stages: tuple[str, ...]) -> str:
-    """The fingerprint of an artifact by its folder. Raises `UserError` naming `key` where it is none of `stages`."""
+    """The fingerprint of the artifact in a folder. Raises `UserError` naming `key` where none of `stages` made it."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"{key}: {path} is no finished stage; name its folder, for example runs/demo/{stages[-1]}")

@@ -1,7 +1,7 @@
 """What a reward function is made of beside its own file: local modules that it imports, and installed packages.
 
-Files are read, not run. Local modules count by content, with all that they import themselves; installed packages by
-name, version, and of small ones by content, in which word lists and lexicons are.
+Files are read, not run. Local modules count by their content, with all that they import. Installed packages count by
+name and version, small ones also by their content, which includes word lists and lexicons.
 """
 
 import ast
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from threefold.artifacts.digests import code_digest, defined_in, file_digest, parsed
 
-OURS = "threefold"  # but for its rewards, a change that matters raises a stage's version
+OURS = "threefold"  # only its rewards are digested; elsewhere a change that matters raises a stage's version
 VERSIONED = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")  # said in every manifest
 SMALL = 8_000_000  # bytes up to which a package's content counts; the version alone stands for larger ones
 
 
 def function_parts(function: str) -> dict[str, str]:
-    """What counts of the function at an import path: its source, and where there are any its imports and packages."""
+    """What identifies the function at an import path: its source, and its imports and packages where it has any."""
     module, file = defined_in(function)
     modules, packages = followed(file, module)
     parts = {"source": code_digest(file)}
@@ -33,7 +33,7 @@ def function_parts(function: str) -> dict[str, str]:
 def followed(file: Path, module: str) -> tuple[dict[str, Path], set[str]]:
     """Local modules (name → file) that `file`, which is `module`, comes to import, and installed packages by name.
 
-    Of an installed module only what it imports itself counts, and the package that it is in.
+    An installed module counts by its package and by what it imports itself.
     """
     local: dict[str, Path] = {}
     packages: set[str] = set()
@@ -67,17 +67,17 @@ def imports_of(file: Path, module: str) -> set[str]:
     if file.suffix != ".py":
         return set()
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([base] if base else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)} if base else set()
-    with_packages = {".".join(name.split(".")[:n]) for name in found for n in range(1, name.count(".") + 2)}
+            modules |= {base, *(f"{base}.{alias.name}" for alias in node.names)} if base else set()
+    with_packages = {".".join(name.split(".")[:n]) for name in modules for n in range(1, name.count(".") + 2)}
     return {name for name in with_packages if name.partition(".")[0] not in sys.stdlib_module_names}
 
 
@@ -117,12 +117,12 @@ def _installed_in() -> set[Path]:
 
 @functools.cache
 def package_version(name: str) -> str:
-    """Version of the distribution of the installed package `name`, and of a small package a digest of its files."""
+    """The version of the installed package `name`, followed by a digest of its files where it is small."""
     return " ".join(filter(None, (version_of(name), _content(name)))) or "unknown"
 
 
 def version_of(name: str) -> str:
-    """Version of the distribution that the package `name` is of; empty where there is none."""
+    """The version of the distribution that the package `name` belongs to; empty where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # a distribution of another name

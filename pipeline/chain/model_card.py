@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from threefold.data.locations import is_local, is_package, is_task
+from threefold.data.folders import is_local, is_package, is_task
 from threefold.fileio import read_json, write_text
 from threefold.tracking.values import Table, results
 

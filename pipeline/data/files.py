@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from threefold.columns import Row
 from threefold.errors import UserError
@@ -17,7 +17,7 @@ Numbered = Iterator[tuple[int, Row]]
 
 
 def read(file: Path) -> list[tuple[str, int, Row]]:
-    """The rows of a file, each with the file's name and its first line. Raises `UserError` when one cannot be read.
+    """The rows of a file, each with the file's name and the row's first line. Raises `UserError` for an unreadable one.
 
     A folder of save_to_disk is read as one file.
     """
@@ -31,7 +31,7 @@ def read(file: Path) -> list[tuple[str, int, Row]]:
 
 
 def lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, also of a compressed one, with their ends."""
+    """The lines of a text file, compressed or not, with their line ends."""
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -58,7 +58,7 @@ def _json_lines(file: Path, content: Iterable[str] | None = None) -> Numbered:
 
 
 def _json(file: Path) -> Numbered:
-    """A list of objects, or an object a line."""
+    """A JSON list of objects, or one object on each line."""
     content = list(lines(file))
     text = "".join(content)
     if text.lstrip()[:1] != "[":
@@ -83,19 +83,24 @@ SPACE = re.compile(r"\s*")
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
-    """The elements of the JSON list that `text` is, each with its position."""
+    """The elements of the JSON list in `text`, each with its position."""
     decode = json.JSONDecoder().raw_decode
-    position = SPACE.match(text, text.index("[") + 1).end()
+    position = _after_space(text, text.index("[") + 1)
     while text[position : position + 1] != "]":
         element, end = decode(text, position)
         yield position, element
-        position = SPACE.match(text, end).end()
+        position = _after_space(text, end)
         if text[position : position + 1] == ",":
-            position = SPACE.match(text, position + 1).end()
+            position = _after_space(text, position + 1)
         elif text[position : position + 1] != "]":
             raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
     if text[position + 1 :].strip():
         raise json.JSONDecodeError("Extra data", text, position + 1)
+
+
+def _after_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _object(file: Path, number: int, row: Any) -> Row:
@@ -111,7 +116,7 @@ def _not_json(file: Path, number: int, error: json.JSONDecodeError) -> UserError
 
 
 def _csv(file: Path) -> Numbered:
-    """Rows by the names in the first line; every value is text."""
+    """Rows with the names of the first line as columns; every value is text."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines(file), strict=True)
     header, first = [], 1
@@ -130,12 +135,12 @@ def _csv(file: Path) -> Numbered:
 
 
 def _text(file: Path) -> Numbered:
-    """Texts between blank lines."""
+    """One row for each text between blank lines."""
     content = (line.rstrip("\r\n") for line in lines(file))
     for blank, group in itertools.groupby(enumerate(content, start=1), key=lambda numbered: not numbered[1].strip()):
         if not blank:
-            numbers, said = zip(*group, strict=True)
-            yield numbers[0], {"text": "\n".join(said)}
+            numbers, paragraph = zip(*group, strict=True)
+            yield numbers[0], {"text": "\n".join(paragraph)}
 
 
 def _parquet(file: Path) -> Numbered:
@@ -151,11 +156,11 @@ def _parquet(file: Path) -> Numbered:
 
 
 def _saved(folder: Path) -> Numbered:
-    """A data set as datasets.save_to_disk leaves it: Arrow tables, from which no code is run."""
-    from datasets import load_from_disk
+    """A data set that datasets.save_to_disk wrote: Arrow tables, so no code runs."""
+    from datasets import Dataset, load_from_disk
 
     try:
-        rows = load_from_disk(str(folder)).to_list()
+        rows = cast(Dataset, load_from_disk(str(folder))).to_list()
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(

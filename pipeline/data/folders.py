@@ -1,8 +1,12 @@
-"""Which files of a local source hold rows, and of which split: as given, by their names, or as save_to_disk left them.
+"""What the path of a data source names, and which files of a local one hold rows, and of which split.
+
+A path names files here, a file of an installed package, a task, or a name on the hub. The splits of files are as given,
+by their names, or as save_to_disk left them.
 
 Names are read as the library datasets reads them: `train.jsonl`, `test-00000-of-00002.parquet`, `validation/a.csv`.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,12 +18,40 @@ KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
-    "held out": ("heldout", "held", "holdout"),  # of no split in particular, so the files are refused
+    "held out": ("heldout", "held", "holdout"),  # names no split in particular, so the files are refused
 }
 SHARD = re.compile(r"[-_.]\d+-of-\d+")
 ABOUT = re.compile(r"((readme|licen[sc]e|copying|requirements)([-_. ]\w+)*|notice|authors|changelog)\.txt")  # no data
-ALL = "all"  # of a source whose files name no splits
-NONE, SEVERAL = "no split", "several splits"  # what a name tells otherwise
+WORD_LIST = "package:better_profanity/profanity_wordlist.txt"  # by which format chitchat leaves messages out
+ALL = "all"  # stands for the split where a source's files name none
+NONE, SEVERAL = "no split", "several splits"  # what else a name may tell
+
+
+def is_package(path: str) -> bool:
+    """Whether `path` names a file inside an installed package, package:MODULE/FILE."""
+    return path.startswith("package:")
+
+
+def is_task(path: str) -> bool:
+    """Whether `path` names problems that the project generates, task:NAME."""
+    return path.startswith("task:")
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is a file or folder here, rather than a name on the hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def package_file(path: str) -> Path:
+    """The file behind package:MODULE/FILE. Raises `UserError` when the package or file is missing."""
+    module, _, name = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the package {module} is not installed")
+    file = Path(spec.submodule_search_locations[0]) / name
+    if not file.is_file():
+        raise UserError(f"{path}: the package {module} has no file {name}")
+    return file
 
 
 def local_files(path: str, pattern: str | None = None) -> list[Path]:
@@ -31,16 +63,16 @@ def local_files(path: str, pattern: str | None = None) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise UserError(f"{path}: no such file or folder; set the source's path to your copy or to a hub name")
-    found = [f for f in (sorted(root.glob(pattern)) if pattern else _all(root)) if _has_rows(f)]
-    if not found:
+    matching_files = [f for f in (sorted(root.glob(pattern)) if pattern else _all(root)) if _has_rows(f)]
+    if not matching_files:
         raise UserError(f"{path}: no data file{f' matches {pattern}' if pattern else ''} ({', '.join(SUFFIXES)}, .gz)")
-    return found
+    return matching_files
 
 
 def split_files(path: str, splits: dict[str, str]) -> dict[str, list[Path]]:
-    """The files of each split: by the patterns `splits`, else by names that tell; all under ALL where none does.
+    """The files of each split: by the patterns `splits`, or else by the files' names; under ALL where no name tells.
 
-    Raises `UserError` where some names tell a split and others do not, or none is for training.
+    Raises `UserError` where some names tell a split and others do not, or where no file is for training.
     """
     if splits:
         return {split: local_files(path, pattern) for split, pattern in splits.items()}
@@ -71,9 +103,9 @@ def is_dictionary(folder: Path) -> bool:
 
 
 def _all(root: Path) -> list[Path]:
-    """What is in a folder and in those below it that are named after a split, or data, as on the hub.
+    """The contents of a folder and of its subfolders that are named after a split, or `data`, as on the hub.
 
-    Raises `UserError` where a folder below holds data files that are in neither.
+    Raises `UserError` where any other subfolder holds data files.
     """
     if is_dictionary(root):
         return [folder for folder in sorted(root.iterdir()) if is_saved(folder)]
@@ -107,13 +139,13 @@ def _are_several(named: list[Path], root: Path) -> bool:
 
 
 def _split_of(file: Path, root: Path) -> str:
-    """The split that the folder of a file is named after, or else the file; NONE or SEVERAL where that is not one."""
+    """The split that a file's folder is named after, or else the file itself; NONE or SEVERAL where it is not one."""
     names = (_named(file.parent.name) if file.parent != root else set()) or _named(file.name)
     return next(iter(names)) if len(names) == 1 else SEVERAL if names else NONE
 
 
 def _named(name: str) -> set[str]:
-    """The splits that words of a name tell: my-train.jsonl, trainData.jsonl and trainset.jsonl name one."""
+    """The splits that the words of a name tell, as in my-train.jsonl, trainData.jsonl and trainset.jsonl."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name.removesuffix(".gz")).lower()
     words = {word.removesuffix("set").removesuffix("data") for word in re.split(r"[-._ 0-9]+", apart)}
     return {split for split, keywords in KEYWORDS.items() if words.intersection(keywords)}

@@ -4,9 +4,9 @@
     dialogue    {"key", "messages", "symmetric"}    messages: [{"role": system|user|assistant, "content"}]
     preference  {"key", "prompt", "chosen", "rejected"}, and "margin" where the data says how much better
 
-`key` is what splits are made by: rows with one key never fall into different splits. In a symmetric dialogue both
-speakers are people, and every turn after the first is a reply to learn from. What a format leaves out on purpose, such
-as ties, it counts in `dropped` under its reason. The formats of preferences are in `preference_formats.py`.
+Splits are made by `key`: rows with the same key never fall into different splits. In a symmetric dialogue both
+speakers are people, and every turn after the first is a reply to learn from. A format counts in `dropped`, by reason,
+what it leaves out on purpose, such as ties. The formats of preferences are in `preference_formats.py`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any
 
 from threefold.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from threefold.data import instructions
-from threefold.data.locations import WORD_LIST, package_file
+from threefold.data.folders import WORD_LIST, package_file
 from threefold.data.preference_formats import PREFERENCE_FORMATS
 
 
@@ -36,10 +36,10 @@ def prompt_completion(raw: Row, dropped: Counter) -> list[Row]:
 
 def messages(raw: Row, dropped: Counter) -> list[Row]:
     """Column `messages`: a list of {"role", "content"}."""
-    found = messages_of(raw, "messages")
-    if not any(m["role"] == "assistant" for m in found):
+    turns = messages_of(raw, "messages")
+    if not any(m["role"] == "assistant" for m in turns):
         raise UnusableRowError("no assistant turn")
-    return [{"key": key_of(found), "messages": found, "symmetric": False}]
+    return [{"key": key_of(turns), "messages": turns, "symmetric": False}]
 
 
 def ifeval(raw: Row, dropped: Counter) -> list[Row]:
@@ -51,8 +51,8 @@ def ifeval(raw: Row, dropped: Counter) -> list[Row]:
 def chitchat(raw: Row, dropped: Counter) -> list[Row]:
     """A conversation of chitchat-dataset; the prompt is its topic, adjacent messages of one sender are one turn.
 
-    Messages with an address, markup or profanity are left out and counted; where a whole turn falls away the
-    conversation is cut, so that no reply follows a context that it did not follow.
+    Messages with an address, markup or profanity are left out and counted. Where a whole turn is left out the
+    conversation is cut in two, so that every reply keeps the context that it was written in.
     """
     if not {"id", "messages"} <= raw.keys() or not _turns_of_senders(raw["messages"]):
         raise UnusableRowError("not a conversation of chitchat-dataset")

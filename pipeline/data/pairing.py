@@ -1,11 +1,11 @@
-"""Which replies to one prompt are put side by side, and which of the two is better."""
+"""Which prompts belong together, which replies to one prompt are put side by side, and which of the two is better."""
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -47,15 +47,15 @@ def candidates(
 
     `judged` are the judge's scores [answers], `scored` those of a reward model's members [answers, members].
     """
-    able = [i for i in range(len(group)) if judged is None or judged[i] is not None]
+    scores = None if judged is None else {i: score for i, score in enumerate(judged) if score is not None}
     return [
         Candidate(
             group[i],
             group[j],
-            None if judged is None else judged[i] - judged[j],
+            None if scores is None else scores[i] - scores[j],
             None if scored is None else scored[i] - scored[j],
         )
-        for i, j in itertools.combinations(able, 2)
+        for i, j in itertools.combinations(range(len(group)) if scores is None else scores, 2)
     ]
 
 
@@ -66,7 +66,7 @@ def usable(candidate: Candidate, min_gap: float) -> bool:
     return candidate.gap is None or (candidate.gap != 0 and abs(candidate.gap) >= min_gap)
 
 
-def taken(found: list[Candidate], most: int, pairing: str, generator: np.random.Generator) -> list[Candidate]:
+def taken(comparable: list[Candidate], most: int, pairing: str, generator: np.random.Generator) -> list[Candidate]:
     """The `most` candidates that come first by `pairing`; of equal ones those that come first in the list.
 
     best_worst: largest gap, by the reward model where there is one and by the judge otherwise. random: any. uncertain:
@@ -74,16 +74,17 @@ def taken(found: list[Candidate], most: int, pairing: str, generator: np.random.
     differences (Gleave and Irving 2022, arXiv 2203.07472).
     """
     if pairing == "random":
-        return [found[i] for i in generator.permutation(len(found))[:most]]
+        return [comparable[i] for i in generator.permutation(len(comparable))[:most]]
     if pairing == "uncertain":
-        return sorted(found, key=lambda c: -c.scored.std())[:most]
-    return sorted(found, key=lambda c: -abs(c.gap if c.scored is None else c.scored.mean()))[:most]
+        return sorted(comparable, key=lambda c: -cast(np.ndarray, c.scored).std())[:most]
+    return sorted(comparable, key=lambda c: -abs(cast(float, c.gap) if c.scored is None else c.scored.mean()))[:most]
 
 
 def labelled(candidate: Candidate, source: str) -> Pair:
     """The pair with the judge's label."""
-    better, worse = (candidate.one, candidate.other) if candidate.gap > 0 else (candidate.other, candidate.one)
-    return Pair(better.prompt, better.reply, worse.reply, abs(candidate.gap), source)
+    gap = cast(float, candidate.gap)
+    better, worse = (candidate.one, candidate.other) if gap > 0 else (candidate.other, candidate.one)
+    return Pair(better.prompt, better.reply, worse.reply, abs(gap), source)
 
 
 def with_label_noise(pairs: list[Pair], share: float, generator: np.random.Generator) -> tuple[list[Pair], int]:
@@ -106,3 +107,17 @@ def pool_row(candidate: Candidate, split: str, swap: bool) -> dict[str, Any]:
         "model_b": b.model,
         "split": split,
     }
+
+
+def overlapping(prompts: list[list[Message]], others: list[list[Message]]) -> list[bool]:
+    """Of each prompt whether it equals, begins or continues one of `others`: then both are of one conversation."""
+    conversations = {_turns(other) for other in others}
+    beginnings = {turns[:end] for turns in conversations for end in range(1, len(turns) + 1)}
+    return [
+        turns in beginnings or any(turns[:end] in conversations for end in range(1, len(turns)))
+        for turns in map(_turns, prompts)
+    ]
+
+
+def _turns(prompt: list[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((m["role"], m["content"]) for m in prompt)

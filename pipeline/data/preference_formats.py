@@ -1,8 +1,8 @@
 """The formats of preference data: who compared two or more replies to a prompt, and how the rows say which is better.
 
 A pair is {"key", "prompt", "chosen", "rejected"}, with "margin" (above 0) where the data says how much better. Ties,
-and two replies of the same words among several, tell nothing about which is better: they are dropped and counted.
-Replies that were labelled one by one are no pairs yet; stage `comparisons` matches them.
+and equal replies among several, do not tell which is better: they are dropped and counted. Replies that were labelled
+one by one are no pairs yet; stage `comparisons` matches them.
 """
 
 import itertools
@@ -21,7 +21,7 @@ WINNERS = {"model_a": 1, "model_b": 2, "tie": 0, "tie (bothbad)": 0}
 def preference(raw: Row, dropped: Counter) -> list[Row]:
     """Columns `chosen` and `rejected` (text or messages), `prompt`, and `margin` where there is one.
 
-    Where both sides are whole dialogues, they may say the prompt themselves.
+    Where both sides are whole dialogues, the prompt may be part of them.
     """
     margin = number_of(raw, "margin") if raw.get("margin") not in (None, "") else None
     if margin is not None and margin <= 0:
@@ -40,7 +40,7 @@ def preference_dialogues(raw: Row, dropped: Counter) -> list[Row]:
 def ultrafeedback(raw: Row, dropped: Counter) -> list[Row]:
     """UltraFeedback: `instruction` with scored `completions`, or binarized to `chosen` and `rejected` with scores.
 
-    Of several completions each two with different scores are a pair. The margin is the difference of the scores.
+    Any two completions with different scores are a pair. The margin is the difference of the scores.
     """
     if raw.get("completions") is not None or "chosen" not in raw:
         return _scored_completions(raw, dropped)
@@ -58,8 +58,8 @@ def ultrafeedback(raw: Row, dropped: Counter) -> list[Row]:
 def pandalm(raw: Row, dropped: Counter) -> list[Row]:
     """PandaLM: `instruction`, `input`, two responses, and votes of `annotator1` and others: 1, 2, or 0 for a tie.
 
-    The label that most annotators gave counts; without one, or where it is 0, the row is a tie. The margin is the share
-    of votes for the better response less the share for the other.
+    The label that most annotators gave counts. Where there is no such label, or it is 0, the row is a tie. The margin
+    is the share of votes for the better response less the share for the other.
     """
     context = raw.get("input")
     context = f"\n\n{context.strip()}" if isinstance(context, str) and context.strip() else ""
@@ -79,7 +79,7 @@ def pandalm(raw: Row, dropped: Counter) -> list[Row]:
 def arena(raw: Row, dropped: Counter) -> list[Row]:
     """Votes between two models: two conversations, or a `prompt` with two responses, and `winner`.
 
-    Conversations of several turns of which an earlier reply differs have no common prompt; they are dropped.
+    Conversations in which an earlier reply differs have no common prompt; they are dropped.
     """
     winner = raw.get("winner")
     if "winner" not in raw:
@@ -99,7 +99,7 @@ def arena(raw: Row, dropped: Counter) -> list[Row]:
 
 
 def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
-    """Fine-grained RLHF (Wu et al. 2023): `prediction 1` and others, and `preference`, a vote on each two of them.
+    """Fine-grained RLHF (Wu et al. 2023): `prediction 1` and others, and `preference`, a vote on every two of them.
 
     The votes are in the order 1 and 2, 1 and 3, ..., 2 and 3, ...: 1 for the first, 2 for the second, 0 for a tie. The
     prompt is the passages, shortened to PASSAGE_CHARS, and then the question.
@@ -115,22 +115,22 @@ def finegrained_rlhf(raw: Row, dropped: Counter) -> list[Row]:
     winners = [_vote(vote, "a vote of preference") for vote in votes]
     context = _shortened(_passages_of(raw), PASSAGE_CHARS)
     prompt = [{"role": "user", "content": "\n\n".join([*context, question])}]
-    found = [
+    rows = [
         pair for both, winner in zip(pairs, winners, strict=True) for pair in _compared(prompt, both, winner, dropped)
     ]
-    return [pair | {"key": question} for pair in found]
+    return [pair | {"key": question} for pair in rows]
 
 
 def unpaired(raw: Row, dropped: Counter) -> list[Row]:
     """TRL's unpaired preferences: `prompt`, `completion`, and `label`, whether the completion is good.
 
-    A row is {"key", "prompt", "reply", "label"} rather than a pair; as a dialogue it lacks its reply where that is bad.
+    A row is {"key", "prompt", "reply", "label"} rather than a pair. Its dialogue leaves out the reply where it is bad.
     """
     prompt, reply = messages_of(raw, "prompt"), dialogue_of(raw, "completion")[-1]
     if (label := LABELS.get(str(raw.get("label")).lower())) is None:
         raise UnusableRowError("label is neither true nor false" if "label" in raw else "no column label")
-    said = {"messages": [*prompt, reply] if label else prompt, "symmetric": False}
-    return [{"key": key_of(prompt), "prompt": prompt, "reply": reply["content"], "label": label, **said}]
+    dialogue = {"messages": [*prompt, reply] if label else prompt, "symmetric": False}
+    return [{"key": key_of(prompt), "prompt": prompt, "reply": reply["content"], "label": label, **dialogue}]
 
 
 PREFERENCE_FORMATS: dict[str, Callable[[Row, Counter], list[Row]]] = {
@@ -161,7 +161,7 @@ def _labelled(raw: Row, margin: float | None = None) -> Row:
     before = [side[:-1] for side in sides.values()]
     if raw.get("prompt") is not None:
         prompt = messages_of(raw, "prompt")
-        if any(said and said[-len(prompt) :] != prompt for said in before):
+        if any(turns and turns[-len(prompt) :] != prompt for turns in before):
             raise UnusableRowError("chosen or rejected does not go on from prompt")
     elif not all(before):
         raise UnusableRowError("no column prompt")
@@ -182,11 +182,11 @@ def _scored_completions(raw: Row, dropped: Counter) -> list[Row]:
     if len(completions) < 2:
         raise UnusableRowError("fewer than two completions")
     scored = [(number_of(c, "overall_score"), plain_text_of(c, "response")) for c in completions]
-    found = []
+    rows = []
     for (a, first), (b, second) in itertools.combinations(scored, 2):
         winner = 0 if a == b else 1 if a > b else 2
-        found += _compared(prompt, (first, second), winner, dropped, abs(a - b))
-    return found
+        rows += _compared(prompt, (first, second), winner, dropped, abs(a - b))
+    return rows
 
 
 def _vote(value: Any, what: str) -> int:
@@ -204,10 +204,10 @@ def _transcript(raw: Row, column: str) -> list[Message]:
     if parts[0].strip() or len(parts) < 5:
         raise UnusableRowError(f"{column} does not alternate Human: and Assistant:")
     roles = {"Human": "user", "Assistant": "assistant"}
-    found = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-    if found[-1]["role"] != "assistant" or not found[-1]["content"]:
+    turns = [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)]
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
         raise UnusableRowError(f"{column} does not end with an assistant's reply")
-    return found
+    return turns
 
 
 def _passages_of(raw: Row) -> list[list[str]]:
@@ -217,8 +217,8 @@ def _passages_of(raw: Row) -> list[list[str]]:
         isinstance(p, list) and p and all(isinstance(sentence, str) for sentence in p) for p in passages
     ):
         raise UnusableRowError("passages is not a list of lists of text")
-    cleaned = [[title.strip(), *(s.strip() for s in said)] for title, *said in passages]
-    return [[title, *(s.removeprefix(f"{title}\n\n") for s in said)] for title, *said in cleaned]
+    cleaned = [[title.strip(), *(s.strip() for s in sentences)] for title, *sentences in passages]
+    return [[title, *(s.removeprefix(f"{title}\n\n") for s in sentences)] for title, *sentences in cleaned]
 
 
 def _shortened(passages: list[list[str]], limit: int) -> list[str]:
@@ -231,4 +231,4 @@ def _shortened(passages: list[list[str]], limit: int) -> list[str]:
             if room < 0:
                 break
             counts[i] = rank + 1
-    return [f"{title}: {' '.join(said[:n])}" for (title, *said), n in zip(passages, counts, strict=True) if n]
+    return [f"{title}: {' '.join(sentences[:n])}" for (title, *sentences), n in zip(passages, counts, strict=True) if n]

@@ -87,7 +87,7 @@ class TokenisedPairs:
     dropped: int
 
     @property
-    def one_by_one(self) -> bool:
+    def unpaired(self) -> bool:
         """Whether replies were labelled one by one."""
         return any(pair.rejected_prompt is not None for pair in self.pairs)
 

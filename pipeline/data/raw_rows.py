@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 from threefold.columns import Row
 from threefold.data import files, tasks
-from threefold.data.folders import ALL, local_files
-from threefold.data.locations import is_task
+from threefold.data.folders import ALL, is_task, local_files
 from threefold.errors import UserError
 
 

@@ -13,16 +13,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from threefold.columns import Message, Row, UnusableRowError
 from threefold.data import raw_rows
-from threefold.data.folders import ALL, split_files
+from threefold.data.folders import ALL, is_local, is_package, is_task, package_file, split_files
 from threefold.data.formats import FORMATS, alternating
-from threefold.data.locations import is_local, is_package, is_task, package_file
 from threefold.data.preference_formats import PREFERENCE_FORMATS
 from threefold.errors import UserError
 
@@ -97,7 +96,7 @@ def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> Use
     dropped = _unused(source, split, dialogue, once=False)
     if not dropped:
         return UserError(f"{source.path}: no prompt in its {split} split{_how_split(source)}")
-    worst = max(dropped, key=dropped.get)
+    worst = max(dropped, key=lambda why: dropped[why])
     return UserError(
         f"{source.path}: no prompt in its {split} split is left, most often because {worst} ({dropped[worst]:,}); "
         "give more rows, or set data.dialogue"
@@ -117,7 +116,7 @@ def _how_split(source: DictConfig) -> str:
 
 def _as_json(source: DictConfig) -> str:
     """A source with the `files` of each of its splits where it is local; those that its files name are in `splits`."""
-    given = OmegaConf.to_container(source, resolve=True)
+    given = cast(dict[str, Any], OmegaConf.to_container(source, resolve=True))
     if is_package(source.path):
         given["files"] = {ALL: [str(package_file(source.path))]}
     elif not is_task(source.path) and is_local(source.path):
@@ -173,8 +172,8 @@ def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
     split = None if source.splits else renamed.get("split")
     if split and split not in tuple(BUCKETS):
         raise UnusableRowError(f"split is not {', '.join(BUCKETS)}")
-    found = FORMATS[source.format](renamed, dropped)
-    return [row | {"split": split} for row in found] if split else found
+    rows = FORMATS[source.format](renamed, dropped)
+    return [row | {"split": split} for row in rows] if split else rows
 
 
 def place_of(source: DictConfig, prompt: list[Message], dialogue: DictConfig) -> str:
@@ -254,7 +253,7 @@ def _unused(source: DictConfig, split: str, dialogue: DictConfig, once: bool) ->
 
 
 def _limits(dialogue: DictConfig) -> tuple[tuple[str, int | None], ...]:
-    return tuple(sorted(OmegaConf.to_container(dialogue, resolve=True).items()))
+    return tuple(sorted(cast(dict[str, Any], OmegaConf.to_container(dialogue, resolve=True)).items()))
 
 
 @functools.lru_cache(maxsize=8)
@@ -262,7 +261,7 @@ def _examples(
     source_json: str, split: str, limits: tuple[tuple[str, int | None], ...]
 ) -> tuple[list[Example], dict[str, int]]:
     """The examples of a split, and how many replies were left out, by reason."""
-    limit, found, dropped = dict(limits), [], Counter()
+    limit, kept, dropped = dict(limits), [], Counter()
     rows = _load(source_json, split).rows
     distinct = _distinct(rows, "prompt", "chosen")
     dropped["same prompt and chosen reply as another pair"] = len(rows) - len(distinct)
@@ -277,8 +276,8 @@ def _examples(
             if reason := _beyond(limit, prompt, reply):
                 dropped[reason] += 1
             else:
-                found.append(Example(prompt, reply))
-    return found, {why: count for why, count in sorted(dropped.items()) if count}
+                kept.append(Example(prompt, reply))
+    return kept, {why: count for why, count in sorted(dropped.items()) if count}
 
 
 def _beyond(limit: dict[str, int | None], prompt: list[Message], reply: str) -> str | None:
@@ -333,23 +332,23 @@ def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Exampl
 
     A prompt of the training split that occurs in a held-out split as well is left out, so that prompts are disjoint.
     """
-    seen, found = _held_out(source, split, dialogue), []
+    seen, distinct = _held_out(source, split, dialogue), []
     for example in examples(source, split, dialogue):
         if (key := prompt_key(example.prompt)) not in seen:
             seen.add(key)
-            found.append(example)
-    if not found:
+            distinct.append(example)
+    if not distinct:
         raise _without_prompt(source, split, dialogue)
-    return found
+    return distinct
 
 
 def training_examples(source: DictConfig, dialogue: DictConfig) -> list[Example]:
     """Every example of the training split whose prompt occurs in no held-out split. Raises `UserError` for none."""
     held_out = _held_out(source, "train", dialogue)
-    found = [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
-    if not found:
+    usable = [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
+    if not usable:
         raise _without_prompt(source, "train", dialogue)
-    return found
+    return usable
 
 
 def _held_out(source: DictConfig, split: str, dialogue: DictConfig) -> set[str]:
@@ -358,10 +357,10 @@ def _held_out(source: DictConfig, split: str, dialogue: DictConfig) -> set[str]:
     return {prompt_key(e.prompt) for other in others for e in examples(source, other, dialogue)}
 
 
-def replies_by_prompt(found: list[Example]) -> dict[str, list[Example]]:
+def replies_by_prompt(all_examples: list[Example]) -> dict[str, list[Example]]:
     """Examples grouped by prompt, only prompts that people answered in at least two different ways."""
     groups = defaultdict(dict)
-    for example in found:
+    for example in all_examples:
         groups[prompt_key(example.prompt)].setdefault(example.reply, example)
     return {key: list(group.values()) for key, group in groups.items() if len(group) > 1}
 

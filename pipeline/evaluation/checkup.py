@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from threefold.columns import Message
-from threefold.data.overlap import overlapping
+from threefold.data.pairing import overlapping
 from threefold.data.preferences import Pair
 from threefold.errors import UserError
 from threefold.evaluation import baselines, statistics

@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path | str, name: str | None = None, **options: Any) 
     from threefold.models import checkpoints
 
     with checkpoints.loading(f"{name or folder}: its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False} | options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False} | options)
         if not tokenizer.is_fast or not len(tokenizer):
             raise UserError(f"{name or folder}: has no tokenizer.json; save its tokenizer as a fast one")
     try:

@@ -6,20 +6,20 @@ unless that was asked for. `name` is what the line of a refusal begins with: the
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from threefold.errors import UserError
+from threefold.models import Model
 from threefold.models.adapters import ADAPTER, adapter_base, adapter_revision
 
 SCORED = ("ForSequenceClassification", "ForTokenClassification", "RewardModel")
@@ -28,7 +28,7 @@ SHOWN = 3  # names of tensors in a message
 
 
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Generator[None, None, None]:
     """Make whatever transformers or peft raises over a checkpoint one line, without warnings and tables before it.
 
     Those errors are of many types (a field of config.json that is no number has one of its own), and all are about
@@ -147,7 +147,7 @@ def problem_of_files(folder: Path) -> str | None:
     return None
 
 
-def load(kind: Any, path: str | Path, name: str, new_head: bool = False, **options: Any) -> nn.Module:
+def load(kind: Any, path: str | Path, name: str, new_head: bool = False, **options: Any) -> Model:
     """The model of class `kind`, with every tensor of the checkpoint and no other.
 
     new_head: a score takes the place of the output layer and is new.
@@ -165,7 +165,7 @@ def load(kind: Any, path: str | Path, name: str, new_head: bool = False, **optio
     return model
 
 
-def require_whole(model: nn.Module, info: dict[str, Any], name: str, new_head: bool = False) -> None:
+def require_whole(model: Model, info: dict[str, Any], name: str, new_head: bool = False) -> None:
     """Raise `UserError` where transformers made up a tensor, or left one of the checkpoint out."""
     missing, left_out = set(info["missing_keys"]), set(info["unexpected_keys"])
     if new_head:
@@ -190,7 +190,7 @@ def listed(keys: set[str]) -> str:
 
 
 @torch.no_grad()
-def require_causal(model: nn.Module, name: str) -> None:
+def require_causal(model: Model, name: str) -> None:
     """Raise `UserError` where the logits [B, T, V] of a token depend on the tokens after it, as in an encoder."""
     with loading(name):
         logits = model(input_ids=torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])).logits[:, :-1].float()
@@ -198,7 +198,7 @@ def require_causal(model: nn.Module, name: str) -> None:
         raise UserError(f"{name}: is no causal language model ({type(model).__name__}): its tokens see later ones")
 
 
-def load_causal(path: str, name: str, **options: Any) -> nn.Module:
+def load_causal(path: str, name: str, **options: Any) -> Model:
     """The causal language model of a checkpoint, fp32; an adapter is merged into its base."""
     base = adapter_base(Path(path))
     check(path, name, options.get("revision"), options.get("trust_remote_code", False))
@@ -211,7 +211,7 @@ def load_causal(path: str, name: str, **options: Any) -> nn.Module:
     return model
 
 
-def merged(model: nn.Module, folder: Path, name: str) -> nn.Module:
+def merged(model: Model, folder: Path, name: str) -> Model:
     """The model with the adapter in `folder` merged into it, and with rows for the tokens that came with that."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from threefold.errors import UserError
-from threefold.models import likelihood, loading
+from threefold.models import Model, likelihood, loading
 
 MEMBERS = "members"  # folder of the second and all later models in the artifact of the first
 
@@ -26,7 +26,7 @@ class Ensemble:
     samples.
     """
 
-    members: list[Any]
+    members: list[Model]
     combine: str = "mean"
     coef: float = 0.0
     scale: tuple[float, float] = (0.0, 1.0)
@@ -48,10 +48,10 @@ class Ensemble:
         if len(scores) == 1:
             return scores[0]
         if self.combine == "min":
-            found = scores.amin(0)
+            score = scores.amin(0)
         else:
-            found = scores.mean(0) - (self.coef * scores.var(0, correction=0) if self.combine == "uncertain" else 0.0)
-        return (found - self.scale[0]) / self.scale[1]
+            score = scores.mean(0) - (self.coef * scores.var(0, correction=0) if self.combine == "uncertain" else 0.0)
+        return (score - self.scale[0]) / self.scale[1]
 
     def settings(self) -> dict[str, Any]:
         """What the configuration of the first model holds of the ensemble."""
@@ -59,14 +59,14 @@ class Ensemble:
 
 
 def normalised_scores(
-    model: Any, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
+    model: Model, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
 ) -> Tensor:
     """The score [N] of each sequence by one reward model, on the scale that its configuration holds."""
     return normalised(model, torch.tensor(likelihood.scores(model, sequences, pad, batch_size, bar)))
 
 
-def normalised(reward_model: Any, raw: Tensor) -> Tensor:
-    """Raw scores on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
+def normalised(reward_model: Model, raw: Tensor) -> Tensor:
+    """Raw scores [...] on the scale where the SFT model's samples have mean 0 and standard deviation 1."""
     return (raw - reward_model.config.score_mean) / reward_model.config.score_std
 
 
@@ -88,7 +88,7 @@ def other_members(folder: Path) -> list[Path]:
     return sorted((folder / MEMBERS).glob("*"), key=lambda member: int(member.name))
 
 
-def joined(members: list[Any]) -> Ensemble:
+def joined(members: list[Model]) -> Ensemble:
     """The ensemble of these members, by the settings in the first one's configuration."""
     settings = getattr(members[0].config, "ensemble", None)
     if settings is None:

@@ -2,15 +2,14 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from threefold.errors import UserError
-from threefold.models import checkpoints
+from threefold.models import Model, checkpoints
 
 
 def check(model: DictConfig) -> None:
@@ -40,14 +39,14 @@ def place(model: DictConfig) -> str:
     )
 
 
-def load(model: DictConfig) -> nn.Module:
+def load(model: DictConfig) -> Model:
     """The causal language model in the file, unpacked into fp32."""
     from transformers import GgufConfig
 
     check(model)
     name = name_of(model)
     with checkpoints.loading(name):
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             model.checkpoint,
             gguf_file=place(model),
             revision=model.revision or "main",
@@ -62,7 +61,7 @@ def load(model: DictConfig) -> nn.Module:
     return loaded
 
 
-def tensors_left_out(model: DictConfig, loaded: nn.Module) -> set[str]:
+def tensors_left_out(model: DictConfig, loaded: Model) -> set[str]:
     """Tensors of the file that transformers has no place for and skips without a word.
 
     Biases, for example, or rope_freqs.weight, the frequencies of Llama 3's long context. Those of experts it joins
@@ -73,7 +72,8 @@ def tensors_left_out(model: DictConfig, loaded: nn.Module) -> set[str]:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
     from transformers.utils import cached_file
 
-    metadata, names = read_gguf_metadata(cached_file(model.checkpoint, place(model), revision=model.revision or "main"))
+    file = cached_file(model.checkpoint, place(model), revision=model.revision or "main")
+    metadata, names = read_gguf_metadata(cast(str, file))  # it raises where there is none
     architecture = metadata["general.architecture"]
     if is_gguf_arch_supported(architecture):
         return set()  # these are in the loading info

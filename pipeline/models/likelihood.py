@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from threefold.models import loading
+from threefold.models import Model, loading
 
 
-def left_padded(sequences: list[list[int]], pad: int, device: str) -> tuple[Tensor, Tensor]:
+def left_padded(sequences: list[list[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Sequences as [B, T] with padding on the left, and the attention mask [B, T]."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=device)
@@ -21,7 +21,9 @@ def left_padded(sequences: list[list[int]], pad: int, device: str) -> tuple[Tens
     return ids, mask
 
 
-def right_padded(sequences: list[list[int]], pad: int, device: str, length: int = 0) -> tuple[Tensor, Tensor]:
+def right_padded(
+    sequences: list[list[int]], pad: int, device: torch.device | str, length: int = 0
+) -> tuple[Tensor, Tensor]:
     """Sequences as [B, T] with padding on the right (T at least `length`), and the mask of real tokens [B, T]."""
     longest = max(length, *map(len, sequences))
     ids = torch.tensor([s + [pad] * (longest - len(s)) for s in sequences], device=device)
@@ -38,7 +40,7 @@ def tokens_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order), mask.gather(1, order)
 
 
-def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
+def reply_states(model: Model, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Hidden states [B, R, D] of the text before each reply token; prompts [B, P] are padded left, replies right."""
     ids, mask = tokens_first(torch.cat([prompt, reply[:, :-1]], 1), torch.cat([prompt_mask, reply_mask[:, :-1]], 1))
     states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -46,12 +48,12 @@ def reply_states(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: T
     return states[rows, last + torch.arange(reply.size(1), device=ids.device)]
 
 
-def reply_logits(model: nn.Module, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
+def reply_logits(model: Model, prompt: Tensor, prompt_mask: Tensor, reply: Tensor, reply_mask: Tensor) -> Tensor:
     """Logits [B, R, V] that predict each reply token."""
     return loading.output_logits(model, reply_states(model, prompt, prompt_mask, reply, reply_mask)).float()
 
 
-def next_logits(model: nn.Module, sequences: list[list[int]], pad: int) -> Tensor:
+def next_logits(model: Model, sequences: list[list[int]], pad: int) -> Tensor:
     """Logits [B, V] of the token after each sequence."""
     ids, mask = right_padded(sequences, pad, model.device)
     states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -65,46 +67,44 @@ def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor
 
 
 @torch.no_grad()
-def scores(
-    model: nn.Module, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None
-) -> list[float]:
+def scores(model: Model, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> list[float]:
     """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding.
 
     `bar` is a progress bar that counts sequences, here and below.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found = [0.0] * len(sequences)
+    raw_scores = [0.0] * len(sequences)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = right_padded([sequences[i] for i in chosen], pad, model.device)
         states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(chosen), device=ids.device), mask.sum(1) - 1]
         for i, score in zip(chosen, model.score(last)[:, 0].tolist(), strict=True):
-            found[i] = score
+            raw_scores[i] = score
         advance(bar, len(chosen))
-    return found
+    return raw_scores
 
 
 @torch.no_grad()
 def replies_logprobs(
-    model: nn.Module, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64, bar: Any = None
+    model: Model, pairs: list[tuple[list[int], list[int]]], pad: int, batch_size: int = 64, bar: Any = None
 ) -> Tensor:
     """Summed log-probability [N] of each reply given its prompt, at temperature 1; pairs are (prompt, reply) ids."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    found = torch.zeros(len(pairs))
+    sums = torch.zeros(len(pairs))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompt, prompt_mask = left_padded([pairs[i][0] for i in batch], pad, model.device)
         reply, reply_mask = right_padded([pairs[i][1] for i in batch], pad, model.device)
         logprobs = log_probabilities(reply_logits(model, prompt, prompt_mask, reply, reply_mask), reply, 1.0)
-        found[batch] = (logprobs * reply_mask).sum(1).cpu()
+        sums[batch] = (logprobs * reply_mask).sum(1).cpu()
         advance(bar, len(batch))
-    return found
+    return sums
 
 
 @torch.no_grad()
 def kl(
-    policy: nn.Module, reference: nn.Module, prompts: list[list[int]], replies: list[list[int]], temperature: float,
+    policy: Model, reference: Model, prompts: list[list[int]], replies: list[list[int]], temperature: float,
     pad: int, batch_size: int = 64, bar: Any = None,
 ) -> float:  # fmt: skip
     """KL(policy, reference) in nats per reply, at `temperature`, from replies that the policy sampled.
@@ -126,7 +126,7 @@ def kl(
 
 
 @torch.no_grad()
-def texts_nats(model: nn.Module, texts: list[list[int]], context: int, batch_size: int = 64, bar: Any = None) -> float:
+def texts_nats(model: Model, texts: list[list[int]], context: int, batch_size: int = 64, bar: Any = None) -> float:
     """Total negative log-likelihood, in nats, of tokenised texts, each after its first token.
 
     Windows of `context` tokens overlap by half, and each token counts once, with at least half a window before it

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from threefold.errors import UserError, first_line
-from threefold.models import checkpoints, gguf_checkpoint
+from threefold.models import Model, checkpoints, gguf_checkpoint
 
 
-def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> nn.Module:
+def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> Model:
     """A new causal language model, fp32, of the shape that the config group `model` gives.
 
     Output projections of blocks and the output layer start at zero, so that the model starts as the uniform
@@ -62,7 +62,7 @@ def check_checkpoint(model: DictConfig) -> bool:
     return checkpoints.check(model.checkpoint, name, model.revision, model.trust_remote_code)
 
 
-def from_checkpoint(model: DictConfig, tokenizer: Any) -> nn.Module:
+def from_checkpoint(model: DictConfig, tokenizer: Any) -> Model:
     """The checkpoint of `model=hf`, with rows for the tokens that the tokenizer stage added."""
     if model.gguf_file:
         loaded = gguf_checkpoint.load(model)
@@ -80,7 +80,7 @@ def from_checkpoint(model: DictConfig, tokenizer: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def add_rows(model: nn.Module, rows: int) -> None:
+def add_rows(model: Model, rows: int) -> None:
     """Give the embeddings and the output layer at least `rows` rows; new ones are the mean of the others.
 
     So nothing is drawn, and a new token's logit is no larger than others' (Hewitt 2021, "Initializing new word
@@ -95,7 +95,7 @@ def add_rows(model: nn.Module, rows: int) -> None:
             values[before:] = values[:before].mean(0)
 
 
-def load_policy(folder: Path, device: str = "cpu") -> nn.Module:
+def load_policy(folder: Path, device: str = "cpu") -> Model:
     """The causal language model of an artifact, fp32, in evaluation mode, safetensors only.
 
     On the device "meta" it has shapes and no weights, here and in the functions below.
@@ -106,12 +106,12 @@ def load_policy(folder: Path, device: str = "cpu") -> nn.Module:
     return loaded
 
 
-def load_reward_model(folder: Path, device: str = "cpu") -> nn.Module:
+def load_reward_model(folder: Path, device: str = "cpu") -> Model:
     """The reward model of an artifact: one score per sequence, fp32, in evaluation mode, safetensors only."""
     return _loaded(AutoModelForSequenceClassification, folder, device)
 
 
-def new_critic(folder: Path, device: str = "cpu") -> nn.Module:
+def new_critic(folder: Path, device: str = "cpu") -> Model:
     """A critic on the trunk of a causal language model, fp32, in evaluation mode: its value of every text is 0."""
     model = with_new_head(folder, device)
     nn.init.zeros_(model.score.weight)
@@ -119,12 +119,12 @@ def new_critic(folder: Path, device: str = "cpu") -> nn.Module:
     return model
 
 
-def with_new_head(folder: Path, device: str = "cpu") -> nn.Module:
+def with_new_head(folder: Path, device: str = "cpu") -> Model:
     """The trunk of a causal language model with a new score in place of its output layer, fp32, evaluation mode."""
     return _loaded(AutoModelForSequenceClassification, folder, device, new_head=True, num_labels=1)
 
 
-def _loaded(kind: Any, folder: Path, device: str, new_head: bool = False, **options: Any) -> nn.Module:
+def _loaded(kind: Any, folder: Path, device: str, new_head: bool = False, **options: Any) -> Model:
     name = f"{folder}"
     if device == "meta":
         with checkpoints.loading(name):
@@ -135,7 +135,7 @@ def _loaded(kind: Any, folder: Path, device: str, new_head: bool = False, **opti
     return without_dropout(loaded).to(device).eval()
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
+def without_dropout(model: Model) -> Model:
     """The model with every dropout rate at 0, in its layers and in its configuration, which is saved with it.
 
     Dropout hurts preference training and makes a loss depend on how a batch is split into passes. Weights of RWKV that
@@ -154,7 +154,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 class _GivenStates:
-    """Stands for the trunk of a model while its output layer runs: whatever it is called with, it gives `states`."""
+    """Stands for the trunk while the output layer runs: whatever it is called with, it gives `states` [1, N, D]."""
 
     def __init__(self, trunk: nn.Module, states: Tensor):
         self.trunk, self.states = trunk, states
@@ -172,7 +172,7 @@ class _GivenStates:
 
 
 class _TrunkOutput:
-    """What a trunk returns: its states first, and None for anything else (caches, attentions)."""
+    """What a trunk returns: its states [1, N, D] first, and None for anything else (caches, attentions)."""
 
     def __init__(self, states: Tensor):
         self.last_hidden_state = states
@@ -184,23 +184,23 @@ class _TrunkOutput:
         return None
 
 
-def output_logits(model: Any, states: Tensor) -> Tensor:
+def output_logits(model: Model, states: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., D], as the model's own forward pass makes them.
 
     That pass runs with the states in place of its trunk, so that scales (Granite, Cohere), caps (Gemma 2) and layers
     before the matrix (ModernBERT) are those of the architecture. `model` may be one with adapters (`lora.Adapted`).
     """
-    whole = getattr(model, "base", model)
-    prefix, head = whole.base_model_prefix, object.__new__(type(whole))
-    trunk = _GivenStates(whole._modules[prefix], states.reshape(1, -1, states.size(-1)))
-    head.__dict__ = {**whole.__dict__, "_modules": {**whole._modules, prefix: trunk}}
-    logits = type(whole).forward(head, use_cache=False, return_dict=True).logits
+    full_model = getattr(model, "base", model)
+    prefix, head = full_model.base_model_prefix, object.__new__(type(full_model))
+    trunk = _GivenStates(full_model._modules[prefix], states.reshape(1, -1, states.size(-1)))
+    head.__dict__ = {**full_model.__dict__, "_modules": {**full_model._modules, prefix: trunk}}
+    logits = type(full_model).forward(head, use_cache=False, return_dict=True).logits
     return logits.reshape(*states.shape[:-1], -1)
 
 
 @torch.no_grad()
-def require_own_logits(model: nn.Module) -> None:
-    """Raises `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
+def require_own_logits(model: Model) -> None:
+    """Raise `UserError` where the output layer, from the trunk's states, does not give the model's own logits."""
     kind, ids = model.config.model_type, torch.arange(1, 4, device=model.device)[None]
     if model.base_model is model:
         raise UserError(f"{kind}: its trunk cannot be run apart from its output layer; choose another model")
@@ -216,7 +216,7 @@ def require_own_logits(model: nn.Module) -> None:
 
 
 def logits_agree(values: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same thing in fp32 agree up to rounding: a thousandth of the largest value."""
+    """Whether two fp32 tensors [...] of the same thing agree up to rounding: a thousandth of the largest value."""
     return torch.allclose(values, expected, rtol=0.0, atol=0.001 * expected.abs().max().item() + 1e-6)
 
 
@@ -234,7 +234,7 @@ def context_length(config: Any) -> float:
     return next((length for name in names if (length := getattr(config, name, None))), math.inf)
 
 
-def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save(model: Model, tokenizer: Any, folder: Path) -> None:
     """Write a model folder that transformers loads by itself: safetensors, tokenizer and chat template.
 
     Raises `UserError` where a weight is not a finite number.
@@ -248,14 +248,14 @@ def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def require_finite(model: nn.Module) -> None:
+def require_finite(model: Model) -> None:
     """Raise `UserError` naming the first parameter that is not finite throughout."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{name}: has weights that are no finite numbers; lower the stage's learning rate")
 
 
-def parameter_count(model: nn.Module) -> int:
+def parameter_count(model: Model) -> int:
     """Parameters that take part in matrix products: all but the input embeddings, unless those are the output's too."""
     total = sum(p.numel() for p in model.parameters())
     tied = getattr(model.config, "tie_word_embeddings", False)

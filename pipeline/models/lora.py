@@ -1,10 +1,13 @@
-"""LoRA: low-rank adapters on a frozen base, several on one (Hu et al. 2021, arXiv 2106.09685), through PEFT."""
+"""LoRA: low-rank adapters on a frozen base, several on one (Hu et al. 2021, arXiv 2106.09685), through PEFT.
+
+Tensors by name are parameters of any shape; a matrix is [out, in], and that of a Conv1D [in, out].
+"""
 
 import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -13,10 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from threefold.models import Model
+
 SAVED = Path("adapter") / "adapter_model.safetensors"  # where a stage that trains an adapter leaves it
 
 
-def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) -> LoraConfig:
+def adapter_config(model: Model, rank: int, alpha: float, **options: Any) -> LoraConfig:
     """Adapters of `rank` on every matrix of the model's blocks; what they add counts alpha / rank times."""
     matrices = {
         name.rsplit(".", 1)[-1]: module
@@ -26,7 +31,7 @@ def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) ->
     transposed = any(isinstance(getattr(m, "base_layer", m), Conv1D) for m in matrices.values())
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # as peft types what it takes as a fraction, too
         lora_dropout=0.0,
         target_modules=sorted(matrices),
         fan_in_fan_out=transposed,
@@ -34,19 +39,19 @@ def adapter_config(model: nn.Module, rank: int, alpha: float, **options: Any) ->
     )
 
 
-def add_adapter(base: nn.Module, name: str, rank: int, alpha: float, seed: int) -> None:
+def add_adapter(base: Model, name: str, rank: int, alpha: float, seed: int) -> None:
     """Give the base one more adapter, which adds nothing until it is trained."""
     torch.manual_seed(seed)
     _add(base, adapter_config(base, rank, alpha), name)
 
 
-def _add(base: nn.Module, config: LoraConfig, name: str) -> None:
+def _add(base: Model, config: LoraConfig, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
         base.add_adapter(config, name)
 
 
-def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
+def load_adapter(base: Model, name: str, folder: Path) -> nn.Linear:
     """Give the base the adapter of a reward model's artifact, `adapter/` in `folder`; returns its score layer."""
     saved = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / SAVED).items()}
     config = LoraConfig.from_pretrained(str((folder / SAVED).parent))
@@ -59,24 +64,24 @@ def load_adapter(base: nn.Module, name: str, folder: Path) -> nn.Linear:
     return score
 
 
-def copy_adapter(base: nn.Module, source: str, name: str) -> None:
+def copy_adapter(base: Model, source: str, name: str) -> None:
     """Give the base one more adapter that equals the adapter `source`."""
     _add(base, copy.deepcopy(base.peft_config[source]), name)
-    own = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
-    _fill(base, name, own)
+    source_values = {key.replace(f".{source}.", "."): p for key, p in base.named_parameters() if f".{source}." in key}
+    _fill(base, name, source_values)
 
 
 @torch.no_grad()
-def _fill(base: nn.Module, name: str, values: dict[str, Tensor]) -> None:
-    """Copy into the adapter `name` the values of its parameters, by their names without the adapter's."""
+def _fill(base: Model, name: str, values: dict[str, Tensor]) -> None:
+    """Copy into the adapter `name` the values of its parameters [any shape], by their names without the adapter's."""
     for key, parameter in base.named_parameters():
         if f".{name}." in key:
             parameter.copy_(values[key.replace(f".{name}.", ".")])
 
 
 @torch.no_grad()
-def merged_weight(layer: nn.Module, adapters: list[str] | None = None) -> Tensor:
-    """The matrix of a linear layer with what `adapters` add to it; those that are switched on where none are named."""
+def merged_weight(layer: Any, adapters: list[str] | None = None) -> Tensor:
+    """The matrix [out, in] of a linear layer with what `adapters` add to it, or else those that are switched on."""
     weight = layer.weight.detach()
     if not isinstance(layer, BaseTunerLayer):
         return weight
@@ -87,8 +92,8 @@ def merged_weight(layer: nn.Module, adapters: list[str] | None = None) -> Tensor
     return weight
 
 
-def merged_weights(base: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the model that the base is with the adapter merged, made one at a time."""
+def merged_weights(base: Model, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights [any shape] of the base with the adapter merged, made one at a time."""
     for name, parameter in base.named_parameters():
         if "lora_" not in name:
             layer, matrix, _ = name.partition(".base_layer.weight")
@@ -97,8 +102,8 @@ def merged_weights(base: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]
 
 
 @torch.no_grad()
-def merge_into(model: nn.Module, base: nn.Module, adapter: str) -> nn.Module:
-    """`model`, a copy of the base without adapters, with the trunk of the base with the adapter merged."""
+def merge_into(model: Model, base: Model, adapter: str) -> Model:
+    """`model`, a copy of the base without adapters, whose trunk becomes that of the base with the adapter merged."""
     trunk = dict(model.base_model.named_parameters(prefix=model.base_model_prefix))
     for name, weight in merged_weights(base, adapter):
         if name in trunk:
@@ -114,7 +119,7 @@ class Adapted:
     linear layer, it is a reward model or critic; `scale` is mean and spread of its raw scores.
     """
 
-    def __init__(self, base: nn.Module, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):
+    def __init__(self, base: Model, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):
         self.base, self.adapter, self.score = base, adapter, score
         self.config = copy.copy(base.config)
         self.config.score_mean, self.config.score_std = scale
@@ -143,7 +148,7 @@ class Adapted:
         return self.base.get_output_embeddings()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's weights and the score's, which are all that is trained."""
+        """The adapter's matrices [rank, in] and [out, rank] and the score's [1, D]: all that is trained."""
         adapter = {name: p for name, p in self.base.named_parameters() if f".{self.adapter}." in name}
         return adapter | ({f"score.{name}": p for name, p in self.score.named_parameters()} if self.score else {})
 
@@ -154,5 +159,5 @@ class Adapted:
                 parameter.copy_(state[name])
 
     def parameters(self) -> list[Tensor]:
-        """What is trained."""
+        """What is trained, in the shapes of `state_dict`."""
         return list(self.state_dict().values())

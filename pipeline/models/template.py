@@ -136,7 +136,7 @@ def turn_marks(tokenizer: Any) -> list[str]:
     named = {token for part, token in tokenizer.special_tokens_map.items() if part != "unk_token"}
     tokens = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
     special = {*tokenizer.all_special_tokens, *(token for token, is_special in tokens.items() if is_special)}
-    of_turns = named | {token for token in special if _is_named_after_turns(token)}
+    of_turns = named | {t for t in special if TURN_NAME.fullmatch(re.sub(r"[\W_]+", "_", t).strip("_").lower())}
     around, before_reply = _written(tokenizer)
     marks = {token for token in tokens if token in special or MARK.fullmatch(token)}
     written = {token for token in marks if any(token in text for text in around + before_reply)}
@@ -145,10 +145,6 @@ def turn_marks(tokenizer: Any) -> list[str]:
         if not {opening, closing} & named and all(text.count(opening) == text.count(closing) for text in around):
             within |= {opening, closing}
     return sorted((of_turns | written) - within, key=lambda token: (-len(token), token))
-
-
-def _is_named_after_turns(token: str) -> bool:
-    return TURN_NAME.fullmatch(re.sub(r"[\W_]+", "_", token).strip("_").lower()) is not None
 
 
 def _written(tokenizer: Any) -> tuple[list[str], list[str]]:

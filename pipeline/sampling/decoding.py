@@ -1,7 +1,7 @@
 """Decoders: the hidden state after one more token for a batch of rows, with a key-value cache.
 
 B: rows, P: prompt tokens, T: room of the cache in tokens, H: heads, G: key and value heads, W: width of a head,
-D: width.
+D: width, V: vocabulary.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from threefold.errors import UserError
-from threefold.models import likelihood, loading, lora
+from threefold.models import Model, likelihood, loading, lora
 
 # rows leave the batch when this share or less of it is alive: leaving copies the cache, staying costs work
 KEEP_ABOVE = 0.875
@@ -31,20 +31,22 @@ class RoomyLayer(CacheLayerMixin):
     """Keys and values [B, G, T, W] of one layer in buffers that have room for all tokens: nothing is copied to grow."""
 
     is_sliding = False
+    keys: Any  # tensors [B, G, T, W]
+    values: Any
 
     def __init__(self, room: int):
         super().__init__()
         self.room, self.length = room, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the buffers in the shape and type of the first keys and values."""
+        """Make buffers [B, G, T, W] of the type of the first keys and values [B, G, tokens, W]."""
         self.keys, self.values = (
             states.new_empty(*states.shape[:2], self.room, states.size(-1)) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values of new tokens behind the others; returns those of all tokens."""
+        """Put keys and values [B, G, new tokens, W] behind the others; returns those of all [B, G, tokens, W]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = slice(self.length, self.length + key_states.size(2))
@@ -71,7 +73,9 @@ class Decoder:
     That may hold keys and values, or the states of a recurrent model, which a step reads without a mask.
     """
 
-    def __init__(self, model: nn.Module):
+    cache: Any  # a DynamicCache
+
+    def __init__(self, model: Model):
         self.model = model
         accepted = inspect.signature(model.base_model.forward).parameters
         self.recurrent = "past_key_values" not in accepted
@@ -108,6 +112,7 @@ class Decoder:
         self.cache.reorder_cache(rows)
 
     def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """States [B, D] of the last of the new tokens `ids` [B, n]; `mask` [B, tokens] is over all tokens so far."""
         options = {self.cache_name: self.cache} | ({"position_ids": self.position} if self.has_positions else {})
         outputs = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
         return outputs.last_hidden_state[:, -1]
@@ -133,6 +138,7 @@ class RecomputingDecoder(Decoder):
         self.ids, self.mask = self.ids[rows], self.mask[rows]
 
     def _last_states(self) -> Tensor:
+        """States [B, D] of the last real token of each row."""
         states = self.model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
         return states[torch.arange(len(states), device=states.device), self.mask.sum(1) - 1]
 
@@ -145,7 +151,7 @@ class FusedDecoder(Decoder):
     are those of the model. The matrices are copies, adapters merged, so a decoder is good for one set of weights.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__(model)
         config = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -164,7 +170,9 @@ class FusedDecoder(Decoder):
         everywhere = torch.arange(ids.size(1) + room, device=ids.device)[None]
         self.cosine, sine = (table[0] for table in self.model.base_model.rotary_emb(states, everywhere))
         self.sine = torch.cat([-sine[:, : self.width // 2], sine[:, self.width // 2 :]], 1)
-        self.hidden = None if mask.all() else _hidden(mask, room, states.dtype)
+        # [B, 1, 1, T] added to attention scores: minus infinity on padding, 0 on tokens
+        seen = F.pad(mask, (0, room), value=1)[:, None, None].to(states.dtype)
+        self.hidden = None if mask.all() else torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
         return states
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -181,6 +189,7 @@ class FusedDecoder(Decoder):
         return _normed(x, self.last_norm)
 
     def _layer(self, x: Tensor, weights: dict[str, Any], cached: Any, cosine: Tensor, sine: Tensor) -> Tensor:
+        """The residual stream [B, D] after one block; `x` [B, D] comes before it, `cosine` and `sine` are [B, 1, W]."""
         h = _normed(x, weights["attention_norm"])
         h = _product(h, *weights["qkv"]).view(len(x), -1, self.width)  # [B, H + 2 G, W]
         turning, values = h.split([self.heads + self.groups, self.groups], 1)
@@ -205,18 +214,18 @@ class FusedDecoder(Decoder):
         self.hidden = None if self.hidden is None else self.hidden[rows]
 
 
-def fusible(model: nn.Module) -> bool:
+def fusible(model: Model) -> bool:
     """Whether `FusedDecoder` knows the model."""
     config = model.config
-    known = config.model_type in FUSED and config.hidden_act == "silu"
-    whole = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    known_architecture = config.model_type in FUSED and config.hidden_act == "silu"
+    full_attention = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     steady = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in STEADY_ROPE
     windowed = config.model_type == "mistral" and config.sliding_window
-    return bool(known and whole and steady and not windowed)
+    return bool(known_architecture and full_attention and steady and not windowed)
 
 
-def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
-    """The weights of one block, those of matrices with the same input stacked; (matrix, bias or None) each."""
+def _fused(layer: Any, config: Any) -> dict[str, Any]:
+    """The weights of one block, those of matrices with the same input stacked: each (matrix, bias) as of `_stacked`."""
     attention, mlp = layer.self_attn, layer.mlp
     head_norm = None
     if hasattr(attention, "q_norm"):
@@ -233,7 +242,8 @@ def _fused(layer: nn.Module, config: Any) -> dict[str, Any]:
     }
 
 
-def _stacked(*projections: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _stacked(*projections: Any) -> tuple[Tensor, Tensor | None]:
+    """The matrices of linear layers side by side [in, out], and their biases [out]; None where they have none."""
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases).detach()
     matrix = torch.cat([lora.merged_weight(projection) for projection in projections]).t().contiguous()
@@ -249,27 +259,21 @@ def _product(h: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _norm(weight: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """An RMS norm over the last dimension of width D as `_normed` wants it: its weight and epsilon times D's root."""
+    """An RMS norm over n numbers as `_normed` takes it: weight [..., n] and epsilon [], times the root of n."""
     root = weight.size(-1) ** 0.5
     return weight.detach() * root, torch.tensor(config.rms_norm_eps**0.5 * root, device=weight.device)
 
 
 def _normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-    """RMS norm in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
+    """RMS norm of `x` [..., n] in four kernels; on CPU `F.rms_norm` takes seven and twice the time."""
     weight, smallest = norm
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), smallest) * weight
-
-
-def _hidden(mask: Tensor, room: int, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores [B, 1, 1, T]: minus infinity on padding, 0 on tokens."""
-    seen = F.pad(mask, (0, room), value=1)[:, None, None].to(dtype)
-    return torch.zeros_like(seen).masked_fill(seen == 0, float("-inf"))
 
 
 _KINDS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models that were tried
 
 
-def kind_for(model: Any) -> type[Decoder]:
+def kind_for(model: Model) -> type[Decoder]:
     """The fastest decoder whose steps give what one forward pass gives; a model is tried once.
 
     Raises `UserError` where none does.
@@ -287,13 +291,13 @@ def kind_for(model: Any) -> type[Decoder]:
 
 
 @torch.no_grad()
-def _agrees(kind: type[Decoder], model: Any) -> bool:
+def _agrees(kind: type[Decoder], model: Model) -> bool:
     """Whether a prompt and two steps, with padding and a row that leaves, give states and logits of a plain pass."""
     ids = torch.arange(1, 9, device=model.device).view(2, 4)
     mask, kept = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=model.device), torch.tensor([1], device=model.device)
     with torch.autocast(model.device.type, enabled=False):
-        whole = torch.cat([ids[1, 2:], ids[0, :2]])[None]
-        expected = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, 1:]
+        sequence = torch.cat([ids[1, 2:], ids[0, :2]])[None]
+        expected = model.base_model(input_ids=sequence, use_cache=False).last_hidden_state[0, 1:]
         try:
             decoder = kind(model)
             states = [decoder.prefill(ids, mask, 2)[kept], decoder.step(ids[[1, 0], 0])[kept]]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from threefold.errors import UserError
-from threefold.models import loading
+from threefold.models import Model, loading
 from threefold.models.likelihood import left_padded
 from threefold.sampling import decoding
 from threefold.sampling.decoding import Decoder, FusedDecoder
@@ -33,7 +33,7 @@ class Reply:
 
 @torch.inference_mode()
 def sample(
-    model: nn.Module,
+    model: Model,
     prompts: list[list[int]],
     sampling: DictConfig,
     tokenizer: Any,
@@ -51,7 +51,7 @@ def sample(
     uniforms, decoder = uniforms.to(model.device), decoder_for(model, sampling)
     how = sampling.temperature, tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies: list[Reply | None] = [None] * len(prompts)
+    replies: dict[int, Reply] = {}
     for start in range(0, len(order), sampling.batch_size):
         batch = order[start : start + sampling.batch_size]
         ids, mask = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
@@ -60,10 +60,10 @@ def sample(
             replies[i] = _reply(*row, tokenizer.eos_token_id)
         if bar is not None:
             bar.update(len(batch))
-    return replies
+    return [replies[i] for i in range(len(prompts))]
 
 
-def decoder_for(model: nn.Module, sampling: DictConfig) -> Decoder:
+def decoder_for(model: Model, sampling: DictConfig) -> Decoder:
     """The fastest decoder that is right for the model, or the one with a static cache where that is asked for."""
     if sampling.static_cache:
         require_static(model)
@@ -71,7 +71,7 @@ def decoder_for(model: nn.Module, sampling: DictConfig) -> Decoder:
     return StaticDecoder(model) if sampling.static_cache and kind is FusedDecoder else kind(model)
 
 
-def require_static(model: nn.Module) -> None:
+def require_static(model: Model) -> None:
     """Raises `UserError` where the model cannot be sampled from with a static cache."""
     if not decoding.fusible(model):
         raise UserError(
@@ -80,13 +80,13 @@ def require_static(model: nn.Module) -> None:
         )
 
 
-def with_room(prompts: list[list[int]], model: nn.Module, sampling: DictConfig) -> list[int]:
+def with_room(prompts: list[list[int]], model: Model, sampling: DictConfig) -> list[int]:
     """Numbers of the prompts (token ids) that leave room for a reply. Raises `UserError` when none does."""
     room = loading.context_length(model.config) - sampling.max_new_tokens
-    found = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not found:
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
         raise UserError(f"sampling.max_new_tokens={sampling.max_new_tokens}: leaves no room for any prompt")
-    return found
+    return fitting
 
 
 def _sample_batch(

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from threefold.models import Model
 from threefold.sampling.decoding import FusedDecoder
 
 ROOM = 64  # the room of a frame is a multiple of this many tokens, so that batches of other lengths find it again
@@ -41,7 +42,7 @@ class Frame:
     tables: tuple[Tensor, Tensor]  # cosines and sines of the rotary embedding [T, W]
     layers: list[StaticLayer]
     graph: Any = None  # the torch.cuda.CUDAGraph of a step
-    states: Tensor | None = None  # [B, D] that the graph writes
+    states: Any = None  # the tensor [B, D] that the graph writes
 
 
 class StaticDecoder(FusedDecoder):
@@ -51,7 +52,7 @@ class StaticDecoder(FusedDecoder):
     shapes, and each has a frame, with its graph, that later batches use again. On a CPU it gains nothing.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__(model)
         self.frames: dict[tuple[int, int], Frame] = {}
         self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
@@ -92,13 +93,18 @@ class StaticDecoder(FusedDecoder):
         self._enter(old.position[rows], old.slot, old.hidden[rows], layers, old.hidden.size(-1))
 
     def _enter(self, position: Tensor, slot: Tensor, hidden: Tensor, layers: list[Any], used: int) -> None:
-        """Go on in the frame of this many rows and tokens, from copies of these and of `used` places of `layers`."""
+        """Go on in the frame of this many rows and tokens, from copies of these and of `used` places of `layers`.
+
+        `position` is [B], `slot` [1], `hidden` [B, 1, 1, T], and keys and values of a layer are [B, G, T, W].
+        """
         shape = len(position), hidden.size(-1)
         if shape not in self.frames:
             place = slot.clone()
-            own = [StaticLayer(layer.keys, place) for layer in layers]
+            fresh = [StaticLayer(layer.keys, place) for layer in layers]
             tables = self.cosine.clone(), self.sine.clone()
-            self.frames[shape] = Frame(torch.zeros_like(position), position.clone(), place, hidden.clone(), tables, own)
+            self.frames[shape] = Frame(
+                torch.zeros_like(position), position.clone(), place, hidden.clone(), tables, fresh
+            )
         frame = self.frame = self.frames[shape]
         for target, source in ((frame.position, position), (frame.slot, slot), (frame.hidden, hidden)):
             target.copy_(source)
