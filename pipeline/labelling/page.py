@@ -20,7 +20,7 @@ from werkzeug.serving import make_server
 
 from threefold.config.compose import make_command
 from threefold.errors import UserError
-from threefold.labelling import agreement, evaluated_pairs
+from threefold.labelling import agreement, votes_arena
 from threefold.labelling.queue import CHOICES, Labelling
 from threefold.labelling.votes import only_writer, read_pool
 
@@ -40,14 +40,14 @@ HEADERS = {
 
 def serve(config: DictConfig, overrides: list[str]) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a missing or malformed file and for a port in use."""
-    evaluated = config.label.pairs == evaluated_pairs.NAME
+    evaluated = config.label.pairs == votes_arena.EVALUATION
     pairs, votes = pairs_and_votes(config)
     if not pairs.is_file():
         stage = "evaluate" if evaluated else "comparisons"
         raise UserError(
             f"{pairs}: no such file of pairs; make it with threefold run target={stage}, or set label.pairs"
         )
-    pool = evaluated_pairs.pool(evaluated_pairs.read_samples(pairs)) if evaluated else read_pool(pairs)
+    pool = votes_arena.pool(votes_arena.read_samples(pairs)) if evaluated else read_pool(pairs)
     with only_writer(votes), _listening(config.label.port) as listening:
         labelling = Labelling(pool, votes, config.label.seed)
         command = report_command(overrides) if evaluated else next_command(votes, overrides)
@@ -62,8 +62,8 @@ def serve(config: DictConfig, overrides: list[str]) -> None:
 
 def pairs_and_votes(config: DictConfig) -> tuple[Path, Path]:
     """The file that pairs are read from, and the one that votes are appended to."""
-    if config.label.pairs == evaluated_pairs.NAME:
-        return evaluated_pairs.samples_file(config), evaluated_pairs.votes_file(config)
+    if config.label.pairs == votes_arena.EVALUATION:
+        return votes_arena.samples_file(config), votes_arena.votes_file(config)
     run = Path(config.runs) / config.run
     pairs = Path(config.label.pairs or run / "comparisons" / "pool.jsonl")
     return pairs, Path(config.label.votes or run / "votes.jsonl")

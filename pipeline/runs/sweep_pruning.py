@@ -18,7 +18,7 @@ from optuna.trial import Trial
 from threefold import chain
 from threefold.artifacts.artifact import Artifact
 from threefold.errors import UserError, nearest
-from threefold.runs.sweep_metric import direction
+from threefold.runs.sweep_space import direction
 from threefold.slurm import job_records
 from threefold.stages import needed_by
 

@@ -27,9 +27,8 @@ from threefold.artifacts.artifact import fingerprint_of
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.runs import trials
-from threefold.runs.sweep_metric import direction, kl_metric, objective
 from threefold.runs.sweep_pruning import Watch, watched
-from threefold.runs.sweep_space import Dimension, target_fingerprint
+from threefold.runs.sweep_space import Dimension, direction, kl_metric, objective, target_fingerprint
 from threefold.runs.sweep_table import setting
 from threefold.stages import needed_by
 

@@ -14,8 +14,16 @@ from threefold.display.parts import csv_text
 from threefold.errors import UserError, nearest
 from threefold.fileio import read_json, write_json, write_text
 from threefold.runs import seeds, sweep_table, variants
-from threefold.runs.sweep_metric import direction, kl_metric, metric, objective, stage_wanted
-from threefold.runs.sweep_space import Dimension, combinations, spelt
+from threefold.runs.sweep_space import (
+    Dimension,
+    combinations,
+    direction,
+    kl_metric,
+    metric,
+    objective,
+    spelt,
+    stage_wanted,
+)
 from threefold.runs.variants import Variant
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
