@@ -9,7 +9,7 @@ import shlex
 import signal
 import socket
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -88,7 +88,7 @@ def _listening(port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _until_interrupted() -> Iterator[None]:
+def _until_interrupted() -> Generator[None]:
     """Ctrl-C or SIGTERM ends what is inside."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: shells start background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
@@ -175,14 +175,14 @@ def _take_answers(page: Flask, labelling: Labelling, notices: dict[str, str]) ->
             abort(400)
         if choice in CHOICES:
             reason = reason.replace("\r\n", "\n").strip()  # forms send line breaks as CR LF
-            said = labelling.record(labeller, form.get("token", ""), choice, reason)
+            message = labelling.record(labeller, form.get("token", ""), choice, reason)
         elif choice == "undo":
-            said = labelling.undo(labeller)
+            message = labelling.undo(labeller)
         elif choice == "skipped":
-            said = labelling.take_up_skipped(labeller)
+            message = labelling.take_up_skipped(labeller)
         else:
             abort(400)
-        notices[labeller] = said
+        notices[labeller] = message
         return redirect(f"/?{urlencode({'labeller': labeller})}", 303)
 
 

@@ -62,9 +62,9 @@ def pool(rows: list[dict[str, Any]]) -> list[Comparison]:
 
 
 def _comparison(row: dict[str, Any], one: str, other: str) -> Comparison:
-    said = sorted([[one, row[one]["reply"]], [other, row[other]["reply"]]])
-    name = hashlib.sha256(json.dumps([row["prompt"], *said], ensure_ascii=False).encode()).hexdigest()[:12]
-    (model_a, reply_a), (model_b, reply_b) = said
+    replies = sorted([[one, row[one]["reply"]], [other, row[other]["reply"]]])
+    name = hashlib.sha256(json.dumps([row["prompt"], *replies], ensure_ascii=False).encode()).hexdigest()[:12]
+    (model_a, reply_a), (model_b, reply_b) = replies
     return Comparison(name, row["prompt"], reply_a, reply_b, model_a, model_b, "test")
 
 
@@ -104,7 +104,7 @@ def counted(rows: list[dict[str, Any]], votes: list[Vote]) -> np.ndarray:
 
 
 def anchor(wins: np.ndarray, names: list[str]) -> str:
-    """Of `wins` [P, M, M] the model that has 1000 points: SFT, or while nobody has voted on its replies the one with most votes."""
+    """The model that has 1000 points; `wins` is [P, M, M]. SFT, or the one with most votes while SFT has none."""
     votes = dict(zip(names, (wins + np.swapaxes(wins, 1, 2)).sum((0, 2)), strict=True))
     return "sft" if votes.get("sft") else max(names, key=votes.__getitem__)
 
@@ -115,12 +115,12 @@ def judges(rows: list[dict[str, Any]], votes: list[Vote]) -> dict[str, dict[str,
     Of votes that are no ties, on replies that the judge scores and scores differently; the interval is over prompts.
     """
     row_of = {pair: row for row in rows for pair in _pairs(row)}
-    found: dict[str, tuple[list[float], list[str]]] = {}
+    of_judge: dict[str, tuple[list[float], list[str]]] = {}
     for vote in votes:
         a, b = row_of[vote.pair][vote.model_a], row_of[vote.pair][vote.model_b]
         for judge in (a.keys() & b.keys()) - {"reply"}:
             if vote.winner != "tie" and None not in (a[judge], b[judge]) and a[judge] != b[judge]:
-                agree, prompts = found.setdefault(judge, ([], []))
+                agree, prompts = of_judge.setdefault(judge, ([], []))
                 agree.append(float((a[judge] > b[judge]) == (vote.winner == "model_a")))
                 prompts.append(str(vote.prompt))
     return {
@@ -129,7 +129,7 @@ def judges(rows: list[dict[str, Any]], votes: list[Vote]) -> dict[str, dict[str,
             "ci95": statistics.share_interval(agree, prompts),
             "votes": len(agree),
         }
-        for judge, (agree, prompts) in sorted(found.items())
+        for judge, (agree, prompts) in sorted(of_judge.items())
     }
 
 
@@ -137,15 +137,15 @@ def _pairs(row: dict[str, Any]) -> list[str]:
     return [comparison.pair for comparison in pool([row])]
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """One line: how many votes, of how many people, and what is left out."""
-    left = f"; {found['left_out']:,} on pairs that this evaluation does not have are left out" * bool(found["left_out"])
-    if not found["votes"]:
+def in_words(votes: dict[str, Any]) -> str:
+    """`votes`, from `of_run`, on one line: how many, of how many people, and what is left out."""
+    left = f"; {votes['left_out']:,} on pairs that this evaluation does not have are left out" * bool(votes["left_out"])
+    if not votes["votes"]:
         return f"no vote on replies of this evaluation{left}"
-    people = "person" if found["labellers"] == 1 else "people"
-    said = f"{found['votes']:,} votes of {found['labellers']} {people}, {found['ties']:,} of them ties{left}"
+    people = "person" if votes["labellers"] == 1 else "people"
+    counts = f"{votes['votes']:,} votes of {votes['labellers']} {people}, {votes['ties']:,} of them ties{left}"
     agree = [
         f"{judge.replace('_', ' ')} {f['agree']:.0%} {statistics.shown(f['ci95'], '.0%')}"
-        for judge, f in found["judges"].items()
+        for judge, f in votes["judges"].items()
     ]
-    return f"{said}. Judges that agree with people where both prefer a reply: {', '.join(agree)}" if agree else said
+    return f"{counts}. Judges that agree with people where both prefer a reply: {', '.join(agree)}" if agree else counts

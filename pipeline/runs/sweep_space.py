@@ -6,7 +6,7 @@ Keys and their values are overrides in Hydra's sweep syntax; the number, its dir
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -15,6 +15,7 @@ from threefold.config.compose import compose
 from threefold.errors import UserError, nearest
 from threefold.stages import STAGES, needed_by
 
+Direction = Literal["maximize", "minimize"]
 # ends of metrics of which less is better
 LOWER = ("bits_per_byte", "loss", "error", "kl", "kl_k3", "repetition", "repeated", "self_bleu")
 
@@ -60,17 +61,17 @@ def parse(overrides: list[str]) -> tuple[list[str], list[Dimension]]:
     """The overrides that all runs have, and the keys that are varied; raises `UserError` for a wrong override."""
     from threefold.config.overrides import parse as parsed_override
 
-    fixed, found = [], []
+    fixed, space = [], []
     for text in overrides:
         parsed = parsed_override(text)
         if parsed.is_sweep_override():
-            found.append(_dimension(parsed, text))
+            space.append(_dimension(parsed, text))
         else:
             fixed.append(text)
-    named = [text.partition("=")[0] for text in fixed] + [dimension.key for dimension in found]
-    if twice := next((dimension.key for dimension in found if named.count(dimension.key) > 1), None):
+    named = [text.partition("=")[0] for text in fixed] + [dimension.key for dimension in space]
+    if twice := next((dimension.key for dimension in space if named.count(dimension.key) > 1), None):
         raise UserError(f"{twice}: is given twice; name all of its values in one override")
-    return fixed, found
+    return fixed, space
 
 
 def _dimension(parsed: Any, text: str) -> Dimension:
@@ -116,8 +117,7 @@ def check(config: DictConfig, overrides: list[str], space: list[Dimension]) -> N
         if dimension.key == "target":
             raise UserError("target: a sweep compares settings by one stage; choose one target")
         composed = [compose([*overrides, *spelt(first | {dimension.key: value})]) for value in dimension.ends]
-        prints = {target_fingerprint(each) for each in composed}
-        if len(prints) < len(composed):
+        if len(set(map(target_fingerprint, composed))) < len(composed):
             raise UserError(f"{dimension.key}: its values make no difference to {stage_wanted(config)}; leave it out")
 
 
@@ -147,8 +147,8 @@ def check_names(config: DictConfig) -> None:
     for key, text in {"metric": metric(config), "kl": config.sweep.kl, "prune": config.sweep.prune}.items():
         stage, _, name = (text or "").partition(".")
         if text is not None and (stage not in made or not name):
-            known = ", ".join(made)
-            raise UserError(f"sweep.{key}={text}: must be STAGE.METRIC, of one of {known}{nearest(stage, made)}")
+            stages = ", ".join(made)
+            raise UserError(f"sweep.{key}={text}: must be STAGE.METRIC, of one of {stages}{nearest(stage, made)}")
     if config.sweep.prune and config.sweep.trials is None:
         raise UserError("sweep.prune: only a search ends runs early; set sweep.trials")
 
@@ -159,7 +159,7 @@ def stage_wanted(config: DictConfig) -> str:
 
 
 def metric(config: DictConfig) -> str:
-    """The number that is wanted of settings, as STAGE.METRIC."""
+    """The number that the sweep is about, as STAGE.METRIC."""
     stage = stage_wanted(config)
     if config.sweep.metric is not None:
         return config.sweep.metric
@@ -171,9 +171,9 @@ def metric(config: DictConfig) -> str:
 
 
 def objective(config: DictConfig) -> str:
-    """The number that settings are chosen by: the metric, of the evaluation that on the validation prompts.
+    """The number that settings are chosen by: the metric, and for the evaluation the metric on the validation prompts.
 
-    Of figures that the evaluation does not have of them (tasks, the arena, base text) it is the metric itself.
+    The evaluation has no tasks, arena and base text on validation prompts; there it is the metric itself.
     """
     stage, _, name = metric(config).partition(".")
     name = "models.ppo.gold_mean" if name == "ppo_gold_mean" else name
@@ -182,7 +182,7 @@ def objective(config: DictConfig) -> str:
 
 
 def validation_override(config: DictConfig) -> list[str]:
-    """What has the evaluation measure what settings are chosen by, where nothing in `config` does."""
+    """The override that has the evaluation measure the objective; none where `config` does so already."""
     if not objective(config).startswith("evaluate.validation.") or config.evaluate.validation_prompts:
         return []
     return [f"evaluate.validation_prompts={config.evaluate.prompts}"]
@@ -197,6 +197,6 @@ def kl_metric(config: DictConfig) -> str | None:
     return f"evaluate.models.{model}.kl" if stage == "evaluate" and model in config.evaluate.models else None
 
 
-def direction(name: str, given: str | None) -> str:
+def direction(name: str, given: Direction | None) -> Direction:
     """Whether to maximize or minimize the metric `name`, where it is not `given`."""
     return given or ("minimize" if name.endswith(LOWER) else "maximize")

@@ -309,7 +309,7 @@ def test_a_shared_stage_that_fails_fails_the_runs_that_need_it(tmp_path, monkeyp
             raise UserError("comparisons: too few pairs\nwith more below")
         return made(config, entry, planned, others)
 
-    monkeypatch.setattr(sweeps.variants.chain, "make", make)
+    monkeypatch.setattr(sweeps.chain, "make", make)
     found = sweeps.swept(tmp_path, "dpo.beta=0.1,0.2")
     assert [run["reason"] for run in found["failed"]] == ["comparisons: too few pairs"] * 2
 
