@@ -151,8 +151,8 @@ def advice(points: list[dict[str, Any]], laws: dict[str, Any]) -> list[str]:
     methods = dict.fromkeys(point["method"] for point in points)
     sentences = [_of_method(method, points, laws.get(method, {}).get("gold")) for method in methods]
     if len(laws) > 1:
-        common = min(law["gold"]["farthest_kl"] for law in laws.values())
         gold = {method: law["gold"] for method, law in laws.items()}
+        common = min(law["farthest_kl"] for law in gold.values())
         fits = {method: best_of.Law(law["form"], law["alpha"], law["beta"]) for method, law in gold.items()}
         gains = {method: law.gain(np.array([common]))[0] for method, law in fits.items()}
         listed = ", ".join(f"{NAMES[method]} {gain:+.3f}" for method, gain in gains.items())
