@@ -34,8 +34,8 @@ def check_together(config: DictConfig) -> None:
             raise UserError(f"data.{source}.path has no value: set it to a file, a folder or a name on the hub")
     preferences = config.data.preferences
     if preferences.path is not None and preferences.format not in PREFERENCE_FORMATS:
-        known = ", ".join(PREFERENCE_FORMATS)
-        raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {known}")
+        choices = ", ".join(PREFERENCE_FORMATS)
+        raise UserError(f"data.preferences.format={preferences.format}: holds no pairs; must be one of {choices}")
     _check_run(config.run.split("/"))
     if not config.runs.strip() or not config.runs.isprintable():
         raise UserError(f"runs={config.runs!r}: must be the path of a folder")
@@ -171,11 +171,11 @@ def _check_share(config: DictConfig, stage: str, processes: int) -> None:
 
 
 def _check_micro_batch(config: DictConfig, stage: str, processes: int) -> None:
-    size, micro = config[stage].batch_size, config.runtime.micro_batch_size
+    size, micro_batch_size = config[stage].batch_size, config.runtime.micro_batch_size
     share = math.ceil(size / processes)
-    if micro is not None and share % min(micro, share):
+    if micro_batch_size is not None and share % min(micro_batch_size, share):
         of = f", of which each of {processes} processes takes {share}" if processes > 1 else ""
-        raise UserError(f"runtime.micro_batch_size={micro}: must divide {stage}.batch_size={size}{of}")
+        raise UserError(f"runtime.micro_batch_size={micro_batch_size}: must divide {stage}.batch_size={size}{of}")
 
 
 def _check_sharded(config: DictConfig, stage: str) -> None:
@@ -242,8 +242,8 @@ def _check_judge(key: str, judge: DictConfig) -> None:
     """A judge needs no reward model, and compares replies of different batches."""
     for place, function in rewards.functions(judge).items():
         if function is None:
-            said = "the learned reward model is for ppo.reward; choose a reward function, module:function"
-            raise UserError(f"{key}.{place}function has no value: {said}")
+            reason = "the learned reward model is for ppo.reward; choose a reward function, module:function"
+            raise UserError(f"{key}.{place}function has no value: {reason}")
     for name, part in judge.parts.items():
         if part.normalise:
             raise UserError(f"{key}.parts.{name}.normalise: would give every model that is judged mean 0; is for PPO")
@@ -287,14 +287,14 @@ def _check_judge_model(judge: DictConfig) -> None:
 
 def _check_resources(config: DictConfig) -> None:
     """What the Slurm job of a stage asks for: time to work in before it is told to leave, and nodes it can use."""
-    for name, own in config.resources.stages.items():
-        minutes, key = own.minutes or config.resources.minutes, f"resources.stages.{name}"
+    for name, resources in config.resources.stages.items():
+        minutes, key = resources.minutes or config.resources.minutes, f"resources.stages.{name}"
         if minutes * 60 < 2 * config.launcher.signal_seconds:
             raise UserError(
                 f"launcher.signal_seconds={config.launcher.signal_seconds}: is more than half of the time limit of "
                 f"{name}, {minutes} min; set {key}.minutes higher, or this lower"
             )
-        if not STAGES[name].several_processes and ((own.nodes or 1) > 1 or (own.gpus or 0) > 1):
+        if not STAGES[name].several_processes and ((resources.nodes or 1) > 1 or (resources.gpus or 0) > 1):
             raise UserError(f"{key}: {name} runs in one process; leave its nodes and gpus at 1")
     for name in config.cluster.parameters:
         if name.replace("-", "_") in SET_ELSEWHERE:

@@ -8,7 +8,7 @@ import functools
 import re
 import types
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import create_functions
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
@@ -55,20 +55,20 @@ def as_typed(text: str) -> str:
     """
     prefix, key, value = _split(text)
     kind = kind_of(key)
-    if prefix == "~" or (value is None and kind is not None):
-        return parse(text).input_line
-    if kind is str and (whole := _whole(text, value)) is not None:
-        return f"{prefix}{assigned(key, whole)}"
+    if prefix == "~" or value is None:
+        return cast(str, parse(text).input_line)
+    if kind is str and (typed := _typed(text, value)) is not None:
+        return f"{prefix}{assigned(key, typed)}"
     override = parse(text)
     if override.is_sweep_override():
         raise UserError(_several(text, key, value, kind))
     _require_kind(override.value(), text, kind)
     if not holds_text(kind) or not isinstance(override.value(), list | dict):
-        return override.input_line
+        return cast(str, override.input_line)
     return f"{prefix}{key}={override.get_value_element_as_str()}"
 
 
-def _whole(text: str, value: str) -> str | None:
+def _typed(text: str, value: str) -> str | None:
     """All that was typed for a text key; None where that is null or a sweep in so many words."""
     try:
         element = _parsed(text)._value
@@ -164,10 +164,10 @@ def _number_as_name(value: Any, kind: Any) -> str | None:
     """A number or truth value that stands for a name within a mapping of type `kind`; Hydra has no quotes there."""
     if not isinstance(value, dict) or not (is_dataclass(kind) or get_origin(kind) is dict):
         return None
-    found = (
+    names = (
         str(n) if isinstance(n, Typed) else _number_as_name(entry, _below(kind, str(n))) for n, entry in value.items()
     )
-    return next(filter(None, found), None)
+    return next(filter(None, names), None)
 
 
 def fitted(value: Any, kind: Any) -> Any:

@@ -5,7 +5,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from threefold.config.fields import number, number_or_null, one_of
 from threefold.config.stage_schema import (
     ComparisonsConfig,
     DataConfig,
@@ -19,6 +18,9 @@ from threefold.config.stage_schema import (
     SamplingConfig,
     SftConfig,
     TokenizerConfig,
+    number,
+    number_or_null,
+    one_of,
 )
 from threefold.execution.modes import SHARDED
 

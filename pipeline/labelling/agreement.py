@@ -89,8 +89,8 @@ def in_words(agreement: Agreement) -> str:
     if not agreement.shared:
         return f"{who} have no pair in common yet."
     pairs = "1 shared pair" if agreement.shared == 1 else f"{agreement.shared} shared pairs"
-    said = f"{who} agree on {agreement.agreeing:.0%} of {pairs}; {name} kappa is {kappa_in_words(agreement)}."
-    return said if agreement.shared >= ENOUGH else f"{said} Fewer than {ENOUGH} shared pairs say little."
+    message = f"{who} agree on {agreement.agreeing:.0%} of {pairs}; {name} kappa is {kappa_in_words(agreement)}."
+    return message if agreement.shared >= ENOUGH else f"{message} Fewer than {ENOUGH} shared pairs say little."
 
 
 def kappa_in_words(agreement: Agreement) -> str:

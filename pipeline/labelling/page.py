@@ -9,7 +9,7 @@ import shlex
 import signal
 import socket
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,7 +20,7 @@ from werkzeug.serving import make_server
 
 from threefold.config.compose import make_command
 from threefold.errors import UserError
-from threefold.labelling import agreement, evaluated_pairs
+from threefold.labelling import agreement, votes_arena
 from threefold.labelling.queue import CHOICES, Labelling
 from threefold.labelling.votes import only_writer, read_pool
 
@@ -40,14 +40,14 @@ HEADERS = {
 
 def serve(config: DictConfig, overrides: list[str]) -> None:
     """Serve the page until Ctrl-C. Raises `UserError` for a missing or malformed file and for a port in use."""
-    evaluated = config.label.pairs == evaluated_pairs.NAME
+    evaluated = config.label.pairs == votes_arena.EVALUATION
     pairs, votes = pairs_and_votes(config)
     if not pairs.is_file():
         stage = "evaluate" if evaluated else "comparisons"
         raise UserError(
             f"{pairs}: no such file of pairs; make it with threefold run target={stage}, or set label.pairs"
         )
-    pool = evaluated_pairs.pool(evaluated_pairs.read_samples(pairs)) if evaluated else read_pool(pairs)
+    pool = votes_arena.pool(votes_arena.read_samples(pairs)) if evaluated else read_pool(pairs)
     with only_writer(votes), _listening(config.label.port) as listening:
         labelling = Labelling(pool, votes, config.label.seed)
         command = report_command(overrides) if evaluated else next_command(votes, overrides)
@@ -62,8 +62,8 @@ def serve(config: DictConfig, overrides: list[str]) -> None:
 
 def pairs_and_votes(config: DictConfig) -> tuple[Path, Path]:
     """The file that pairs are read from, and the one that votes are appended to."""
-    if config.label.pairs == evaluated_pairs.NAME:
-        return evaluated_pairs.samples_file(config), evaluated_pairs.votes_file(config)
+    if config.label.pairs == votes_arena.EVALUATION:
+        return votes_arena.samples_file(config), votes_arena.votes_file(config)
     run = Path(config.runs) / config.run
     pairs = Path(config.label.pairs or run / "comparisons" / "pool.jsonl")
     return pairs, Path(config.label.votes or run / "votes.jsonl")
@@ -88,7 +88,7 @@ def _listening(port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _until_interrupted() -> Iterator[None]:
+def _until_interrupted() -> Generator[None]:
     """Ctrl-C or SIGTERM ends what is inside."""
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: shells start background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
@@ -175,14 +175,14 @@ def _take_answers(page: Flask, labelling: Labelling, notices: dict[str, str]) ->
             abort(400)
         if choice in CHOICES:
             reason = reason.replace("\r\n", "\n").strip()  # forms send line breaks as CR LF
-            said = labelling.record(labeller, form.get("token", ""), choice, reason)
+            message = labelling.record(labeller, form.get("token", ""), choice, reason)
         elif choice == "undo":
-            said = labelling.undo(labeller)
+            message = labelling.undo(labeller)
         elif choice == "skipped":
-            said = labelling.take_up_skipped(labeller)
+            message = labelling.take_up_skipped(labeller)
         else:
             abort(400)
-        notices[labeller] = said
+        notices[labeller] = message
         return redirect(f"/?{urlencode({'labeller': labeller})}", 303)
 
 

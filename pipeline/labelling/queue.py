@@ -66,7 +66,7 @@ def in_turns(pool: list[Comparison], seed: int) -> list[Comparison]:
     for comparison in sorted(pool, key=lambda c: _digest("order", seed, c.pair)):
         turns.setdefault(tuple(sorted((comparison.model_a, comparison.model_b))), []).append(comparison)
     rounds = itertools.zip_longest(*turns.values())
-    return [comparison for found in rounds for comparison in found if comparison is not None]
+    return [comparison for turn in rounds for comparison in turn if comparison is not None]
 
 
 class Labelling:
@@ -85,7 +85,7 @@ class Labelling:
     @_one_at_a_time
     def next(self, labeller: str) -> Shown | None:
         """The pair that `labeller` should see now, None when none is left but skipped ones."""
-        settled = {row.pair for row in self._own(labeller)}
+        settled = {row.pair for row in self._answers(labeller)}
         waiting = (pair for pair in self.pool if pair not in settled)
         returned = self.returned.get(labeller)
         pair = returned.pair if returned and returned.pair not in settled else next(waiting, None)
@@ -109,22 +109,21 @@ class Labelling:
         if shown is None:
             return "That page was out of date, so nothing was recorded; please look again."
         pair = shown.comparison.pair
-        if any(row.pair == pair for row in self._own(labeller)):
+        if any(row.pair == pair for row in self._answers(labeller)):
             return "That pair has your answer already; here is the next one."
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         if choice == "skip":
             self.skips.append(Skip(pair, labeller, reason, now))
         else:
-            winner = shown.winner(choice)
-            said = {"winner": winner, "labeller": labeller, "reason": reason, "time": now}
-            self.votes.append(Vote(**asdict(shown.comparison), **said))
+            answer = {"winner": shown.winner(choice), "labeller": labeller, "reason": reason, "time": now}
+            self.votes.append(Vote(**asdict(shown.comparison), **answer))
         self.returned.pop(labeller, None)
         return f"Recorded: {CHOICES[choice]}." if choice != "skip" else "Skipped; you can come back to it at the end."
 
     @_one_at_a_time
     def undo(self, labeller: str) -> str:
         """Take back the labeller's last vote or skip, whichever came later, and show its pair again."""
-        last = max(reversed(self._own(labeller)), key=lambda row: row.time, default=None)
+        last = max(reversed(self._answers(labeller)), key=lambda row: row.time, default=None)
         if last is None:
             return "There is nothing to take back."
         if isinstance(last, Skip):
@@ -137,16 +136,16 @@ class Labelling:
     @_one_at_a_time
     def take_up_skipped(self, labeller: str) -> str:
         """Put the pairs that `labeller` skipped back among those that wait."""
-        skipped = [row for row in self._own(labeller) if isinstance(row, Skip)]
+        skipped = [row for row in self._answers(labeller) if isinstance(row, Skip)]
         self.skips.remove(*skipped)
         return f"Skipped pairs once more: {len(skipped)}."
 
     @_one_at_a_time
     def progress(self, labeller: str) -> Progress:
         """How far `labeller` is."""
-        own = self._own(labeller)
-        skipped = sum(isinstance(row, Skip) for row in own)
-        return Progress(len({row.pair for row in own if isinstance(row, Vote)}), skipped, len(self.pool))
+        answers = self._answers(labeller)
+        skipped = sum(isinstance(row, Skip) for row in answers)
+        return Progress(len({row.pair for row in answers if isinstance(row, Vote)}), skipped, len(self.pool))
 
     @_one_at_a_time
     def labellers(self) -> dict[str, int]:
@@ -159,7 +158,7 @@ class Labelling:
         """A copy of every vote in the file, in its order."""
         return list(self.votes.rows)
 
-    def _own(self, labeller: str) -> list[Vote | Skip]:
+    def _answers(self, labeller: str) -> list[Vote | Skip]:
         """Votes and skips of `labeller` on this pool, votes first, each in the order given."""
         rows = [*self.votes.rows, *self.skips.rows]
         return [row for row in rows if row.labeller == labeller and row.pair in self.pool]

@@ -7,7 +7,7 @@ the journal is opened again; a row is taken back by writing the file anew beside
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,11 +16,6 @@ from filelock import FileLock, Timeout
 
 from threefold.data.formats import Message
 from threefold.errors import UserError
-
-
-def one_of(*choices: str) -> Any:
-    """A column that holds one of `choices`."""
-    return field(metadata={"choices": choices})
 
 
 @dataclass(frozen=True)
@@ -33,14 +28,14 @@ class Comparison:
     response_b: str
     model_a: str
     model_b: str
-    split: str = one_of("train", "test")
+    split: str = field(metadata={"choices": ("train", "test")})
 
 
 @dataclass(frozen=True)
 class Vote(Comparison):
     """What one labeller said of a comparison; `time` is ISO 8601 in UTC. Read by `data.preferences.format=arena`."""
 
-    winner: str = one_of("model_a", "model_b", "tie")
+    winner: str = field(metadata={"choices": ("model_a", "model_b", "tie")})
     labeller: str
     reason: str
     time: str
@@ -101,14 +96,13 @@ def read_pool(file: Path) -> list[Comparison]:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    found: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     pool = _rows(Comparison, content, file)
     for number, comparison in pool:
-        if comparison.pair in found:
-            raise UserError(
-                f"{file}, line {number}: pair {comparison.pair} is on line {found[comparison.pair]} already"
-            )
-        found[comparison.pair] = number
+        pair = comparison.pair
+        if pair in line_of:
+            raise UserError(f"{file}, line {number}: pair {pair} is on line {line_of[pair]} already")
+        line_of[pair] = number
     if not pool:
         raise UserError(f"{file}: holds no pair to compare")
     return [comparison for _, comparison in pool]
@@ -174,11 +168,11 @@ class Journal(Generic[Row]):
         """Take rows back: the file is replaced in one step by one without the last line that holds each of them."""
         wanted, kept = list(rows), []
         for line in reversed(self.file.read_bytes().splitlines(keepends=True)):
-            found = next((row for row in wanted if self._holds(line, row)), None)
-            if found is None:
+            held = next((row for row in wanted if self._holds(line, row)), None)
+            if held is None:
                 kept.append(line)
             else:
-                wanted.remove(found)
+                wanted.remove(held)
         self._replace(b"".join(reversed(kept)))
         for row in rows:
             self.rows.remove(row)
@@ -228,7 +222,7 @@ def _sync_folder(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(file: Path) -> Iterator[None]:
+def only_writer(file: Path) -> Generator[None]:
     """Hold `file` against a second server; the system lets go when the process ends, however it ends."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from threefold import chain
 from threefold.errors import UserError, nearest
 from threefold.fileio import read_json, read_lines
-from threefold.labelling import evaluated_pairs, votes_arena
+from threefold.labelling import votes_arena
 from threefold.stages import STAGES, needed_by, parents
 
 FRESH = "fresh"
@@ -107,7 +107,7 @@ def add_votes(stages: dict[str, Any], config: DictConfig) -> None:
     """Add the arena by people's votes, where there are any on the evaluation's replies; says so in one line."""
     if "evaluate" not in stages or (found := votes_arena.of_run(config)) is None:
         return
-    print(f"{evaluated_pairs.votes_file(config)}: {votes_arena.in_words(found)}")
+    print(f"{votes_arena.votes_file(config)}: {votes_arena.in_words(found)}")
     if "arena" in found:
         stages["evaluate"].setdefault("arena", {})["people"] = found.pop("arena")
     stages["evaluate"]["people"] = found

@@ -32,7 +32,7 @@ def write(config: DictConfig, overrides: list[str]) -> Path:
     """
     if config.seeds is not None or config.target is not None:
         raise UserError("threefold frontier: takes neither seeds nor target; frontier.seeds has the seeds of its runs")
-    wanted, failure = members(config.frontier), None
+    wanted, failure = variants_of(config.frontier), None
     try:
         variants.make(config, [*config.frontier.overrides, *overrides], list(wanted))
     except UserError as error:
@@ -40,8 +40,8 @@ def write(config: DictConfig, overrides: list[str]) -> Path:
     folder = Path(config.runs) / config.run
     points, missing = collected(folder, wanted)
     if points:
-        found = fitted(points, config.frontier) | {"judges": judges(config.evaluate), "missing": missing}
-        write_json(folder / "frontier.json", found | {"form": FORM, "made_from": made_from(folder)})
+        content = fitted(points, config.frontier) | {"judges": judges(config.evaluate), "missing": missing}
+        write_json(folder / "frontier.json", content | {"form": FORM, "made_from": made_from(folder)})
     if failure is not None:
         raise failure
     return folder
@@ -69,24 +69,24 @@ def made_from(folder: Path) -> dict[str, str]:
 def current(folder: Path) -> dict[str, Any] | None:
     """frontier.json of a run; None without one, and where the run has another SFT or reward model by now."""
     file = folder / "frontier.json"
-    found = read_json(file) if file.is_file() else {}
-    return found if found.get("form") == FORM and found["made_from"] == made_from(folder) else None
+    content = read_json(file) if file.is_file() else {}
+    return content if content.get("form") == FORM and content["made_from"] == made_from(folder) else None
 
 
-def members(frontier: DictConfig) -> dict[Variant, dict[str, Any]]:
+def variants_of(frontier: DictConfig) -> dict[Variant, dict[str, Any]]:
     """Every run that the frontier needs, with the setting that its points are of."""
     kept = f"ppo.snapshots={frontier.snapshots}"
     settings = [("best_of_n", {}, [])]
     settings += [("dpo", {"beta": beta}, [f"dpo.beta={beta}"]) for beta in frontier.betas]
     settings += [("ppo", {"kl_coef": coef}, [f"ppo.kl_coef={coef}", kept]) for coef in frontier.kl_coefs]
-    found = {}
+    wanted = {}
     for method, setting, overrides in settings:
         for seed in frontier.seeds:
             label = "-".join([method, *(f"{key}{value:g}" for key, value in setting.items()), f"seed{seed}"])
             seeded = [f"frontier.method={method}", f"frontier.seed={seed}", *overrides]
             seeded += [f"{method}.seed={seed}"] if method != "best_of_n" else []
-            found[Variant(f"variants/frontier-{label}", tuple(seeded), "frontier")] = {**setting, "seed": seed}
-    return found
+            wanted[Variant(f"variants/frontier-{label}", tuple(seeded), "frontier")] = {**setting, "seed": seed}
+    return wanted
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
@@ -101,8 +101,8 @@ def read_points(folder: Path) -> list[dict[str, Any]]:
 def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]:
     """What frontier.json holds: points by their means, laws by method and score, and advice.
 
-    Every second prompt is for choosing: laws are fitted to these, and advice goes by them. The means of points are of
-    the others, so that what is said of the point that was chosen is not too good; `gold_chosen_by` is of the former.
+    One half of the prompts is for choosing: laws are fitted to it, and advice and `gold_chosen_by` come from it. The
+    means of points are over the other half, so that the figures of the chosen point are not too good.
     """
     if len(points[0]["gold"]) < 2:
         raise UserError(
@@ -111,10 +111,10 @@ def fitted(points: list[dict[str, Any]], frontier: DictConfig) -> dict[str, Any]
     choosing, reported = ([_every_second(point, first) for point in points] for first in (0, 1))
     laws = {}
     for method in dict.fromkeys(point["method"] for point in points):
-        own = [point for point in choosing if point["method"] == method and point["kl"] > 0]
-        if len({_setting(point | {"seed": 0}) for point in own}) >= SETTINGS:
+        trained = [point for point in choosing if point["method"] == method and point["kl"] > 0]
+        if len({_setting(point | {"seed": 0}) for point in trained}) >= SETTINGS:
             laws[method] = {
-                score: best_of.law_summary(own, score, FORMS[method], frontier.bootstrap, frontier.seed)
+                score: best_of.law_summary(trained, score, FORMS[method], frontier.bootstrap, frontier.seed)
                 for score in SCORES
             }
     means = [
@@ -135,8 +135,9 @@ def _every_second(point: dict[str, Any], first: int) -> dict[str, Any]:
 def judges(evaluate: DictConfig) -> dict[str, str]:
     """What the scores are called."""
     named = {"gold": evaluate.judge, "second": evaluate.second_judge}
-    found = {score: rewards.name(judge).rpartition(":")[2] for score, judge in named.items()}
-    return found | {"proxy": "the reward model"}
+    return {score: rewards.name(judge).rpartition(":")[2] for score, judge in named.items()} | {
+        "proxy": "the reward model"
+    }
 
 
 def print_advice(folder: Path) -> None:
@@ -148,13 +149,15 @@ def print_advice(folder: Path) -> None:
 def advice(points: list[dict[str, Any]], laws: dict[str, Any]) -> list[str]:
     """In words: for each method what gold does as it goes further, and what each gains at a KL that all reach."""
     methods = dict.fromkeys(point["method"] for point in points)
-    found = [_of_method(method, points, laws.get(method, {}).get("gold")) for method in methods]
+    sentences = [_of_method(method, points, laws.get(method, {}).get("gold")) for method in methods]
     if len(laws) > 1:
-        common = min(law["gold"]["farthest_kl"] for law in laws.values())
-        gains = {method: _law(law["gold"]).gain(np.array([common]))[0] for method, law in laws.items()}
+        gold = {method: law["gold"] for method, law in laws.items()}
+        common = min(law["farthest_kl"] for law in gold.values())
+        fits = {method: best_of.Law(law["form"], law["alpha"], law["beta"]) for method, law in gold.items()}
+        gains = {method: law.gain(np.array([common]))[0] for method, law in fits.items()}
         listed = ", ".join(f"{NAMES[method]} {gain:+.3f}" for method, gain in gains.items())
-        found.append(f"At KL {common:.1f}, the farthest that all reached, the laws give gold gains of: {listed}.")
-    return found
+        sentences.append(f"At KL {common:.1f}, the farthest that all reached, the laws give gold gains of: {listed}.")
+    return sentences
 
 
 def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | None) -> str:
@@ -167,7 +170,7 @@ def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | 
         return f"{NAMES[method]}: fewer than {SETTINGS} settings, so no law is fitted. {seen}"
     sure, share = law["trend_share"] >= SURE, f"in {law['trend_share']:.0%} of resamples"
     farthest = f"the farthest point, KL {law['farthest_kl']:.1f}"
-    said = {
+    course = {
         "rises": f"gold still rises at {farthest}",
         "falls": f"gold falls from the start to {farthest}",
         "peaks": f"gold peaks at KL {law['peak_kl'] or 0:.1f}{_interval(law)}",
@@ -178,7 +181,7 @@ def _of_method(method: str, points: list[dict[str, Any]], law: dict[str, Any] | 
         "peaks": "; past it the reward model is over-optimised: stop there",
     }[law["trend"]]
     judged = counsel if sure else ", which is not certain"
-    return f"{NAMES[method]}: by the fitted law {said} ({share}){judged}. {seen}"
+    return f"{NAMES[method]}: by the fitted law {course} ({share}){judged}. {seen}"
 
 
 def _interval(law: dict[str, Any]) -> str:
@@ -187,11 +190,7 @@ def _interval(law: dict[str, Any]) -> str:
 
 def _setting(point: dict[str, Any]) -> str:
     words = {"n": "n", "beta": "beta", "kl_coef": "KL coefficient", "seed": "seed"}
-    said = [f"{word} {point[key]:g}" for key, word in words.items() if key in point]
+    parts = [f"{word} {point[key]:g}" for key, word in words.items() if key in point]
     if "kl_coef" in point:
-        said.append(f"after {point['episodes']:,} episodes")
-    return ", ".join(said)
-
-
-def _law(law: dict[str, Any]) -> best_of.Law:
-    return best_of.Law(law["form"], law["alpha"], law["beta"])
+        parts.append(f"after {point['episodes']:,} episodes")
+    return ", ".join(parts)

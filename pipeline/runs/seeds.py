@@ -11,30 +11,29 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from threefold import chain
 from threefold.chain.member import Member
 from threefold.errors import UserError
 from threefold.evaluation import statistics
 from threefold.fileio import read_json, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
-from threefold.stages import STAGES, depending_on, needed_by
+from threefold.stages import STAGES, depending_on
 
 NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, which is not the seed's doing
 
 
 def run(config: DictConfig, overrides: list[str]) -> Path:
     """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
-    folder, wanted = Path(config.runs) / config.run, members(config)
+    folder, wanted = Path(config.runs) / config.run, variants_of(config)
     made = variants.make(config, overrides, wanted)
-    for entry in chain.plan(made[0], needed_by(wanted[0].target, made[0])).values():  # of the command's own seed
+    for entry in made[0].planned.values():  # of the command's own seed
         entry.artifact.link_into(folder)
-    folders = [Path(each.runs) / each.run for each in made]
+    folders = [Path(config.runs) / member.config.run for member in made]
     write_json(folder / "seeds.json", {"key": seeded_key(config), "seeds": seed_values(config)} | summary(folders))
     return folder
 
 
-def members(config: DictConfig) -> list[Variant]:
+def variants_of(config: DictConfig) -> list[Variant]:
     """The run of each seed."""
     key, wanted = seeded_key(config), last_made(config, Path(config.runs) / config.run)
     return [Variant(f"variants/{key}-{value}", (f"{key}={value}",), wanted) for value in seed_values(config)]
@@ -42,7 +41,7 @@ def members(config: DictConfig) -> list[Variant]:
 
 def composed(config: DictConfig, overrides: list[str]) -> list[Member]:
     """The run of each seed, composed from `overrides`."""
-    return [variant.member(config, overrides) for variant in members(config)]
+    return [variant.member(config, overrides) for variant in variants_of(config)]
 
 
 def seed_values(config: DictConfig) -> list[int]:
@@ -78,25 +77,25 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         files = [folder / stage / "metrics.json" for folder in folders]
         if not all(file.is_file() for file in files):
             continue
-        found = [read_json(file) for file in files]
-        prints = [each["fingerprint"] for each in found]
+        contents = [read_json(file) for file in files]
+        prints = [content["fingerprint"] for content in contents]
         if len(set(prints)) > 1:
             fingerprints[stage] = prints
-            metrics[stage] = spread([numbers(each) for each in found])
+            metrics[stage] = spread([numbers(content) for content in contents])
             if stage == "evaluate":
-                between = differences([numbers(each) for each in found])
+                between = differences([numbers(content) for content in contents])
     return {"fingerprints": fingerprints, "metrics": metrics, "differences": between}
 
 
 def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """Every number below `metrics` by its dotted name; lists are left out."""
-    found = {}
+    flat = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found |= numbers(value, f"{prefix}{name}.")
+            flat |= numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool) and name not in NOT_RESULTS:
-            found[prefix + name] = float(value)
-    return found
+            flat[prefix + name] = float(value)
+    return flat
 
 
 def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -104,8 +103,8 @@ def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
 
     What is equal in all of them the seed does not reach: it is left out.
     """
-    names = [name for name in runs[0] if all(name in each for each in runs)]
-    columns = {name: [each[name] for each in runs] for name in names if len({each[name] for each in runs}) > 1}
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    columns = {name: [run[name] for run in runs] for name in names if len({run[name] for run in runs}) > 1}
     return {
         name: {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
         for name, values in columns.items()
@@ -119,14 +118,15 @@ def differences(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
     `p_holm` is corrected for all that are there.
     """
     pairs = [("dpo", "sft"), ("ppo", "sft"), ("ppo", "dpo")]
-    gold = {name: [each.get(f"models.{name}.gold_mean") for each in runs] for pair in pairs for name in pair}
-    found = [
+    missing = float("nan")  # its differences have no range above 0
+    gold = {name: [run.get(f"models.{name}.gold_mean", missing) for run in runs] for pair in pairs for name in pair}
+    rows: list[dict[str, Any]] = [
         {"model": model, "against": other} | t_test(gold[model], gold[other])
         for model, other in pairs
-        if None not in gold[model] + gold[other] and np.ptp(np.subtract(gold[model], gold[other])) > 0
+        if np.ptp(np.subtract(gold[model], gold[other])) > 0
     ]
-    corrected = statistics.holm([row["p"] for row in found])
-    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
+    corrected = statistics.holm([row["p"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 
 
 def t_test(values: list[float], others: list[float]) -> dict[str, Any]:
@@ -145,22 +145,22 @@ def current(folder: Path) -> dict[str, Any] | None:
     file = folder / "seeds.json"
     if not file.is_file():
         return None
-    found = read_json(file)
-    for stage, prints in found["fingerprints"].items():
+    content = read_json(file)
+    for stage, prints in content["fingerprints"].items():
         made = folder / stage / "metrics.json"
         if not made.is_file() or read_json(made)["fingerprint"] not in prints:
             return None
-    return found
+    return content
 
 
 def claims(seeds: dict[str, Any]) -> list[str]:
     """What the differences between models come to, in words."""
-    found = []
-    for each in seeds["differences"]:
-        low, high = each["ci95"]
-        verdict = "not distinguishable" if each["p_holm"] >= 0.05 else "higher" if each["difference"] > 0 else "lower"
-        found.append(
-            f"gold of {each['model']} less {each['against']}: {each['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over "
-            f"{len(seeds['seeds'])} seeds, p {each['p_holm']:.2g} (Holm): {verdict}"
+    sentences = []
+    for row in seeds["differences"]:
+        low, high = row["ci95"]
+        verdict = "not distinguishable" if row["p_holm"] >= 0.05 else "higher" if row["difference"] > 0 else "lower"
+        sentences.append(
+            f"gold of {row['model']} less {row['against']}: {row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] over "
+            f"{len(seeds['seeds'])} seeds, p {row['p_holm']:.2g} (Holm): {verdict}"
         )
-    return found
+    return sentences

@@ -7,7 +7,7 @@ runs/<run>/sweep.journal            Optuna's trials, where it is a search
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     and makes failed runs alone. Raises `UserError` for bad input.
     """
     with alone(config):
-        found = _search(config, overrides, space) if config.sweep.trials else _grid(config, overrides, space)
-    sweep_table.print_result(found, Path(config.runs) / config.run)
-    return found
+        if config.sweep.trials:
+            installed("optuna", "sweep.trials")
+            from threefold.runs import sweep_search
+
+            results = sweep_search.run(config, overrides, space)
+        else:
+            settings = combinations([dimension for dimension in space if not dimension.repeats])
+            runs = trials.make(config, overrides, trials.variants_of(space, settings, config.target))
+            results = trials.write(config, space, runs, sweep_table.variance_shares(runs), "main effects")
+    sweep_table.print_result(results, Path(config.runs) / config.run)
+    return results
 
 
 @contextlib.contextmanager
-def alone(config: DictConfig) -> Iterator[None]:
+def alone(config: DictConfig) -> Generator[None]:
     """Hold the run's sweep; raises `UserError` while another process does."""
     folder = Path(config.runs) / config.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,18 +54,3 @@ def alone(config: DictConfig) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _grid(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
-    """All combinations."""
-    settings = combinations([dimension for dimension in space if not dimension.repeats])
-    runs = trials.make(config, overrides, trials.members(space, settings, config.target))
-    return trials.write(config, space, runs, sweep_table.variance_shares(runs), "main effects")
-
-
-def _search(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:
-    """What Optuna chooses."""
-    installed("optuna", "sweep.trials")
-    from threefold.runs import sweep_search
-
-    return sweep_search.run(config, overrides, space)

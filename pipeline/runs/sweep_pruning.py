@@ -15,12 +15,11 @@ import optuna
 from omegaconf import DictConfig
 from optuna.trial import Trial
 
-from threefold import chain
 from threefold.artifacts.artifact import Artifact
+from threefold.chain.member import Member
 from threefold.errors import UserError, nearest
-from threefold.runs.sweep_metric import direction
+from threefold.runs.sweep_space import direction
 from threefold.slurm import job_records
-from threefold.stages import needed_by
 
 PAUSE = 1.0  # seconds between two looks at the logs
 
@@ -34,12 +33,12 @@ class Watched:
     reported: set[int] = field(default_factory=set)  # steps
 
 
-def watched(trial: Trial, config: DictConfig, composed: list[DictConfig]) -> Watched:
-    """What is watched of a trial whose runs have the configurations `composed`; nothing without `sweep.prune`."""
+def watched(trial: Trial, config: DictConfig, members: list[Member]) -> Watched:
+    """What is watched of a trial that has the runs `members`; nothing without `sweep.prune`."""
     if config.prune is None:
         return Watched(trial, [])
     stage = config.prune.partition(".")[0]
-    return Watched(trial, [chain.plan(each, needed_by(stage, each))[stage].artifact for each in composed])
+    return Watched(trial, [member.planned[stage].artifact for member in members])
 
 
 class Watch:
@@ -68,51 +67,51 @@ class Watch:
     def _watch(self) -> None:
         try:
             while not self.over.wait(PAUSE):
-                for each in self.trials:
-                    self._look(each)
-            for each in self.trials:
-                self._look_back(each)
+                for trial in self.trials:
+                    self._look(trial)
+            for trial in self.trials:
+                self._look_back(trial)
         except Exception as error:
             self.error = error
 
-    def _look(self, each: Watched) -> None:
+    def _look(self, watched: Watched) -> None:
         """Report new steps of a trial, and end it where the pruner says so."""
-        for step, value in self._new(each):
-            if each.trial.number in self.pruned:
+        for step, value in self._new(watched):
+            if watched.trial.number in self.pruned:
                 return
-            self._report(each, step, value)
-            if each.trial.should_prune():
+            self._report(watched, step, value)
+            if watched.trial.should_prune():
                 reason = f"pruned at step {step}, {self.key} {value:.4g}"
-                self.pruned[each.trial.number] = reason
-                for artifact in each.artifacts:
+                self.pruned[watched.trial.number] = reason
+                for artifact in watched.artifacts:
                     if not job_records.wanted_outside(artifact, self.run):
                         artifact.ask_to_stop(self.run, reason)
 
-    def _look_back(self, each: Watched) -> None:
+    def _look_back(self, watched: Watched) -> None:
         """Report what remains of a trial that has run to its end, so that later ones are compared with all of it."""
-        if all(artifact.finished for artifact in each.artifacts):
-            for step, value in self._new(each):
-                self._report(each, step, value)
+        if all(artifact.finished for artifact in watched.artifacts):
+            for step, value in self._new(watched):
+                self._report(watched, step, value)
 
-    def _report(self, each: Watched, step: int, value: float) -> None:
-        each.trial.report(self.sign * value, step)
-        each.reported.add(step)
+    def _report(self, watched: Watched, step: int, value: float) -> None:
+        watched.trial.report(self.sign * value, step)
+        watched.reported.add(step)
 
-    def _new(self, each: Watched) -> list[tuple[int, float]]:
+    def _new(self, watched: Watched) -> list[tuple[int, float]]:
         """Steps that all runs of a trial have logged and that were not reported, with their mean."""
-        logs = [steps(artifact, self.key) for artifact in each.artifacts]
-        common = set.intersection(*map(set, logs)) - each.reported
+        logs = [steps(artifact, self.key) for artifact in watched.artifacts]
+        common = set.intersection(*map(set, logs)) - watched.reported
         return [(step, sum(log[step] for log in logs) / len(logs)) for step in sorted(common)]
 
 
 def steps(artifact: Artifact, key: str) -> dict[int, float]:
     """Metric `key` by step in the log of an artifact, finished or not; raises `UserError` where no step has it."""
     rows = [json.loads(line) for line in _whole_lines(artifact)]
-    found = {int(row["step"]): row[key] for row in rows if key in row}
-    if rows and artifact.finished and not found:
-        known = [name for row in rows for name in row if name != "step"]
-        raise UserError(f"sweep.prune: {artifact.stage} logs no {key}{nearest(key, known)}")
-    return found
+    values = {int(row["step"]): row[key] for row in rows if key in row}
+    if rows and artifact.finished and not values:
+        logged = [name for row in rows for name in row if name != "step"]
+        raise UserError(f"sweep.prune: {artifact.stage} logs no {key}{nearest(key, logged)}")
+    return values
 
 
 def _whole_lines(artifact: Artifact) -> list[str]:

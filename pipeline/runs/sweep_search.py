@@ -24,14 +24,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from threefold import chain
 from threefold.artifacts.artifact import fingerprint_of
-from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.runs import trials
-from threefold.runs.sweep_metric import direction, kl_metric, objective
 from threefold.runs.sweep_pruning import Watch, watched
-from threefold.runs.sweep_space import Dimension, target_fingerprint
+from threefold.runs.sweep_space import Dimension, direction, kl_metric, objective, target_fingerprint
 from threefold.runs.sweep_table import setting
-from threefold.stages import needed_by
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -40,10 +37,10 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     """Bring the search to `sweep.trials` trials and write its files; returns what sweep.json holds."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = opened(config, space)
-    again(study)
+    retry_unfinished(study)
     while (left := config.sweep.trials - len(ended(study))) > 0:
         study.sampler = sampler(config.sweep, len(ended(study)))
-        asked = {each.key: distribution(each) for each in space if not each.repeats}
+        asked = {dimension.key: distribution(dimension) for dimension in space if not dimension.repeats}
         batch = [study.ask(asked) for _ in range(min(left, config.sweep.batch))]
         make(config, overrides, space, study, batch)
         written(config, space, study, {})
@@ -94,7 +91,7 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     if values and dimension.step is None:
         return CategoricalDistribution(values)
     low, high = (min(values), max(values)) if values else (dimension.low, dimension.high)
-    step = abs(dimension.step) if dimension.step is not None else None
+    step: Any = abs(dimension.step) if dimension.step is not None else None
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=dimension.log, step=step or 1)
     return FloatDistribution(low, high, log=dimension.log, step=step)
@@ -115,7 +112,7 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.state in ENDED and trial.number not in replaced]
 
 
-def again(study: optuna.Study) -> None:
+def retry_unfinished(study: optuna.Study) -> None:
     """Have trials that were killed or failed made again, with the values that they had."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -128,27 +125,27 @@ def make(
     config: DictConfig, overrides: list[str], space: list[Dimension], study: optuna.Study, batch: list[Trial]
 ) -> None:
     """Make the runs of all trials of `batch`, and tell the study what came of them, in order."""
-    members = {trial.number: trials.members(space, [trial.params], config.target) for trial in batch}
+    variants = {trial.number: trials.variants_of(space, [trial.params], config.target) for trial in batch}
     wrong, wanted, followed = {}, {}, []
     for trial in batch:
         try:
-            composed = [compose(each.arguments(config, overrides)) for each in members[trial.number]]
-            for each in composed:
-                chain.check_processes(each, chain.plan(each, needed_by(each.target, each)))
+            members = [variant.member(config, overrides) for variant in variants[trial.number]]
+            for member in members:
+                chain.check_processes(member.config, member.planned)
         except UserError as error:  # values may be right only beside others
             wrong[trial.number] = str(error)
             continue
-        wanted |= members[trial.number]
-        followed.append(watched(trial, config.sweep, composed))
+        wanted |= variants[trial.number]
+        followed.append(watched(trial, config.sweep, members))
     watch = Watch(config.run, config.sweep, study, followed)
     with watch if config.sweep.prune else contextlib.nullcontext():
         runs = {run["run"]: run for run in (trials.make(config, overrides, wanted) if wanted else [])}
     for trial in batch:
-        own = [
-            runs.get(f"{config.run}/{each.name}") or trials.result(config, each, known, wrong[trial.number])
-            for each, known in members[trial.number].items()
+        trial_runs = [
+            runs.get(f"{config.run}/{variant.name}") or trials.result(config, variant, values, wrong[trial.number])
+            for variant, values in variants[trial.number].items()
         ]
-        tell(study, trial, own, watch.pruned.get(trial.number))
+        tell(study, trial, trial_runs, watch.pruned.get(trial.number))
 
 
 def tell(study: optuna.Study, trial: Trial, runs: list[dict[str, Any]], pruned: str | None) -> None:
@@ -161,8 +158,8 @@ def tell(study: optuna.Study, trial: Trial, runs: list[dict[str, Any]], pruned: 
     trial.set_user_attr("runs", runs)
     value = sum(run["value"] for run in runs) / len(runs) if state == TrialState.COMPLETE else None
     study.tell(trial, value, state=state)
-    said = f"{value:.4g}" if value is not None else pruned if state == TrialState.PRUNED else failed[0]["reason"]
-    print(f"trial {len(ended(study))}: {setting(trial.params)}: {said}", flush=True)
+    message = f"{value:.4g}" if value is not None else pruned if state == TrialState.PRUNED else failed[0]["reason"]
+    print(f"trial {len(ended(study))}: {setting(trial.params)}: {message}", flush=True)
 
 
 def written(

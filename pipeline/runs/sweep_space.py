@@ -1,17 +1,23 @@
-"""What a sweep varies: overrides in Hydra's sweep syntax, and their values, checked without importing torch."""
+"""What a sweep varies and by which number it chooses: checked without importing torch.
+
+Keys and their values are overrides in Hydra's sweep syntax; the number, its direction and its KL are keys of `sweep`.
+"""
 
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
 from threefold import chain
 from threefold.config.compose import compose
-from threefold.errors import UserError
-from threefold.runs.sweep_metric import check_names, stage_wanted, validation_override
-from threefold.stages import needed_by
+from threefold.errors import UserError, nearest
+from threefold.stages import STAGES, needed_by
+
+Direction = Literal["maximize", "minimize"]
+# ends of metrics of which less is better
+LOWER = ("bits_per_byte", "loss", "error", "kl", "kl_k3", "repetition", "repeated", "self_bleu")
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,17 @@ def parse(overrides: list[str]) -> tuple[list[str], list[Dimension]]:
     """The overrides that all runs have, and the keys that are varied; raises `UserError` for a wrong override."""
     from threefold.config.overrides import parse as parsed_override
 
-    fixed, found = [], []
+    fixed, space = [], []
     for text in overrides:
         parsed = parsed_override(text)
         if parsed.is_sweep_override():
-            found.append(_dimension(parsed, text))
+            space.append(_dimension(parsed, text))
         else:
             fixed.append(text)
-    named = [text.partition("=")[0] for text in fixed] + [dimension.key for dimension in found]
-    if twice := next((dimension.key for dimension in found if named.count(dimension.key) > 1), None):
+    named = [text.partition("=")[0] for text in fixed] + [dimension.key for dimension in space]
+    if twice := next((dimension.key for dimension in space if named.count(dimension.key) > 1), None):
         raise UserError(f"{twice}: is given twice; name all of its values in one override")
-    return fixed, found
+    return fixed, space
 
 
 def _dimension(parsed: Any, text: str) -> Dimension:
@@ -111,8 +117,7 @@ def check(config: DictConfig, overrides: list[str], space: list[Dimension]) -> N
         if dimension.key == "target":
             raise UserError("target: a sweep compares settings by one stage; choose one target")
         composed = [compose([*overrides, *spelt(first | {dimension.key: value})]) for value in dimension.ends]
-        prints = {target_fingerprint(each) for each in composed}
-        if len(prints) < len(composed):
+        if len(set(map(target_fingerprint, composed))) < len(composed):
             raise UserError(f"{dimension.key}: its values make no difference to {stage_wanted(config)}; leave it out")
 
 
@@ -132,3 +137,66 @@ def combinations(space: list[Dimension]) -> list[dict[str, Any]]:
 def spelt(values: dict[str, Any]) -> list[str]:
     """Values by key as overrides."""
     return [f"{key}={value}" for key, value in values.items()]
+
+
+def check_names(config: DictConfig) -> None:
+    """Raises `UserError` where the target is no stage, or a key of `sweep` names none that is made."""
+    if config.target is not None and config.target not in STAGES:
+        raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}{nearest(config.target, STAGES)}")
+    made = needed_by(config.target, config)
+    for key, text in {"metric": metric(config), "kl": config.sweep.kl, "prune": config.sweep.prune}.items():
+        stage, _, name = (text or "").partition(".")
+        if text is not None and (stage not in made or not name):
+            stages = ", ".join(made)
+            raise UserError(f"sweep.{key}={text}: must be STAGE.METRIC, of one of {stages}{nearest(stage, made)}")
+    if config.sweep.prune and config.sweep.trials is None:
+        raise UserError("sweep.prune: only a search ends runs early; set sweep.trials")
+
+
+def stage_wanted(config: DictConfig) -> str:
+    """The stage that is made with every setting: the target, or the last one of the chain."""
+    return config.target or list(STAGES)[-1]
+
+
+def metric(config: DictConfig) -> str:
+    """The number that the sweep is about, as STAGE.METRIC."""
+    stage = stage_wanted(config)
+    if config.sweep.metric is not None:
+        return config.sweep.metric
+    if stage == "evaluate":
+        return f"evaluate.models.{config.evaluate.models[-1]}.gold_mean"
+    if not STAGES[stage].metric:
+        raise UserError(f"sweep.metric: stage {stage} has no main metric; name one, as {stage}.METRIC")
+    return f"{stage}.{STAGES[stage].metric}"
+
+
+def objective(config: DictConfig) -> str:
+    """The number that settings are chosen by: the metric, and for the evaluation the metric on the validation prompts.
+
+    The evaluation has no tasks, arena and base text on validation prompts; there it is the metric itself.
+    """
+    stage, _, name = metric(config).partition(".")
+    name = "models.ppo.gold_mean" if name == "ppo_gold_mean" else name
+    judged = name.startswith("models.") and ".tasks." not in name and not name.endswith(".text_bits_per_byte")
+    return f"evaluate.validation.{name}" if stage == "evaluate" and judged else metric(config)
+
+
+def validation_override(config: DictConfig) -> list[str]:
+    """The override that has the evaluation measure the objective; none where `config` does so already."""
+    if not objective(config).startswith("evaluate.validation.") or config.evaluate.validation_prompts:
+        return []
+    return [f"evaluate.validation_prompts={config.evaluate.prompts}"]
+
+
+def kl_metric(config: DictConfig) -> str | None:
+    """The KL that belongs to the metric, if any."""
+    stage, *path = metric(config).split(".")
+    if config.sweep.kl is not None or stage == "ppo":
+        return config.sweep.kl or "ppo.kl"
+    model = path[1] if path[0] == "models" and len(path) > 1 else path[0].removesuffix("_gold_mean")
+    return f"evaluate.models.{model}.kl" if stage == "evaluate" and model in config.evaluate.models else None
+
+
+def direction(name: str, given: Direction | None) -> Direction:
+    """Whether to maximize or minimize the metric `name`, where it is not `given`."""
+    return given or ("minimize" if name.endswith(LOWER) else "maximize")

@@ -14,19 +14,19 @@ from threefold.stages import STAGES
 def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
     """One row for each setting (in a search for each trial), the best first and those without a value last.
 
-    `mean` and `std` (of a sample) are over its runs that have a value, `reported` the mean of what is reported in its
-    place; `best` marks the best setting of those all of
-    whose runs were made, `front` those that no other setting beats in the metric and in KL.
+    `mean` and `std` (of a sample) are over its runs that have a value; `reported` is the mean of what is reported in
+    its place. `best` marks the best setting of those all of whose runs were made, `front` those that no other setting
+    beats in the metric and in KL.
     """
     groups: dict[Any, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(run.get("trial", tuple(run["setting"].items())), []).append(run)
     rows = [_row(group) for group in groups.values()]
     rows.sort(key=lambda row: (row["mean"] is None, _cost(row, direction)))
-    whole = [row for row in rows if row["state"] == "complete"]
+    complete = [row for row in rows if row["state"] == "complete"]
     for row in rows:
-        row["best"] = bool(whole) and row is whole[0]
-        row["front"] = row in whole and not any(_beats(other, row, direction) for other in whole)
+        row["best"] = bool(complete) and row is complete[0]
+        row["front"] = row in complete and not any(_beats(other, row, direction) for other in complete)
     return rows
 
 
@@ -88,7 +88,7 @@ def variance_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _means(labels: list[Any], values: np.ndarray) -> np.ndarray:
-    """For each value the mean of those that have the same label."""
+    """For each of `values` [R] the mean of those that have the same label; R: runs."""
     same = np.array([[one == other for other in labels] for one in labels], dtype=float)
     return same @ values / same.sum(1)
 
@@ -108,8 +108,12 @@ def lines(runs: list[dict[str, Any]], metric: str, reported: str | None = None) 
 def made_from(folder: Path, runs: list[dict[str, Any]]) -> dict[str, str]:
     """The fingerprint of every stage that all finished runs below `folder` have in common."""
     folders = [folder / run["run"] for run in runs if run["state"] == "complete"]
-    found = {stage: {fingerprint(folder, stage) for folder in folders} for stage in STAGES}
-    return {stage: prints.pop() for stage, prints in found.items() if len(prints) == 1 and None not in prints}
+    shared = {}
+    for stage in STAGES:
+        first, *others = {fingerprint(folder, stage) for folder in folders} or {None}
+        if first is not None and not others:
+            shared[stage] = first
+    return shared
 
 
 def fingerprint(folder: Path, stage: str) -> str | None:
@@ -121,23 +125,23 @@ def fingerprint(folder: Path, stage: str) -> str | None:
 def current(folder: Path) -> dict[str, Any] | None:
     """sweep.json of a run; None without one, and where the run has other stages by now than its runs were made from."""
     file = folder / "sweep.json"
-    found = read_json(file) if file.is_file() else None
-    if found and all(fingerprint(folder, stage) in (known, None) for stage, known in found["made_from"].items()):
-        return found
+    content = read_json(file) if file.is_file() else None
+    if content and all(fingerprint(folder, stage) in (made, None) for stage, made in content["made_from"].items()):
+        return content
     return None
 
 
-def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
+def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and a row for each setting, as text."""
-    rows, search, kl = found["settings"], found["search"], any(row["kl"] is not None for row in found["settings"])
-    keys, repeated = found["keys"], bool(found["repeated"])
-    apart = [found["reported"]] if found.get("reported") else []  # not in those of an earlier version
-    heading = [*(["trial"] if search else []), *keys, found["metric"], *apart, *(["KL"] if kl else [])]
+    rows, search, kl = results["settings"], results["search"], any(row["kl"] is not None for row in results["settings"])
+    keys, repeated = results["keys"], bool(results["repeated"])
+    reported = [results["reported"]] if results.get("reported") else []  # a file of an earlier version has none
+    heading = [*(["trial"] if search else []), *keys, results["metric"], *reported, *(["KL"] if kl else [])]
     heading += [*(["runs"] if repeated else []), "note"]
     cells = [
         [
             *([str(row["trial"])] if search else []), *(shown(row["setting"][key]) for key in keys), _value(row),
-            *([_value(row, "reported", "reported_std")] if apart else []),
+            *([_value(row, "reported", "reported_std")] if reported else []),
             *(["–" if row["kl"] is None else f"{row['kl']:.3g}"] if kl else []),
             *([f"{row['made']} of {row['runs']}"] if repeated else []), _mark(row, kl),
         ]
@@ -163,27 +167,27 @@ def _mark(row: dict[str, Any], kl: bool) -> str:
     return ", ".join([*(["best"] if row["best"] else []), *(["front"] if kl and row["front"] else [])])
 
 
-def sentences(found: dict[str, Any]) -> list[str]:
+def sentences(results: dict[str, Any]) -> list[str]:
     """In words: the best setting, what mattered, and what the marks mean."""
-    said = [f"{found['metric']}, {'higher' if found['direction'] == 'maximize' else 'lower'} is better."]
-    for row in found["settings"]:
+    parts = [f"{results['metric']}, {'higher' if results['direction'] == 'maximize' else 'lower'} is better."]
+    for row in results["settings"]:
         if row["best"]:
             spread = f" ± {row['std']:.2g} over {row['made']} runs" if row["std"] is not None else " in one run"
-            said.append(f"Best: {setting(row['setting'])}, {row['mean']:.4g}{spread}.")
-            said.append(_reported(found, row))
-    if found["importance"]:
-        shares = ", ".join(f"{key} {share:.0%}" for key, share in found["importance"].items())
-        said.append(f"Share of the variance ({found['importance_by']}): {shares}.")
-    if any(row["front"] for row in found["settings"]):
-        said.append(f"front: no other setting is at least as good at no more {found['kl_metric']}.")
-    return said
+            parts.append(f"Best: {setting(row['setting'])}, {row['mean']:.4g}{spread}.")
+            parts.append(_reported(results, row))
+    if results["importance"]:
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in results["importance"].items())
+        parts.append(f"Share of the variance ({results['importance_by']}): {shares}.")
+    if any(row["front"] for row in results["settings"]):
+        parts.append(f"front: no other setting is at least as good at no more {results['kl_metric']}.")
+    return parts
 
 
-def _reported(found: dict[str, Any], best: dict[str, Any]) -> str:
-    """What the best setting reaches where that had no part in the choice, or that there is no such number."""
-    if found.get("reported"):
+def _reported(results: dict[str, Any], best: dict[str, Any]) -> str:
+    """What the best setting reaches in a number that had no part in the choice, or that there is no such number."""
+    if results.get("reported"):
         value = _value(best, "reported", "reported_std")
-        return f"Of it {found['reported']}, on the test prompts, which had no part in the choice: {value}."
+        return f"Of it {results['reported']}, on the test prompts, which had no part in the choice: {value}."
     return (
         "It was chosen by this very number, which is therefore rather too good: the best of several is lucky as well."
     )
@@ -194,23 +198,23 @@ def setting(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {shown(value)}" for key, value in values.items()) or "the run's own setting"
 
 
-def print_result(found: dict[str, Any], folder: Path) -> None:
+def print_result(results: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
     console = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
-    heading, *rows = table(found)
+    heading, *rows = table(results)
     drawn = Table(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         drawn.add_row(*row)
     console.print(drawn)
-    for line in [*sentences(found), *failures(found)]:
+    for line in [*sentences(results), *failures(results)]:
         console.print(line, highlight=False, soft_wrap=True)
     files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
     console.print(files, highlight=False, soft_wrap=True)
 
 
-def failures(found: dict[str, Any]) -> list[str]:
+def failures(results: dict[str, Any]) -> list[str]:
     """A line for each failed run, and how to make them."""
-    if not found["failed"]:
+    if not results["failed"]:
         return []
-    listed = [f"  {setting(run['setting'] | run['repetition'])}: {run['reason']}" for run in found["failed"]]
-    return [f"{len(listed)} of {len(found['runs'])} runs failed; the same command makes them alone:", *listed]
+    listed = [f"  {setting(run['setting'] | run['repetition'])}: {run['reason']}" for run in results["failed"]]
+    return [f"{len(listed)} of {len(results['runs'])} runs failed; the same command makes them alone:", *listed]

@@ -1,11 +1,11 @@
-"""The runs of a sweep: their folders, making them, what each came to, and the files of the whole."""
+"""The runs of a sweep: their folders, making them, what each came to, and the files of the sweep."""
 
 import hashlib
 import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig
 
@@ -14,14 +14,22 @@ from threefold.display.parts import csv_text
 from threefold.errors import UserError, nearest
 from threefold.fileio import read_json, write_json, write_text
 from threefold.runs import seeds, sweep_table, variants
-from threefold.runs.sweep_metric import direction, kl_metric, metric, objective, stage_wanted
-from threefold.runs.sweep_space import Dimension, combinations, spelt
+from threefold.runs.sweep_space import (
+    Dimension,
+    combinations,
+    direction,
+    kl_metric,
+    metric,
+    objective,
+    spelt,
+    stage_wanted,
+)
 from threefold.runs.variants import Variant
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
 
 
-def members(
+def variants_of(
     space: list[Dimension], settings: list[dict[str, Any]], target: str | None
 ) -> dict[Variant, dict[str, Any]]:
     """Every run of the settings, each with every combination of seeds: its variant, setting and repetition."""
@@ -39,7 +47,7 @@ def variant(values: dict[str, Any], target: str | None) -> Variant:
 
 
 def folder_name(text: str) -> str:
-    """`text` if it can name a folder, otherwise what is left of it and a digest of the whole."""
+    """`text` if it can name a folder, otherwise what is left of it and a digest of the whole text."""
     kept = re.sub(r"[^\w.,=+@-]", "_", text)[:LONGEST]
     return text if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -51,20 +59,21 @@ def make(config: DictConfig, overrides: list[str], wanted: dict[Variant, dict[st
         variants.make(config, overrides, list(wanted))
     except variants.Failed as failed:
         reasons = failed.reasons
-    return [result(config, each, known, reasons.get(each.name)) for each, known in wanted.items()]
+    return [result(config, variant, values, reasons.get(variant.name)) for variant, values in wanted.items()]
 
 
-def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: str | None) -> dict[str, Any]:
+def result(config: DictConfig, variant: Variant, values: dict[str, Any], reason: str | None) -> dict[str, Any]:
     """A run as sweep.json lists it, with its value and KL unless it failed for `reason`.
 
-    `value` is what settings are chosen by, `reported` the metric where that is another number.
+    `values` has its setting and repetition. In the row `value` is what settings are chosen by, and `reported` the
+    metric where that is another number.
     """
-    name = f"{config.run}/{wanted.name}"
-    row = known | {"run": name, "state": "complete", "value": None, "reported": None, "kl": None, "reason": reason}
+    name = f"{config.run}/{variant.name}"
+    row = values | {"run": name, "state": "complete", "value": None, "reported": None, "kl": None, "reason": reason}
     if reason:
         return row | {"state": "failed"}
     folder, kl = Path(config.runs) / name, kl_metric(config)
-    value = measured(folder, objective(config))
+    value = cast(float, measured(folder, objective(config)))
     if not math.isfinite(value):
         return row | {"state": "failed", "reason": f"{objective(config)} is {value}"}
     reported = measured(folder, metric(config)) if objective(config) != metric(config) else None
@@ -76,21 +85,20 @@ def result(config: DictConfig, wanted: Variant, known: dict[str, Any], reason: s
 
 
 def measured(folder: Path, name: str, needed: bool = True) -> float | None:
-    """The number STAGE.METRIC of a run; where there is none None, or a `UserError` if it is `needed`."""
+    """The number STAGE.METRIC of a run. Without it: None, or `UserError` if it is `needed`."""
     stage, _, key = name.partition(".")
-    known = seeds.numbers(read_json(folder / stage / "metrics.json"))
-    if key not in known and not needed:
-        return None
-    if key not in known:
-        raise UserError(f"{name}: is not among the numbers of {folder / stage / 'metrics.json'}{nearest(key, known)}")
-    return known[key]
+    file = folder / stage / "metrics.json"
+    numbers = seeds.numbers(read_json(file))
+    if key not in numbers and needed:
+        raise UserError(f"{name}: is not among the numbers of {file}{nearest(key, numbers)}")
+    return numbers.get(key)
 
 
 def write(
     config: DictConfig, space: list[Dimension], runs: list[dict[str, Any]], importance: dict[str, float], by: str
 ) -> dict[str, Any]:
     """Write sweep.json and sweep.csv from `runs`, and link the stages that all share; returns what sweep.json holds."""
-    found = {
+    results = {
         "run": config.run,
         "search": config.sweep.trials is not None,
         "target": stage_wanted(config),
@@ -107,10 +115,10 @@ def write(
         "failed": [run for run in runs if run["state"] == "failed"],
         "runs": runs,
     }
-    found["settings"] = sweep_table.settings(runs, found["direction"])
+    results["settings"] = sweep_table.settings(runs, results["direction"])
     folder = Path(config.runs) / config.run
-    for stage, fingerprint in found["made_from"].items():
+    for stage, fingerprint in results["made_from"].items():
         Artifact(Path(config.runs), stage, fingerprint).link_into(folder)
-    write_json(folder / "sweep.json", found)
-    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, found["metric"], found["reported"])))
-    return found
+    write_json(folder / "sweep.json", results)
+    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, results["metric"], results["reported"])))
+    return results

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,11 +53,11 @@ def require() -> None:
 
 def resources(config: DictConfig, stage: str) -> dict[str, Any]:
     """What the job of `stage` asks for: nodes, gpus and cpus on each, memory_gb, minutes."""
-    own, common = config.resources.stages[stage], config.resources
-    found = {key: common[key] if own[key] is None else own[key] for key in own}
+    of_stage, common = config.resources.stages[stage], config.resources
+    needs = {key: common[key] if of_stage[key] is None else of_stage[key] for key in of_stage}
     if not STAGES[stage].several_processes:
-        found |= {"nodes": 1, "gpus": min(1, found["gpus"])}
-    return found
+        needs |= {"nodes": 1, "gpus": min(1, needs["gpus"])}
+    return needs
 
 
 def check(config: DictConfig, stage: str) -> None:
@@ -78,17 +78,17 @@ def check(config: DictConfig, stage: str) -> None:
         )
     if launch.mode in SHARDED and not needs["gpus"]:
         raise UserError(f"resources.gpus=0 for {stage}: launch.mode={launch.mode} needs GPUs; use launch=ddp")
-    there = OmegaConf.masked_copy(config, list(config))
-    OmegaConf.update(there, "launch.nodes", needs["nodes"])
-    check_shares(there, [stage])
+    in_job = OmegaConf.masked_copy(config, list(config))
+    OmegaConf.update(in_job, "launch.nodes", needs["nodes"])
+    check_shares(in_job, [stage])
 
 
 def parameters(config: DictConfig, stage: str, name: str, after: Iterable[str]) -> dict[str, Any]:
     """submitit's parameters for a job called `name` that makes `stage` once the jobs `after` have ended well."""
     needs, cluster, launcher = resources(config, stage), config.cluster, config.launcher
-    more = dict(OmegaConf.to_container(cluster.parameters, resolve=True))
+    more = cast(dict[str, Any], OmegaConf.to_container(cluster.parameters, resolve=True))
     more |= {"requeue": True} if launcher.requeue else {"no-requeue": True}
-    found = {
+    options = {
         "job_name": name, "time": needs["minutes"], "nodes": needs["nodes"], "ntasks_per_node": 1,
         "cpus_per_task": needs["cpus"], "gpus_per_node": needs["gpus"] or None,
         "mem": f"{int(needs['memory_gb'] * 1024)}M" if needs["memory_gb"] else None,
@@ -100,24 +100,25 @@ def parameters(config: DictConfig, stage: str, name: str, after: Iterable[str]) 
         "srun_args": [f"--cpus-per-task={needs['cpus']}", "--kill-on-bad-exit=1", "--mpi=none"],
     }  # fmt: skip
     if after := list(after):
-        found["dependency"] = f"afterok:{':'.join(after)}"
+        options["dependency"] = f"afterok:{':'.join(after)}"
         more["kill-on-invalid-dep"] = "yes"
-    return {key: value for key, value in found.items() if value is not None} | {"additional_parameters": more}
+    return {key: value for key, value in options.items() if value is not None} | {"additional_parameters": more}
 
 
 def send(work: Callable[[], None], folder: Path, timeouts: int, options: dict[str, Any]) -> str:
     """Send `work` as a job whose script and log go into `folder`; returns its id. Raises `UserError` if refused."""
-    import submitit
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
 
     folder.mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
+    executor = SlurmExecutor(folder, max_num_timeout=timeouts)
     executor.update_parameters(**options)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what the exception says as well
             return executor.submit(work).job_id
-    except submitit.core.utils.FailedJobError as error:
-        said = " ".join(str(error).replace("sbatch: error: ", "").split())
-        raise UserError(f"{options['job_name']}: Slurm refuses it: {said}") from error
+    except FailedJobError as error:
+        reason = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise UserError(f"{options['job_name']}: Slurm refuses it: {reason}") from error
 
 
 def log(folder: Path, job: str) -> Path:
@@ -128,20 +129,20 @@ def log(folder: Path, job: str) -> Path:
 def states(jobs: dict[str, str]) -> dict[str, State]:
     """What Slurm says of the jobs id → name, by one call of squeue, and one of sacct for those that it has forgotten.
 
-    Jobs of which neither knows, and ids that have another name by now, are left out. Raises `UserError` where Slurm
-    does not answer.
+    Jobs that neither knows are left out, and so are ids that now belong to a job of another name. Raises `UserError`
+    where Slurm does not answer.
     """
     if not jobs:
         return {}
-    found = _asked("squeue", ["--states=all", f"--format={FIELDS['squeue']}", f"--jobs={','.join(jobs)}"], jobs)
-    if forgotten := [job for job in jobs if job not in found]:
+    answers = _asked("squeue", ["--states=all", f"--format={FIELDS['squeue']}", f"--jobs={','.join(jobs)}"], jobs)
+    if forgotten := [job for job in jobs if job not in answers]:
         options = ["-X", "--parsable2", f"--format={FIELDS['sacct']}", f"--jobs={','.join(forgotten)}"]
-        found |= _asked("sacct", options, jobs)
-    return found
+        answers |= _asked("sacct", options, jobs)
+    return answers
 
 
 def cancel(jobs: list[str]) -> None:
-    """End jobs, or take them out of the queue. Raises `UserError` where Slurm ends not all of them."""
+    """End jobs, or take them out of the queue. Raises `UserError` where Slurm does not end all of them."""
     if jobs:
         ended = subprocess.run(["scancel", *jobs], stderr=subprocess.PIPE, text=True)
         if ended.returncode != 0:
@@ -155,19 +156,16 @@ def _asked(command: str, options: list[str], jobs: dict[str, str]) -> dict[str, 
         raise UserError(f"Slurm: {command} is not on this machine") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"Slurm: {command} does not answer") from error
-    if answer.returncode != 0 and not _knows_nothing(answer.stderr):
+    # it fails as well where it knows none of the jobs, and where the cluster keeps no accounts
+    no_answer = "Invalid job id" in answer.stderr or "accounting storage is disabled" in answer.stderr
+    if answer.returncode != 0 and not no_answer:
         raise UserError(f"Slurm: {command} says {' '.join(answer.stderr.split())}")
     rows = [line.split("|") for line in answer.stdout.splitlines()]
     return {job: state(slurm, reason, nodes) for job, slurm, reason, nodes, name in rows if jobs.get(job) == name}
 
 
-def _knows_nothing(error: str) -> bool:
-    """Whether the command only says that it knows none of the jobs, or that the cluster keeps no accounts."""
-    return "Invalid job id" in error or "accounting storage is disabled" in error
-
-
 def state(slurm: str, reason: str = "None", nodes: str = "") -> State:
     """The state for Slurm's word, which may carry more, as in "CANCELLED by 0"."""
     first = slurm.split()[0].rstrip("+")
-    word = next((word for word, known in WORDS.items() if first in known), "failed")
+    word = next((word for word, names in WORDS.items() if first in names), "failed")
     return State(word, first, "" if reason == "None" else reason, nodes)

@@ -1,7 +1,7 @@
 """Which Slurm job makes which artifact, for which runs: runs/artifacts/<stage>-<fingerprint>.job, beside the artifact.
 
-A record is written when the job is sent and goes when the job has made the artifact. One of a job that ended otherwise
-stays, to say so, until the stage is sent again.
+A record is written when the job is sent, and removed when the job has made the artifact. The record of a job that
+ended otherwise stays until the stage is sent again, so that `threefold status` can say how it ended.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -37,8 +37,8 @@ def read(artifact: Artifact) -> Record | None:
     file = file_of(artifact)
     if not file.is_file():
         return None
-    known = read_json(file)
-    return Record(*(known[each.name] for each in fields(Record)))
+    content = read_json(file)
+    return Record(**{column.name: content[column.name] for column in fields(Record)})
 
 
 def write(artifact: Artifact, record: Record) -> None:
@@ -54,13 +54,13 @@ def lock(runs: Path) -> FileLock:
 
 def all_of(runs: Path) -> dict[str, tuple[Artifact, Record]]:
     """Every record in a folder of runs, by the name of its artifact."""
-    found = {}
+    records = {}
     for file in sorted((runs / "artifacts").glob("*.job")):
         stage, _, fingerprint = file.stem.rpartition("-")
         artifact = Artifact(runs, stage, fingerprint)
         if record := read(artifact):
-            found[file.stem] = artifact, record
-    return found
+            records[file.stem] = artifact, record
+    return records
 
 
 def wanted_outside(artifact: Artifact, run: str) -> bool:

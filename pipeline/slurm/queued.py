@@ -31,7 +31,7 @@ def tell(config: DictConfig, rows: list[Row]) -> list[Row]:
         if word == "done":
             continue
         if name not in listed:
-            rows.append(_row(artifact, record) | {"state": word, "reason": f"{reason}, for {', '.join(record.runs)}"})
+            rows.append(_row(artifact) | {"state": word, "reason": f"{reason}, for {', '.join(record.runs)}"})
         elif listed[name]["state"] not in ("fresh", "running"):
             listed[name] |= {"state": word, "reason": reason}
     return rows
@@ -49,10 +49,10 @@ def cancel(config: DictConfig) -> list[Row]:
             if _wanted_by(record, config.run)
         }
         states = job_records.ask({name: record for name, (_, record) in records.items()})
-        live = [each for each in records.values() if each[1].job in states and states[each[1].job].live]
         rows = [
-            _row(artifact, record) | {"job": record.job, "state": _leave(artifact, record, config.run)}
-            for artifact, record in live
+            _row(artifact) | {"job": record.job, "state": _leave(artifact, record, config.run)}
+            for artifact, record in records.values()
+            if record.job in states and states[record.job].live
         ]
         client.cancel([row["job"] for row in rows if row["state"] == "cancelled"])
     return rows
@@ -72,5 +72,5 @@ def _wanted_by(record: Record, run: str) -> bool:
     return any(job_records.belongs(other, run) for other in record.runs)
 
 
-def _row(artifact: Artifact, record: Record) -> Row:
+def _row(artifact: Artifact) -> Row:
     return {"stage": artifact.stage, "fingerprint": artifact.fingerprint, "made": "", "metric": ""}

@@ -1,4 +1,4 @@
-"""What a Slurm job does: make the artifact of one stage, and leave it from its last checkpoint when Slurm wants that.
+"""What a Slurm job does: it makes the artifact of one stage, and goes on from the last checkpoint when queued again.
 
 submitit (pipeline/slurm/client.py) keeps a `StageJob` in a file and calls it in the job, in the folder that the job was
 sent from. When Slurm signals that the job will end, submitit calls `checkpoint`, queues the job again and ends the
@@ -41,9 +41,9 @@ class StageJob:
         try:
             self._make(artifact)
         except Exception as error:
-            said = "came to its time limit too often; raise resources.minutes or launcher.max_timeouts"
+            timeouts = "came to its time limit too often; raise resources.minutes or launcher.max_timeouts"
             if first:
-                artifact.note_failure(said if isinstance(error, UncompletedJobError) else first_line(error))
+                artifact.note_failure(timeouts if isinstance(error, UncompletedJobError) else first_line(error))
             raise
         if first:
             self._sign_off(artifact)

@@ -36,17 +36,23 @@ class Wanted:
         """Where it will be."""
         return self.planned.artifact
 
+    @property
+    def sent(self) -> Record:
+        """The record of its job, once that is sent."""
+        assert self.record is not None, f"{self.artifact.folder.name} is not sent"
+        return self.record
+
 
 def unmade(members: Sequence[Member]) -> dict[str, Wanted]:
     """Every artifact that `members` lack, once and parents first, by its folder's name."""
-    found: dict[str, Wanted] = {}
+    artifacts: dict[str, Wanted] = {}
     for member in members:
         config, missing = member.config, {k: v for k, v in member.planned.items() if not v.artifact.finished}
         for stage, entry in missing.items():
             needs = [missing[parent].artifact.folder.name for parent in parents(stage, config) if parent in missing]
             wanted = Wanted(entry, config, member.overrides, needs)
-            found.setdefault(entry.artifact.folder.name, wanted).runs.append(config.run)
-    return found
+            artifacts.setdefault(entry.artifact.folder.name, wanted).runs.append(config.run)
+    return artifacts
 
 
 def submit(members: Sequence[Member]) -> dict[str, Wanted]:
@@ -62,7 +68,7 @@ def submit(members: Sequence[Member]) -> dict[str, Wanted]:
             client.require()
             check(members, wanted)
             adopt(wanted)
-            send_all([each for each in wanted.values() if each.record is None], wanted)
+            send_all([entry for entry in wanted.values() if entry.record is None], wanted)
     return wanted
 
 
@@ -75,66 +81,65 @@ def check(members: Sequence[Member], wanted: dict[str, Wanted]) -> None:
         backends.require(member.config.tracker)
         chain.check_sources(member.config, member.planned)
         chain.check_rewards(member.config, member.planned)
-    for each in wanted.values():
-        client.check(each.config, each.planned.stage)
+    for entry in wanted.values():
+        client.check(entry.config, entry.planned.stage)
 
 
 def adopt(wanted: dict[str, Wanted]) -> None:
     """Take jobs that were sent before and have not ended, and have them link into these runs as well."""
-    records = {name: record for name, each in wanted.items() if (record := job_records.read(each.artifact))}
+    records = {name: record for name, entry in wanted.items() if (record := job_records.read(entry.artifact))}
     states = job_records.ask(records)
     for name, record in records.items():
-        each, found = wanted[name], job_records.outcome(wanted[name].artifact, record, states)
-        if found and found[0] in client.LIVE:
-            record.runs += [run for run in each.runs if run not in record.runs]
-            job_records.write(each.artifact, record)
-            each.record, each.sent_before = record, True
+        entry, outcome = wanted[name], job_records.outcome(wanted[name].artifact, record, states)
+        if outcome and outcome[0] in client.LIVE:
+            record.runs += [run for run in entry.runs if run not in record.runs]
+            job_records.write(entry.artifact, record)
+            entry.record, entry.sent_before = record, True
 
 
 def send_all(new: list[Wanted], wanted: dict[str, Wanted]) -> None:
     """Send all jobs of `new`, or none where one is refused."""
     try:
-        for each in new:
-            send(each, wanted)
+        for entry in new:
+            send(entry, wanted)
     except BaseException:
-        sent = [each for each in new if each.record]
+        sent = [entry for entry in new if entry.record]
         with contextlib.suppress(UserError):  # what stays queued keeps its record; the first error counts
-            client.cancel([each.record.job for each in sent])
-            for each in sent:
-                job_records.file_of(each.artifact).unlink(missing_ok=True)
+            client.cancel([entry.sent.job for entry in sent])
+            for entry in sent:
+                job_records.file_of(entry.artifact).unlink(missing_ok=True)
         raise
 
 
-def send(each: Wanted, wanted: dict[str, Wanted]) -> None:
+def send(entry: Wanted, wanted: dict[str, Wanted]) -> None:
     """Send one job, after those of the artifacts that it needs, and keep its record."""
-    entry, config, folder = each.planned, each.config, job_records.logs(Path(each.config.runs))
-    after = {name: wanted[name].record.job for name in each.needs}
-    name = job_records.name_of(each.artifact.folder.name)
-    work = StageJob(
-        entry.stage, entry.fingerprint, config.runs, arguments(each), entry.parts, each.needs, config.launcher.requeue
-    )
-    each.artifact.forget_failure()
-    options = client.parameters(config, entry.stage, name, after.values())
-    job = client.send(work, folder, config.launcher.max_timeouts, options)
-    each.record = Record(job, each.runs, after)
-    job_records.write(each.artifact, each.record)
+    planned, config, needs = entry.planned, entry.config, entry.needs
+    after = {name: wanted[name].sent.job for name in needs}
+    overrides, launcher = arguments(entry), config.launcher
+    work = StageJob(planned.stage, planned.fingerprint, config.runs, overrides, planned.parts, needs, launcher.requeue)
+    entry.artifact.forget_failure()
+    options = client.parameters(config, planned.stage, job_records.name_of(entry.artifact.folder.name), after.values())
+    job = client.send(work, job_records.logs(Path(config.runs)), launcher.max_timeouts, options)
+    entry.record = Record(job, entry.runs, after)
+    job_records.write(entry.artifact, entry.record)
 
 
-def arguments(each: Wanted) -> list[str]:
+def arguments(entry: Wanted) -> list[str]:
     """The overrides that a job is composed from: those of the run, for one stage, with as many threads as cores."""
-    own = [f"target={each.planned.stage}", "dependents=false", "seeds=null"]
-    if each.config.runtime.threads is None:
-        own.append(f"runtime.threads={client.resources(each.config, each.planned.stage)['cpus']}")
-    return [*each.overrides, *own]
+    config, stage = entry.config, entry.planned.stage
+    of_job = [f"target={stage}", "dependents=false", "seeds=null"]
+    if config.runtime.threads is None:
+        of_job.append(f"runtime.threads={client.resources(config, stage)['cpus']}")
+    return [*entry.overrides, *of_job]
 
 
 def rows(wanted: dict[str, Wanted]) -> list[tuple[str, ...]]:
     """Jobs for a table: stage, id, the jobs that each waits for, what it asks for, and the runs that want it."""
-    found = []
-    for each in wanted.values():
-        needs, record = client.resources(each.config, each.planned.stage), each.record
+    table = []
+    for entry in wanted.values():
+        needs, record = client.resources(entry.config, entry.planned.stage), entry.sent
         after = ", ".join(f"{job} ({name.rpartition('-')[0]})" for name, job in record.after.items())
         asked = f"{needs['nodes']} × {needs['cpus']} CPUs, {needs['gpus']} GPUs, {needs['minutes']} min"
-        job = f"{record.job} (sent before)" if each.sent_before else record.job
-        found.append((each.planned.stage, job, after, asked, ", ".join(each.runs)))
-    return found
+        job = f"{record.job} (sent before)" if entry.sent_before else record.job
+        table.append((entry.planned.stage, job, after, asked, ", ".join(entry.runs)))
+    return table

@@ -20,7 +20,7 @@ def run(config: DictConfig, overrides: list[str]) -> None:
 
 
 def make(members: Sequence[Member]) -> dict[str, str]:
-    """Have Slurm make what `members` lack and wait for it; run → why it is not whole, for those that are not.
+    """Have Slurm make what `members` lack and wait for it; run → why it is not complete, for those that are not.
 
     An interrupt ends the waiting, and the command with status 130; the jobs go on.
     """
@@ -28,31 +28,31 @@ def make(members: Sequence[Member]) -> dict[str, str]:
     try:
         failed = wait(wanted, config.launcher.poll_seconds) if wanted else {}
     except KeyboardInterrupt:
-        own = f"run={config.run.partition('/variants/')[0]}" + f" runs={config.runs}" * (config.runs != "runs")
-        print(f"the jobs go on: `threefold status {own}`, and to end them `threefold cancel {own}`", file=sys.stderr)
+        run = f"run={config.run.partition('/variants/')[0]}" + f" runs={config.runs}" * (config.runs != "runs")
+        print(f"the jobs go on: `threefold status {run}`, and to end them `threefold cancel {run}`", file=sys.stderr)
         sys.exit(130)
     for member in members:
         member.link()
-    found: dict[str, str] = {}
-    for name, said in failed.items():
+    failures: dict[str, str] = {}
+    for name, reason in failed.items():
         for run in wanted[name].runs:
-            found.setdefault(run, f"{wanted[name].planned.stage} {said}")
-    return found
+            failures.setdefault(run, f"{wanted[name].planned.stage} {reason}")
+    return failures
 
 
 def wait(wanted: dict[str, Wanted], seconds: float) -> dict[str, str]:
     """Wait for jobs and say on a line each how they end; artifact → why it was not made, the first to fail first."""
     started, failed, waiting = time.monotonic(), {}, dict(wanted)
-    before = sum(each.sent_before for each in wanted.values())
+    before = sum(entry.sent_before for entry in wanted.values())
     print(f"{len(wanted)} jobs in Slurm" + (f", {before} of them sent before" if before else ""), flush=True)
-    for found in looks(waiting, seconds):
-        for name, (word, reason) in found.items():
-            each, said = waiting.pop(name), f"{word}: {reason}" if reason else word
+    for ended_now in looks(waiting, seconds):
+        for name, (word, reason) in ended_now.items():
+            runs, outcome = waiting.pop(name).runs, f"{word}: {reason}" if reason else word
             if word != "made":
-                failed[name] = said
-            whom = f"{len(each.runs)} runs" if len(each.runs) > 1 else each.runs[0]
+                failed[name] = outcome
+            whom = f"{len(runs)} runs" if len(runs) > 1 else runs[0]
             done = f"{len(wanted) - len(waiting)} of {len(wanted)}"
-            print(f"{done}  {name} for {whom}: {said}  ({time.monotonic() - started:.0f} s)", flush=True)
+            print(f"{done}  {name} for {whom}: {outcome}  ({time.monotonic() - started:.0f} s)", flush=True)
     return failed
 
 
@@ -75,17 +75,19 @@ def looks(waiting: dict[str, Wanted], seconds: float) -> Iterator[dict[str, tupl
 def ended(waiting: dict[str, Wanted], unseen: dict[str, float]) -> dict[str, tuple[str, str]]:
     """Jobs that have ended: made, failed, cancelled or not started, and why.
 
-    `unseen` keeps since when a job is unknown to Slurm, or done without an artifact to be seen; both can be for a time.
+    `unseen` holds when a job was first unknown to Slurm, or done without its artifact. Either may pass by itself, so
+    the job has failed only if it lasts longer than `VISIBLE`.
     """
-    states, found = job_records.ask({name: each.record for name, each in waiting.items()}), {}
-    for name, each in waiting.items():
-        word, reason = job_records.outcome(each.artifact, each.record, states) or ("unknown to Slurm", each.record.job)
-        if each.artifact.finished:
-            found[name] = "made", ""
+    states, outcomes = job_records.ask({name: entry.sent for name, entry in waiting.items()}), {}
+    for name, entry in waiting.items():
+        record, artifact = entry.sent, entry.artifact
+        word, reason = job_records.outcome(artifact, record, states) or ("unknown to Slurm", record.job)
+        if artifact.finished:
+            outcomes[name] = "made", ""
         elif word in ("failed", "cancelled", "not started"):
-            found[name] = word, reason
+            outcomes[name] = word, reason
         elif word in client.LIVE:
             unseen.pop(name, None)
         elif time.monotonic() - unseen.setdefault(name, time.monotonic()) > VISIBLE:
-            found[name] = "failed", f"job {each.record.job} is {word}, and {each.artifact.folder} is not there"
-    return found
+            outcomes[name] = "failed", f"job {record.job} is {word}, and {artifact.folder} is not there"
+    return outcomes

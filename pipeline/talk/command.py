@@ -3,10 +3,11 @@
 Replies go to stdout, everything else to stderr. Torch is imported once the artifacts are known to be there.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig
 
@@ -30,7 +31,7 @@ def talk(config: DictConfig, overrides: list[str]) -> None:
     gives one line, an empty one an empty line, and a mistake raises `UserError`, as a missing artifact always does.
     """
     interactive = sys.stdin.isatty()
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    cast(io.TextIOWrapper, sys.stdin).reconfigure(encoding="utf-8", errors="replace")
     try:
         session = Session(config, overrides)
         for line in typed(session) if interactive else sys.stdin:
@@ -91,11 +92,11 @@ class Session:
 
     def reply(self, line: str) -> str:
         """The reply; that older turns were dropped is said once."""
-        said = self.conversation.reply(line)
+        reply = self.conversation.reply(line)
         if self.conversation.forgotten and not self.told:
             self.told = True
             _tell("the context is full: the oldest turns are dropped from now on (/reset begins anew)")
-        return said
+        return reply
 
     def command(self, line: str) -> None:
         """Do what a line that begins with a slash asks for. Raises `UserError` for one that is no command."""
@@ -107,8 +108,8 @@ class Session:
         elif name == "/model" and rest.strip():
             self.conversation.speaker = self.speaker(rest.strip())
         else:
-            known = "; ".join(f"{command} {meaning}" for command, meaning in COMMANDS.items())
-            raise UserError(f"{line}: no such command{nearest(name, COMMANDS)}; {known}")
+            commands = "; ".join(f"{command} {meaning}" for command, meaning in COMMANDS.items())
+            raise UserError(f"{line}: no such command{nearest(name, COMMANDS)}; {commands}")
 
 
 def made(name: str, config: DictConfig, overrides: list[str]) -> dict[str, Path]:

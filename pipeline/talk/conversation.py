@@ -67,13 +67,11 @@ class Conversation:
                 raise UserError(f"this message is {over:,} tokens too long to leave room for a reply; say it shorter")
             turns = turns[2:]
         self.forgotten += len(self.turns) + 1 - len(turns)
-        said = self.speaker.reply(self._with_system(turns), self._next_seed())
-        self.turns = [*turns, {"role": "assistant", "content": said}]
-        return said
+        self.given += 1  # each reply has numbers of its own, which are not those of another one under another seed
+        seed = int(np.random.SeedSequence((self.seed, self.given)).generate_state(1)[0])
+        reply = self.speaker.reply(self._with_system(turns), seed)
+        self.turns = [*turns, {"role": "assistant", "content": reply}]
+        return reply
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + turns
-
-    def _next_seed(self) -> int:
-        self.given += 1  # each reply has numbers of its own, which are not those of another one under another seed
-        return int(np.random.SeedSequence((self.seed, self.given)).generate_state(1)[0])

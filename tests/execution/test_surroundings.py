@@ -13,7 +13,7 @@ from threefold.display import parts
 from threefold.errors import UserError
 from threefold.execution.surroundings import RANKS, SIZES, leave_launchers
 from threefold.fileio import read_json, read_lines
-from threefold.labelling import evaluated_pairs
+from threefold.labelling import votes_arena
 from threefold.report import tables
 from threefold.runs import sweep_table
 
@@ -174,7 +174,7 @@ SAMPLES = [
 def test_samples_without_replies_are_named_by_line(row, tmp_path):
     file, good = tmp_path / "samples.jsonl", {"prompt": [], "sft": {"reply": "x"}, "ppo": {"reply": "y"}}
     file.write_text(f"{json.dumps(good)}\n")
-    assert len(evaluated_pairs.pool(evaluated_pairs.read_samples(file))) == 1
+    assert len(votes_arena.pool(votes_arena.read_samples(file))) == 1
     file.write_text(f"{json.dumps(good)}\n{row}\n")
     with pytest.raises(UserError, match=r"samples\.jsonl: (line|row) 2 is "):
-        evaluated_pairs.read_samples(file)
+        votes_arena.read_samples(file)

@@ -11,7 +11,7 @@ from pools import opened, row, vote_on, write_pool
 
 from threefold.errors import UserError
 from threefold.evaluation import arena
-from threefold.labelling import evaluated_pairs, page, votes_arena
+from threefold.labelling import page, votes_arena
 from threefold.labelling.queue import Labelling
 from threefold.labelling.votes import Vote, read_votes
 from threefold.report import arena as arena_section
@@ -37,7 +37,7 @@ def replied(prompts: int) -> list[dict]:
 def votes_on(rows: list[dict], seed: int, share: float = 1.0, labellers: int = 1) -> list[Vote]:
     """Votes of people who follow the Bradley-Terry model with STRENGTH."""
     rng, found = np.random.default_rng(seed), []
-    for comparison in evaluated_pairs.pool(rows):
+    for comparison in votes_arena.pool(rows):
         for labeller in range(labellers if rng.random() < share else 0):
             a, b = STRENGTH[comparison.model_a], STRENGTH[comparison.model_b]
             winner = "model_a" if rng.random() < 1 / (1 + np.exp(b - a)) else "model_b"
@@ -49,7 +49,7 @@ def votes_on(rows: list[dict], seed: int, share: float = 1.0, labellers: int = 1
 def test_the_pool_has_each_two_models_replies_that_differ():
     rows = replied(3)
     rows[1]["dpo"]["reply"] = rows[1]["sft"]["reply"]
-    pool = evaluated_pairs.pool(rows)
+    pool = votes_arena.pool(rows)
     assert len(pool) == 3 * 6 - 1 and len({c.pair for c in pool}) == len(pool)
     assert {c.split for c in pool} == {"test"}  # which no stage trains on
     for comparison in pool:
@@ -61,20 +61,20 @@ def test_the_pool_has_each_two_models_replies_that_differ():
 
 
 def test_pairs_keep_their_names_when_another_model_changes():
-    before, rows = evaluated_pairs.pool(replied(4)), replied(4)
+    before, rows = votes_arena.pool(replied(4)), replied(4)
     for changed in rows:
         changed["ppo"]["reply"] += "!"
-    after = {c.pair for c in evaluated_pairs.pool(rows)}
+    after = {c.pair for c in votes_arena.pool(rows)}
     assert {c.pair for c in before} & after == {c.pair for c in before if "ppo" not in (c.model_a, c.model_b)}
 
 
 def test_pairs_of_models_take_turns(tmp_path):
-    labelling = Labelling(evaluated_pairs.pool(replied(20)), tmp_path / "votes.jsonl", 1)
+    labelling = Labelling(votes_arena.pool(replied(20)), tmp_path / "votes.jsonl", 1)
     order = [(c.model_a, c.model_b) for c in labelling.pool.values()]
     assert len(order) == 120
     for seen in range(0, 120, 6):
         assert set(Counter(order[: seen + 6]).values()) == {seen // 6 + 1}
-    again = Labelling(evaluated_pairs.pool(replied(20)), tmp_path / "other.jsonl", 2)
+    again = Labelling(votes_arena.pool(replied(20)), tmp_path / "other.jsonl", 2)
     assert list(again.pool) != list(labelling.pool) and set(again.pool) == set(labelling.pool)
     uneven = write_pool(tmp_path / "uneven.jsonl", [row(i, model_b="dpo" if i == 9 else "ppo") for i in range(10)])
     assert "pair-9" in list(opened(uneven, tmp_path / "uneven_votes.jsonl").pool)[:2]
@@ -82,7 +82,7 @@ def test_pairs_of_models_take_turns(tmp_path):
 
 def test_each_vote_counts_once_and_a_tie_as_half_a_win_for_both():
     rows = replied(2)
-    pair = next(c for c in evaluated_pairs.pool(rows) if {c.model_a, c.model_b} == {"sft", "ppo"})
+    pair = next(c for c in votes_arena.pool(rows) if {c.model_a, c.model_b} == {"sft", "ppo"})
     assert (pair.model_a, pair.model_b) == ("ppo", "sft")
     votes = [
         Vote(**asdict(pair), winner=winner, labeller=str(i), reason="", time="2026-11-21T10:00:00Z")
@@ -128,7 +128,7 @@ def test_judges_are_compared_with_people_where_both_prefer_a_reply():
 def run(tmp_path):
     """The configuration of a run of which the evaluation's replies are there."""
     rows, config = replied(6), composed(f"runs={tmp_path}", "label.pairs=evaluate")
-    samples = evaluated_pairs.samples_file(config)
+    samples = votes_arena.samples_file(config)
     samples.parent.mkdir(parents=True)
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return config, rows
@@ -136,9 +136,9 @@ def run(tmp_path):
 
 def test_votes_of_the_page_reach_the_arena(run):
     config, rows = run
-    file = evaluated_pairs.votes_file(config)
+    file = votes_arena.votes_file(config)
     assert votes_arena.of_run(config) is None and file.name == "evaluate_votes.jsonl"
-    labelling = Labelling(evaluated_pairs.pool(rows), file, config.label.seed)
+    labelling = Labelling(votes_arena.pool(rows), file, config.label.seed)
     while shown := labelling.next("anna"):
         by_people = [text.startswith("human") for text in (shown.first, shown.second)]
         vote_on(labelling, "anna", {(True, False): "first", (False, True): "second"}.get(tuple(by_people), "tie"))
@@ -151,7 +151,7 @@ def test_votes_of_the_page_reach_the_arena(run):
 def test_votes_on_replies_of_an_earlier_evaluation_are_left_out_and_counted(run, capsys):
     config, rows = run
     earlier = [row | {"ppo": row["ppo"] | {"reply": "an older reply"}} for row in rows]
-    file = evaluated_pairs.votes_file(config)
+    file = votes_arena.votes_file(config)
     file.write_text("".join(json.dumps(asdict(v)) + "\n" for v in votes_on(earlier, 1)) + '{"pair": "cut off')
     assert len(read_votes(file)) == 36  # the last line is still being written
     found = votes_arena.of_run(config)
@@ -172,12 +172,12 @@ def test_votes_on_replies_of_an_earlier_evaluation_are_left_out_and_counted(run,
 def test_the_page_serves_the_evaluation_and_says_what_comes_next(run, tmp_path):
     config, rows = run
     assert page.pairs_and_votes(config) == (
-        evaluated_pairs.samples_file(config), tmp_path / "smoke" / "evaluate_votes.jsonl",
+        votes_arena.samples_file(config), tmp_path / "smoke" / "evaluate_votes.jsonl",
     )  # fmt: skip
     chosen = ["run=mine", "label.pairs=evaluate", "label.votes=my votes.jsonl"]
     command = page.report_command(chosen)
     assert command == "make report ARGS=\"run=mine label.pairs=evaluate 'label.votes=my votes.jsonl'\""
-    evaluated_pairs.samples_file(config).unlink()
+    votes_arena.samples_file(config).unlink()
     with pytest.raises(UserError, match="make it with threefold run target=evaluate"):
         page.serve(config, [])
     assert len(rows) == 6

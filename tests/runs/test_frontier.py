@@ -14,7 +14,7 @@ from threefold.fileio import read_json, read_lines, write_json, write_lines
 from threefold.report import frontier as report
 from threefold.report.frontier import section
 from threefold.report.run import configured
-from threefold.runs import frontier, variants
+from threefold.runs import frontier, local, variants
 from threefold.stages import frontier as stage
 from threefold.stages import parents, ppo
 
@@ -65,7 +65,7 @@ def test_snapshots_are_taken_in_even_steps_and_the_last_rollout_is_the_result():
 
 def test_every_method_setting_and_seed_is_a_run_of_its_own():
     config = compose(["frontier.seeds=[1,2]", "frontier.betas=[0.1,0.3]", "frontier.kl_coefs=[0.0]"])
-    members = frontier.members(config.frontier)
+    members = frontier.variants_of(config.frontier)
     names = [variant.name for variant in members]
     assert len(set(names)) == len(names) == 2 * (1 + 2 + 1)
     variant = next(v for v in members if "dpo-beta0.3-seed2" in v.name)
@@ -76,7 +76,7 @@ def test_every_method_setting_and_seed_is_a_run_of_its_own():
 
 def run_here(work, jobs):
     """Make variants one after the other in this process, which has imported everything already."""
-    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+    return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def written(smoke, tmp_path_factory):
     few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=2", "frontier.bootstrap=100"]
     overrides = ["experiment=smoke", "tracker=none", f"runs={runs}", *SETTINGS, *few]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants, "_run", run_here)
+        patch.setattr(local, "_run", run_here)
         folder = frontier.write(compose(overrides), overrides)
     return folder, read_json(folder / "frontier.json")
 

@@ -14,7 +14,7 @@ from threefold.errors import UserError
 from threefold.fileio import read_json, write_json
 from threefold.report import seeds as seeds_section
 from threefold.report.run import Run
-from threefold.runs import seeds, variants
+from threefold.runs import local, seeds, variants
 
 
 def test_numbers_are_found_by_their_dotted_names():
@@ -117,14 +117,14 @@ def test_the_command_makes_each_seed_once_in_processes_of_their_own(borrowed, ca
 
 def test_a_variant_that_fails_leaves_the_others_and_its_first_line(borrowed, monkeypatch, capsys):
     def run_here(work, jobs):
-        return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+        return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
 
     def bring_up_to_date(config):
         if config.dpo.seed == 2:
             raise RuntimeError("weights lost\nin the sea")
 
-    monkeypatch.setattr(variants, "_run", run_here)
-    monkeypatch.setattr(variants.chain, "bring_up_to_date", bring_up_to_date)
+    monkeypatch.setattr(local, "_run", run_here)
+    monkeypatch.setattr(local.chain, "bring_up_to_date", bring_up_to_date)
     config = composed("target=dpo", f"runs={borrowed}", "seeds=3")
     members = [variants.Variant(f"variants/{s}", (f"dpo.seed={s}",), "dpo") for s in (2, 3)]
     with pytest.raises(UserError, match=r"1 of 2 variants failed; variants/2: weights lost \(see .*log.txt\)"):
@@ -139,7 +139,7 @@ def ended_from_outside(overrides, log):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_takes_only_its_own_variant_along(monkeypatch, capsys):
-    monkeypatch.setattr(variants, "_make_one", ended_from_outside)
+    monkeypatch.setattr(local, "_make_one", ended_from_outside)
     work = {name: ([name], None) for name in ("one", "die", "two")}
-    assert variants._run(work, 2) == {"die": variants.OUTSIDE}
+    assert local._run(work, 2) == {"die": local.OUTSIDE}
     assert "3 of 3" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from threefold.errors import UserError
 from threefold.fileio import read_json, write_json
 from threefold.report import sweep as sweep_section
 from threefold.report.run import Run
-from threefold.runs import sweep_metric, sweep_space, sweep_table, trials
+from threefold.runs import sweep_space, sweep_table, trials
 from threefold.runs.sweep_space import Dimension
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -90,15 +90,15 @@ def test_sweeps_that_make_no_sense_are_refused(overrides, said):
 def test_the_metric_its_kl_and_its_direction_follow_from_the_target():
     def named(*overrides):
         config = compose(["experiment=smoke", *overrides])
-        return sweep_metric.metric(config), sweep_metric.kl_metric(config)
+        return sweep_space.metric(config), sweep_space.kl_metric(config)
 
     assert named("target=ppo") == ("ppo.score", "ppo.kl") and named("target=dpo") == ("dpo.accuracy", None)
     assert named("evaluate.models=[sft,dpo]") == ("evaluate.models.dpo.gold_mean", "evaluate.models.dpo.kl")
     assert named("sweep.metric=evaluate.ppo_gold_mean")[1] == "evaluate.models.ppo.kl"
     assert named("sweep.kl=ppo.kl")[1] == "ppo.kl"
-    assert sweep_metric.direction("dpo.accuracy", None) == "maximize"
-    assert {sweep_metric.direction(name, None) for name in ("sft.reply_bits_per_byte", "dpo.loss")} == {"minimize"}
-    assert sweep_metric.direction("dpo.loss", "maximize") == "maximize"
+    assert sweep_space.direction("dpo.accuracy", None) == "maximize"
+    assert {sweep_space.direction(name, None) for name in ("sft.reply_bits_per_byte", "dpo.loss")} == {"minimize"}
+    assert sweep_space.direction("dpo.loss", "maximize") == "maximize"
 
 
 def run_of(setting, value, kl=None, state="complete", seed=1):
@@ -221,7 +221,7 @@ def test_what_has_no_value_on_validation_prompts_is_said_to_be_too_good(tmp_path
 def test_every_figure_of_the_evaluation_has_the_one_that_it_is_chosen_by():
     def chosen_by(metric, *overrides):
         config = compose(["experiment=smoke", "evaluate.prompts=9", f"sweep.metric={metric}", *overrides])
-        return sweep_metric.objective(config), sweep_metric.validation_override(config)
+        return sweep_space.objective(config), sweep_space.validation_override(config)
 
     asked = ["evaluate.validation_prompts=9"]
     assert chosen_by("evaluate.ppo_gold_mean") == ("evaluate.validation.models.ppo.gold_mean", asked)
@@ -309,7 +309,7 @@ def test_a_shared_stage_that_fails_fails_the_runs_that_need_it(tmp_path, monkeyp
             raise UserError("comparisons: too few pairs\nwith more below")
         return made(config, entry, planned, others)
 
-    monkeypatch.setattr(sweeps.variants.chain, "make", make)
+    monkeypatch.setattr(sweeps.chain, "make", make)
     found = sweeps.swept(tmp_path, "dpo.beta=0.1,0.2")
     assert [run["reason"] for run in found["failed"]] == ["comparisons: too few pairs"] * 2
 

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from threefold.errors import UserError
 from threefold.fileio import read_json
 from threefold.report import sweep as sweep_section
-from threefold.runs import sweep_pruning, sweep_search, sweep_space
+from threefold.runs import sweep_pruning, sweep_search, sweep_space, variants
 from threefold.runs.sweep_space import Dimension
 
 SPACE = ["dpo.beta=tag(log,interval(0.01,1.0))", "dpo.learning_rate=tag(log,interval(1e-5,1e-2))"]
@@ -135,7 +135,7 @@ def test_failed_trials_are_made_again_alone_with_the_values_that_they_had(tmp_pa
 
 def test_values_that_are_wrong_only_together_fail_their_trial(tmp_path, monkeypatch):
     sweeps.stand_in(monkeypatch)
-    quick = sweep_search.compose
+    quick = variants.compose
 
     def compose(overrides):
         config = quick(overrides)
@@ -143,7 +143,7 @@ def test_values_that_are_wrong_only_together_fail_their_trial(tmp_path, monkeypa
             raise UserError("dpo.epochs: not with ipo")
         return config
 
-    monkeypatch.setattr(sweep_search, "compose", compose)
+    monkeypatch.setattr(variants, "compose", compose)
     found = sweeps.swept(tmp_path, "dpo.loss_type=sigmoid,ipo", "dpo.epochs=1,2", "sweep.trials=8")
     wrong = [run for run in found["runs"] if run["setting"] == {"dpo.loss_type": "ipo", "dpo.epochs": 2}]
     assert wrong and all(run["reason"] == "dpo.epochs: not with ipo" for run in wrong)

@@ -4,17 +4,20 @@ import functools
 import json
 import math
 import time
+from pathlib import Path
 
 import yaml
 from helpers import composed_once
 from omegaconf import OmegaConf
 
+from threefold import chain
 from threefold.artifacts.artifact import asked_to_stop
+from threefold.chain import making
 from threefold.config.compose import check
 from threefold.config.schema import Config
 from threefold.errors import UserError
 from threefold.fileio import write_json
-from threefold.runs import sweep, sweep_search, sweep_space, variants
+from threefold.runs import local, sweep, sweep_space, variants
 
 
 def quality(config) -> float:
@@ -61,7 +64,7 @@ class Stages:
 
 def run_here(work, jobs):
     """Make variants one after the other in this process."""
-    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
+    return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
 
 
 @functools.cache
@@ -80,11 +83,14 @@ def quickly(*overrides: str):
 def stand_in(monkeypatch, **options) -> Stages:
     """Have stages made by `Stages` and variants in this process; returns the stand-in."""
     stages = Stages(**options)
-    for module in (variants, sweep_space, sweep_search):
+    for module in (variants, local, sweep_space):
         monkeypatch.setattr(module, "compose", lambda given: quickly(*given))
-    monkeypatch.setattr(variants, "_run", run_here)
-    monkeypatch.setattr(variants.chain, "make", stages.make)
-    monkeypatch.setattr(variants.chain, "check", lambda config, planned: None)
+    monkeypatch.setattr(local, "_run", run_here)
+    for module in (chain, making):
+        monkeypatch.setattr(module, "make", stages.make)
+        monkeypatch.setattr(module, "check", lambda config, planned: None)
+    # the report asks for more numbers than these stages have
+    monkeypatch.setattr("threefold.report.write_report", lambda config: Path(config.runs))
     return stages
 
 
