@@ -35,9 +35,11 @@ from threefold.evaluation import checkup
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
-from threefold.ppo import actors, checkpoint, engines, estimators, memory, rollouts
+from threefold.ppo import actors, checkpoint, engines, memory, rollouts
 from threefold.ppo.actors import Actors
-from threefold.ppo.advantages import estimate
+from threefold.ppo.advantages import (
+    estimate, kl_per_token, next_kl_coef, policy_losses, reply_weights, summed, value_losses,
+)  # fmt: skip
 from threefold.ppo.rollout_views import views
 from threefold.ppo.rollouts import Prompt, Rollout
 from threefold.rewards.learned import learned
@@ -99,7 +101,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
-            ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
+            ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
             result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
@@ -183,9 +185,8 @@ def load(job: Job) -> Ppo:
     micro = micro_batch_size(job)
     engine = engines.load(job, accelerator.num_processes, tokenizer.eos_token_id)
     loaded = actors.load(config, job.inputs, str(accelerator.device))
-    optimizers = {"policy": adam(loaded.policy, config)}
-    if loaded.critic is not None:
-        optimizers["critic"] = adam(loaded.critic, config)
+    trained = {"policy": loaded.policy, "critic": loaded.critic}
+    optimizers = {name: adam(model, config) for name, model in trained.items() if model is not None}
     reward = load_reward(config, loaded, tokenizer, micro, accelerator)
     with accelerator.main_process_first():  # it writes the tokens that the others read
         text = packing.shuffled_rows(job, tokenizer, config.ptx_context, config.seed) if config.ptx_coef else None
@@ -259,7 +260,7 @@ def minibatch_step(
     """Step number `step` of training, on the replies `rows` [b] of B; metrics as means over their tokens [11]."""
     config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
     weights = torch.zeros_like(rollout.scores)
-    weights[rows] = estimators.reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
+    weights[rows] = reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
     for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro_batch_size):
         part = rollout.take(chosen)
         for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen], weights[chosen]):
@@ -305,16 +306,16 @@ def policy_loss(
     """The clipped loss of N tokens, all tensors being [N], and the KL loss [6]: weighted sum, and sums of metrics."""
     config, chosen = ppo.config, part.mask.bool()
     old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
-    policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
+    policy, clipped = policy_losses(logprobs, old, advantages, config.clip_range)
     log_ratio = (logprobs - old).detach()
     if ppo.job.tracked:
         ppo.ratios.append(log_ratio.exp())
     sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
     loss = (policy * weights).sum()
     if config.kl_in == "loss":
-        sums["kl_loss"] = estimators.kl_per_token(logprobs, reference, config.kl_estimator)
+        sums["kl_loss"] = kl_per_token(logprobs, reference, config.kl_estimator)
         loss = loss + ppo.kl_coef * (sums["kl_loss"] * weights).sum()
-    return loss, estimators.summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+    return loss, summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
 
 
 def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -322,8 +323,8 @@ def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tupl
     with ppo.accelerator.autocast():
         values = rollouts.reply_values(ppo.actors.critic, states)
     old = part.values[part.mask.bool()]
-    value, clipped = estimators.value_losses(values, old, returns, ppo.config.value_clip_range)
-    return ppo.config.value_coef * value.sum(), estimators.summed({"value_loss": value, "value_clip_share": clipped})
+    value, clipped = value_losses(values, old, returns, ppo.config.value_clip_range)
+    return ppo.config.value_coef * value.sum(), summed({"value_loss": value, "value_clip_share": clipped})
 
 
 def ptx_step(ppo: Ppo, text: packing.PackedRows, step: int) -> dict[str, float]:

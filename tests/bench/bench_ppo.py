@@ -26,7 +26,8 @@ from threefold.evaluation import held_out
 from threefold.execution.job import Job, quiet_libraries
 from threefold.fileio import read_json
 from threefold.models import chat, ensemble, likelihood, loading
-from threefold.ppo import estimators, rollouts
+from threefold.ppo import advantages as estimators
+from threefold.ppo import rollouts
 from threefold.ppo.advantages import estimate
 from threefold.sampling import sampler
 from threefold.stages import evaluate, ppo

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from threefold.ppo import estimators
+from threefold.ppo import advantages as estimators
 
 LENGTHS = [7, 4, 1]
 
