@@ -33,7 +33,7 @@ def text_of(raw: Row, column: str) -> str:
 
 
 def plain_text_of(raw: Row, column: str) -> str:
-    """As `text_of`, of a prompt or a reply; messages that an export wrote as text are no text."""
+    """As `text_of`, for a prompt or a reply: messages that an export wrote as text are not text."""
     return text_of(raw | {column: value_of(raw, column)} if column in raw else raw, column)
 
 
@@ -45,7 +45,7 @@ READING_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionErro
 
 
 def value_of(raw: Row, column: str) -> Any:
-    """What a column that may hold messages has; messages that an export wrote as text are read from it.
+    """The value of a column that may hold messages; messages that an export wrote as text are read from it.
 
     Raises `UnusableRowError` where text begins as messages do and cannot be read as a list of them.
     """
@@ -77,7 +77,7 @@ def _shown_by_numpy(text: str) -> Any:
 
 
 def _messages_in(parsed: Any, text: str, column: str) -> Any:
-    """What was read from `text` where that is messages, and otherwise the text: people write about JSON as well."""
+    """What was parsed from `text` where that is messages; otherwise the text, as people write about JSON as well."""
     if isinstance(parsed, dict) and parsed.get("role") in ROLES and "content" in parsed:
         return [parsed]
     entries = list(parsed.values() if isinstance(parsed, dict) else parsed)
@@ -89,7 +89,7 @@ def _messages_in(parsed: Any, text: str, column: str) -> Any:
 
 
 def _has_message(entry: Any) -> bool:
-    """Whether an entry of what was read is a message, or has one within."""
+    """Whether a parsed entry is a message, or holds one."""
     if isinstance(entry, dict):
         return _is_message(entry.keys()) or any(map(_has_message, entry.values()))
     return isinstance(entry, list | tuple) and any(map(_has_message, entry))

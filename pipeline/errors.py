@@ -38,7 +38,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing."""
+    """The first line of an error's message; the name of its type where the message is empty."""
     return public((str(error).strip() or type(error).__name__).splitlines()[0])
 
 

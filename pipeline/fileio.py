@@ -18,7 +18,7 @@ def write_json(file: Path, content: Any) -> None:
 def _as_json(file: Path, content: Any, **options: Any) -> str:
     try:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
-    except ValueError:  # JSON has no word for what is not finite
+    except ValueError:  # JSON has no numbers that are not finite
         for place, number in _numbers(content):
             if not math.isfinite(number):
                 raise UserError(
@@ -69,7 +69,7 @@ def read_lines(file: Path) -> list[Any]:
 
 
 def _remedy(file: Path) -> str:
-    """What to remove where `file` is damaged: of an artifact all of it."""
+    """What to do where `file` is damaged; an artifact is to be removed as a whole."""
     folder = file.parent.resolve()
     if folder.parent.name == "artifacts":
         return f"remove the folder {folder}, the same command makes it again"

@@ -38,7 +38,13 @@ from threefold.models import chat, likelihood, loading
 from threefold.ppo import actors, checkpoint, engines, memory, rollouts
 from threefold.ppo.actors import Actors
 from threefold.ppo.advantages import (
-    estimate, kl_per_token, next_kl_coef, policy_losses, reply_weights, summed, value_losses,
+    estimate,
+    kl_per_token,
+    next_kl_coef,
+    policy_losses,
+    reply_weights,
+    summed,
+    value_losses,
 )  # fmt: skip
 from threefold.ppo.rollout_views import views
 from threefold.ppo.rollouts import Prompt, Rollout

@@ -16,7 +16,7 @@ from threefold.models import chat
 class Pair:
     """Two replies to one prompt; `gap` is the judge's score difference or the data's margin, None without either.
 
-    Where replies were labelled one by one, a good reply stands beside a bad one to `rejected_prompt`.
+    Where replies were labelled one by one, a good reply is paired with a bad one, which answers `rejected_prompt`.
     """
 
     prompt: list[Message]
@@ -44,7 +44,8 @@ class Pair:
 def matched(labelled: list[tuple[list[Message], str, bool]], seed: int, once: bool = False) -> list[Pair]:
     """Pairs of replies that were labelled one by one as good or bad: (prompt, reply, whether it is good).
 
-    Every reply is in a pair, those of the rarer label in several; or, with `once`, none is in two and the rest in none.
+    Every reply is in a pair, and those of the rarer label are in several. With `once`, no reply is in two pairs, and
+    those left over are in none.
     """
     generator = np.random.default_rng(seed)
     good, bad = ([(p, r) for p, r, label in labelled if label == wanted] for wanted in (True, False))
@@ -115,7 +116,7 @@ def tokenised(
 ) -> TokenisedPairs:
     """Token ids of pairs, both replies with their end token; pairs longer than `max_length` tokens are dropped.
 
-    No more are tokenised than it takes for `count` that fit. `bar` is a progress bar that counts these.
+    Tokenising ends when `count` pairs fit. `bar` is a progress bar that counts these.
     """
     rows, kept, dropped = [], [], 0
     for pair in pairs:
@@ -136,5 +137,5 @@ def tokenised(
 
 
 def drawn(pairs: list[Pair], count: int | None, seed: int) -> list[Pair]:
-    """The pairs in an order that the seed decides, of which a stage takes the first `count`; null is as they stand."""
+    """The pairs in an order that the seed decides, of which a stage takes the first `count`; as given for None."""
     return pairs if count is None else [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]

@@ -11,7 +11,7 @@ from threefold.errors import UserError
 
 
 def read(source: SimpleNamespace, split: str) -> list[tuple[str, int, Row]]:
-    """Raw rows with the name of their file and their line in it (for the hub and conversations: their number)."""
+    """Raw rows, each with its file's name and its line there (for the hub and for conversations: its number)."""
     of_split = getattr(source, "files", {})
     local = [Path(file) for file in of_split.get(split) or of_split.get(ALL, ())]
     if source.format == "chitchat":

@@ -68,8 +68,8 @@ def read_all(source: DictConfig) -> None:
 def check(source: DictConfig) -> None:
     """Read all of a source as `read_all`. Raises `UserError` as `load` does, and where its splits cannot be used.
 
-    That is for preferences of which none is for training or none is held out, and where the hash leaves less than half
-    of the rows for training, as they begin alike.
+    They cannot where no preference is for training or none is held out, and where the hash leaves less than half of the
+    rows for training because many begin alike.
     """
     read_all(source)
     rows, train = _parse(_as_json(source), "train").rows, load(source, "train").rows
@@ -92,7 +92,7 @@ def check_replies(source: DictConfig, dialogue: DictConfig, splits: set[str]) ->
 
 
 def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> UserError:
-    """What to say where no prompt of a split is left: which limit leaves out most, or how the rows were split."""
+    """The error where no prompt of a split is left: it names the limit that leaves out most, or how rows were split."""
     dropped = _unused(source, split, dialogue, once=False)
     if not dropped:
         return UserError(f"{source.path}: no prompt in its {split} split{_how_split(source)}")
@@ -115,7 +115,7 @@ def _how_split(source: DictConfig) -> str:
 
 
 def _as_json(source: DictConfig) -> str:
-    """A source with the `files` of each of its splits where it is local; those that its files name are in `splits`."""
+    """A source as JSON: with the `files` of each split where it is local, and in `splits` those that its files name."""
     given = cast(dict[str, Any], OmegaConf.to_container(source, resolve=True))
     if is_package(source.path):
         given["files"] = {ALL: [str(package_file(source.path))]}
@@ -148,7 +148,7 @@ def _bucket(key: str) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _parse(source_json: str, given_split: str) -> Rows:
-    """All rows of what the source itself calls `given_split` (all of it where it has no splits)."""
+    """All rows of the split that the source itself calls `given_split`; of the whole source where it has no splits."""
     source, rows = SimpleNamespace(**json.loads(source_json)), []  # a DictConfig costs seconds in a loop over rows
     unusable: dict[str, dict[str, Any]] = {}
     dropped: Counter = Counter()
@@ -167,7 +167,7 @@ def _parse(source_json: str, given_split: str) -> Rows:
 
 
 def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
-    """What a raw row gives; where the source has no splits of its own, a column `split` decides its split."""
+    """The rows made of a raw row; where the source has no splits of its own, a column `split` names theirs."""
     renamed = raw | {ours: raw[theirs] for ours, theirs in source.columns.items() if theirs in raw}
     split = None if source.splits else renamed.get("split")
     if split and split not in tuple(BUCKETS):
@@ -232,9 +232,9 @@ def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Examp
 
 
 def left_out(source: DictConfig, split: str, dialogue: DictConfig, once: bool = False) -> dict[str, dict[str, Any]]:
-    """What is not used of a split's prompts and replies: reason → {"count"}, for unusable rows with the first line.
+    """What a split has that is not used: reason → {"count"}, for unusable rows with the first line.
 
-    With `once` the replies after the first to a prompt count as well: a stage that asks each prompt once does not use
+    With `once` the replies to a prompt after the first count as well: a stage that asks each prompt once does not use
     them.
     """
     unused = _unused(source, split, dialogue, once)
@@ -308,10 +308,10 @@ def _turns(row: Row) -> list[Message]:
 
 
 def _context(turns: list[Message], i: int, row: Row, most: int) -> list[Message]:
-    """What stands before `turns[i]`: its last `most` turns, begun by the user where earlier ones are cut off.
+    """The last `most` turns before `turns[i]`; where earlier turns are cut off, they begin with the user's.
 
-    Every system message before the reply holds for it: one among these turns keeps its place, those before them come
-    first, in their order. A symmetric dialogue has an odd number of turns, up to `most`, by a hash of the place.
+    Every system message before the reply is kept: one among these turns keeps its place, earlier ones come first, in
+    their order. A symmetric dialogue has an odd number of turns, up to `most`, which a hash of the place decides.
     """
     spoken = [n for n in range(i) if turns[n]["role"] != "system"]
     if row.get("symmetric"):
@@ -330,7 +330,7 @@ def _context(turns: list[Message], i: int, row: Row, most: int) -> list[Message]
 def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
     """Distinct prompts of a split, each with the first person's reply to it, in order of appearance.
 
-    A prompt of the training split that occurs in a held-out split as well is left out, so that prompts are disjoint.
+    A prompt that also occurs in a split held out from this one is left out, so that splits have no prompt in common.
     """
     seen, distinct = _held_out(source, split, dialogue), []
     for example in examples(source, split, dialogue):
@@ -358,7 +358,7 @@ def _held_out(source: DictConfig, split: str, dialogue: DictConfig) -> set[str]:
 
 
 def replies_by_prompt(all_examples: list[Example]) -> dict[str, list[Example]]:
-    """Examples grouped by prompt, only prompts that people answered in at least two different ways."""
+    """Examples grouped by prompt; only prompts with at least two different replies."""
     groups = defaultdict(dict)
     for example in all_examples:
         groups[prompt_key(example.prompt)].setdefault(example.reply, example)

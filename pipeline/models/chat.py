@@ -1,4 +1,4 @@
-"""Prompts and replies as tokens: one way of rendering for training, sampling and scoring."""
+"""Prompts and replies as tokens, rendered the same for training, sampling and scoring."""
 
 import hashlib
 import json
@@ -28,9 +28,9 @@ TEMPLATE = (
 
 
 def load_tokenizer(folder: Path | str, name: str | None = None, **options: Any) -> Any:
-    """The tokenizer of a model folder or hub name, with one chat template whose clock stands (`template.settle`).
+    """The tokenizer of a model folder or hub name, with one chat template whose clock is stopped (`template.settle`).
 
-    Raises `UserError` that begins with `name` where there is no tokenizer, or no template of it can be taken.
+    Raises `UserError` that begins with `name` where there is no tokenizer, or none of its templates can be used.
     """
     from transformers import AutoTokenizer
 
@@ -63,12 +63,12 @@ def reply_ids(tokenizer: Any, reply: str) -> list[int]:
 
 
 def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
-    """The messages with the marks of turns (`template.turn_marks`) removed from what they say, and nothing else."""
+    """The messages with the marks of turns (`template.turn_marks`) removed from their contents, and nothing else."""
     return [message | {"content": _cleaned(tokenizer, message["content"])[0]} for message in messages]
 
 
 def marks_removed(tokenizer: Any, prompts: Iterable[list[Message]], replies: Iterable[str]) -> int:
-    """How many marks of turns are removed from prompts and replies before they are tokens."""
+    """How many marks of turns are removed from prompts and replies before they are tokenised."""
     texts = [message["content"] for prompt in prompts for message in prompt] + list(replies)
     return sum(_cleaned(tokenizer, text)[1] for text in texts)
 
@@ -85,7 +85,7 @@ _MARKS: weakref.WeakKeyDictionary[Any, tuple[Any, re.Pattern[str], set[int]]] = 
 
 
 def _marks(tokenizer: Any) -> tuple[re.Pattern[str], set[int]]:
-    """A pattern of the marks of turns, and their ids; kept until the tokenizer changes, for finding them takes long."""
+    """A pattern of the marks of turns, and their ids; kept until the tokenizer changes, as the search is slow."""
     state = (tokenizer.chat_template, len(tokenizer), str(tokenizer.special_tokens_map))
     if tokenizer not in _MARKS or _MARKS[tokenizer][0] != state:
         marks = template.turn_marks(tokenizer)

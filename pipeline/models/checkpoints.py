@@ -1,7 +1,7 @@
 """Model folders and models of the hub: loaded whole, or refused in one line.
 
-Every tensor of a checkpoint is loaded and none is made up, and code that a checkpoint brings along does not run
-unless that was asked for. `name` is what the line of a refusal begins with: the key and its value, or a folder.
+Every tensor of a checkpoint is loaded and none is made up. Code that comes with a checkpoint does not run unless that
+was asked for. A refusal begins with `name`: the key and its value, or a folder.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ SHOWN = 3  # names of tensors in a message
 
 @contextlib.contextmanager
 def loading(name: str) -> Generator[None, None, None]:
-    """Make whatever transformers or peft raises over a checkpoint one line, without warnings and tables before it.
+    """Turn whatever transformers or peft raises over a checkpoint into one line, without warnings and tables before it.
 
-    Those errors are of many types (a field of config.json that is no number has one of its own), and all are about
-    the checkpoint.
+    These errors have many types (one of its own for a field of config.json that is no number), and all are about the
+    checkpoint.
     """
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -56,7 +56,7 @@ NEEDS_CODE = "needs code of its own (auto_map), which is not run; use a model wh
 def check(path: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a causal language model needs code of its own, which `trust_remote_code` then allows.
 
-    Raises `UserError` where `path` holds none that can be loaded whole. Reads configurations and the headers of files,
+    Raises `UserError` where `path` holds no model that can be loaded whole. Reads configurations and headers of files,
     neither weights nor code.
     """
     check_place(path, name)
@@ -71,7 +71,7 @@ def check(path: str, name: str, revision: str | None = None, trust_remote_code: 
 
 
 def check_place(path: str, name: str) -> None:
-    """Raise `UserError` where `path` is a file, or looks like a folder and is none."""
+    """Raise `UserError` where `path` is a file, or is written like a folder that is not there."""
     place = Path(path)
     if place.suffix == ".gguf" and place.is_file():
         raise UserError(f"{name}: is a file; set model.checkpoint={place.parent} and model.gguf_file={place.name}")
@@ -93,9 +93,9 @@ def check_adapter(folder: Path, base: str, name: str, trust_remote_code: bool) -
 
 
 def needs_code(config: dict[str, Any]) -> bool:
-    """Whether a model can only be made by code that its checkpoint brings along.
+    """Whether a model can only be made by code that comes with its checkpoint.
 
-    Where transformers has the architecture it takes its own, although many checkpoints name code beside it.
+    Where transformers has the architecture it uses its own code, although many checkpoints bring some as well.
     """
     code, kind = config.get("auto_map") or {}, config.get("model_type")
     return ("AutoConfig" in code and kind not in CONFIG_MAPPING) or (
@@ -104,7 +104,7 @@ def needs_code(config: dict[str, Any]) -> bool:
 
 
 def problem_of(config: dict[str, Any], trust_remote_code: bool = False) -> str | None:
-    """What keeps a configuration from being that of a causal language model that can be trained, if anything does."""
+    """Why a configuration is not that of a causal language model that can be trained; None where it is."""
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     if needs_code(config):
         return None if trust_remote_code else NEEDS_CODE
@@ -127,7 +127,7 @@ def problem_of(config: dict[str, Any], trust_remote_code: bool = False) -> str |
 
 
 def problem_of_files(folder: Path) -> str | None:
-    """What keeps the weights in a local folder from being loaded, as far as names and headers tell."""
+    """Why the weights in a local folder cannot be loaded, as far as names and headers tell; None where they can."""
     if not folder.is_dir():
         return None
     if not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):

@@ -1,7 +1,7 @@
 """A reward model, or several that were trained alike, as one score.
 
-The score of one model is on the scale where the SFT model's own samples have mean 0 and standard deviation 1; what
-several say is combined and brought onto that scale again. N: sequences.
+The score of one model is on the scale where the SFT model's own samples have mean 0 and standard deviation 1. The
+scores of several are combined and brought onto that scale again. N: sequences.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Ensemble:
         return (score - self.scale[0]) / self.scale[1]
 
     def settings(self) -> dict[str, Any]:
-        """What the configuration of the first model holds of the ensemble."""
+        """The part of the first model's configuration that describes the ensemble."""
         return {"combine": self.combine, "coef": self.coef, "scale": list(self.scale)}
 
 
@@ -71,7 +71,7 @@ def normalised(reward_model: Model, raw: Tensor) -> Tensor:
 
 
 def mean_and_deviation(scores: Tensor) -> tuple[float, float]:
-    """What scores [N] are normalised by. Raises `UserError` where one is not a finite number."""
+    """Mean and deviation that normalise scores [N]. Raises `UserError` where a score is not a finite number."""
     if not torch.isfinite(scores).all():
         raise UserError("reward: the scores of the SFT model's samples are not finite; lower reward.learning_rate")
     return scores.mean().item(), max(scores.std().item(), 1e-6)

@@ -26,12 +26,12 @@ def check(model: DictConfig) -> None:
 
 
 def name_of(model: DictConfig) -> str:
-    """What lines about the file begin with."""
+    """How messages about the file begin."""
     return f"model.gguf_file={model.gguf_file}"
 
 
 def place(model: DictConfig) -> str:
-    """The file as transformers takes it: by its path, as it takes one of that name in the working directory first."""
+    """The file as transformers gets it: by its path, as one of that name in the working directory would come first."""
     return (
         str((Path(model.checkpoint) / model.gguf_file).absolute())
         if Path(model.checkpoint).is_dir()
@@ -62,10 +62,10 @@ def load(model: DictConfig) -> Model:
 
 
 def tensors_left_out(model: DictConfig, loaded: Model) -> set[str]:
-    """Tensors of the file that transformers has no place for and skips without a word.
+    """Tensors of the file that transformers has no place for and skips silently.
 
-    Biases, for example, or rope_freqs.weight, the frequencies of Llama 3's long context. Those of experts it joins
-    under other names.
+    Examples are biases and rope_freqs.weight, the frequencies of Llama 3's long context. Tensors of experts do not
+    count: transformers joins them under other names.
     """
     from transformers.integrations.gguf import read_gguf_metadata
     from transformers.integrations.gguf.utils import is_gguf_arch_supported

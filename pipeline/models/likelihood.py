@@ -34,7 +34,7 @@ def right_padded(
 def tokens_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [B, T] with padding anywhere, and their mask, with all padding moved to the right.
 
-    There no causal model sees it, be its positions learned, rotary or ALiBi, or its state recurrent.
+    No causal model sees it there, whether its positions are learned, rotary or ALiBi, or its state is recurrent.
     """
     order = mask.argsort(dim=1, descending=True, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
@@ -68,7 +68,7 @@ def log_probabilities(logits: Tensor, ids: Tensor, temperature: float) -> Tensor
 
 @torch.no_grad()
 def scores(model: Model, sequences: list[list[int]], pad: int, batch_size: int = 128, bar: Any = None) -> list[float]:
-    """The reward model's raw score of each token sequence; sorted by length inside, so batches hold little padding.
+    """The reward model's raw score [N] of each token sequence; batched by length, so that they hold little padding.
 
     `bar` is a progress bar that counts sequences, here and below.
     """

@@ -138,8 +138,8 @@ def _loaded(kind: Any, folder: Path, device: str, new_head: bool = False, **opti
 def without_dropout(model: Model) -> Model:
     """The model with every dropout rate at 0, in its layers and in its configuration, which is saved with it.
 
-    Dropout hurts preference training and makes a loss depend on how a batch is split into passes. Weights of RWKV that
-    change with the mode (`rescale_every`) would be saved as they are in evaluation: they stay as they are, too.
+    Dropout hurts preference training and makes a loss depend on how a batch is split into passes. RWKV rescales weights
+    in evaluation mode (`rescale_every`), and they would be saved like that: this is switched off, too.
     """
     rates = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
     for part in [*rates, *model.modules()]:
@@ -223,8 +223,8 @@ def logits_agree(values: Tensor, expected: Tensor) -> bool:
 def context_length(config: Any) -> float:
     """The longest sequence that a model reads, in tokens; infinite where its architecture sets no limit.
 
-    With longrope it is the length of pretraining: transformers turns all rows of a batch by the factors for long texts
-    where one row is longer, while keys in a cache keep those for short ones.
+    With longrope it is the length of pretraining: where one row of a batch is longer, transformers rotates all rows by
+    the factors for long texts, while keys in a cache keep those for short texts.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):  # of all layers, or of each kind of them

@@ -40,7 +40,7 @@ def adapter_config(model: Model, rank: int, alpha: float, **options: Any) -> Lor
 
 
 def add_adapter(base: Model, name: str, rank: int, alpha: float, seed: int) -> None:
-    """Give the base one more adapter, which adds nothing until it is trained."""
+    """Give the base one more adapter, which has no effect until it is trained."""
     torch.manual_seed(seed)
     _add(base, adapter_config(base, rank, alpha), name)
 
@@ -112,11 +112,11 @@ def merge_into(model: Model, base: Model, adapter: str) -> Model:
 
 
 class Adapted:
-    """A base with one of its adapters, or with none, where a model of its own would stand.
+    """A base with one of its adapters, or with none, in the place of a model of its own.
 
-    Several of these share one base and its memory. `base_model` switches the adapter on, and PEFT lets gradients flow
-    to adapters that are on only: the backward pass comes before the forward pass of the next one. With a `score`, a
-    linear layer, it is a reward model or critic; `scale` is mean and spread of its raw scores.
+    Several of these share one base and its memory. `base_model` switches the adapter on. PEFT lets gradients flow only
+    to adapters that are on, so the backward pass comes before the forward pass of the next one. With a `score`, a
+    linear layer, it is a reward model or critic; `scale` is mean and deviation of its raw scores.
     """
 
     def __init__(self, base: Model, adapter: str | None, score: nn.Module | None = None, scale: tuple = (0.0, 1.0)):

@@ -1,4 +1,4 @@
-"""What a chat template writes, as its renderings of plain conversations show: the end of a turn, marks, refusals.
+"""What a chat template writes: the end of a turn, marks, refusals, all read from how it renders plain conversations.
 
 Nothing here looks for words in a template's source: a template may mention a token that it never writes.
 """
@@ -24,15 +24,15 @@ SHAPES = {
     "a dialogue that the assistant begins": (REPLY, LATER),
     "a dialogue of several turns": (USER, REPLY, LATER),
 }
-DATE = "2026-01-01"  # of a checkpoint that no key dates, such as a judge model
-MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # how a mark is spelt: no word, no white space, no comma
+DATE = "2026-01-01"  # where no configuration key gives one, as for a judge model
+MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # the spelling of a mark: no word, no white space, no comma
 ROLE_NAMES = "system|user|assistant|human|chatbot|developer|role|turn|header"
-TURN_NAME = re.compile(  # of special tokens of checkpoints that are out: <|eot_id|>, <|endoftext|>, </s>, <|pad|>, ...
+TURN_NAME = re.compile(  # of special tokens in published checkpoints: <|eot_id|>, <|endoftext|>, </s>, <|pad|>, ...
     rf"(\w+_)?(im|eot|eom|bos|eos|(pad|reserved|unused|extra)\d*|{ROLE_NAMES})(_\w+)?|s|start|end|message|channel"
     r"|return|call|tool|observation|(begin|start|end)_?of_?(text|sentence|turn|message|role|prompt|document|seq)"
 )
 CLOCK = re.compile(r"\{% macro strftime_now\(format\) %\}.*?\{% endmacro %\}\n", re.DOTALL)
-DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime; none that asks for the time zone
+DIRECTIVE = re.compile(r"%-?[aAbBcdDeFgGhHIjlmMpSTuUVwWxXyY]")  # of strftime, without those for the time zone
 
 ASKED = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1", re.DOTALL)  # a format that a template asks the clock for
 
@@ -74,8 +74,8 @@ def refusals(tokenizer: Any) -> dict[str, str]:
 def settle(tokenizer: Any, date: str | None = None) -> None:
     """Leave the tokenizer one chat template, the one that transformers would use, with its clock stopped at `date`.
 
-    Without a date a clock that stands stays as it is, and another one is stopped at `DATE`. Raises `UserError` where
-    there are several templates and none is the default.
+    Without a date, a clock that is stopped already stays as it is, and a running one is stopped at `DATE`. Raises
+    `UserError` where there are several templates and none is the default.
     """
     if isinstance(tokenizer.chat_template, dict):
         if "default" not in tokenizer.chat_template:
@@ -89,8 +89,8 @@ def settle(tokenizer: Any, date: str | None = None) -> None:
 def with_date(source: str, date: str) -> str:
     """The template `source` with a `strftime_now` of its own, which gives midnight of `date` whatever the clock says.
 
-    It stands in the template's text, so that every program that renders it writes the same. trim_blocks takes the line
-    break behind it, as it would behind every block. Raises `UserError` where the template asks for what no date says.
+    It is part of the template's text, so that every program renders the same. trim_blocks removes the line break after
+    it, as after every block. Raises `UserError` where the template asks for what a date does not tell.
     """
     source = CLOCK.sub("", source, count=1)
     if "strftime_now" not in source:
@@ -108,10 +108,10 @@ def with_date(source: str, date: str) -> str:
 
 
 def end_of_turn(tokenizer: Any) -> str | None:
-    """The token that the template writes after a reply, with white space before it at most; None where it writes none.
+    """The token that the template writes after a reply, with at most white space between; None where it writes none.
 
-    Raises `UserError` where the template does not render a question and a reply. A token that opens turns ends none: an
-    older template may write it after a reply without being asked.
+    Raises `UserError` where the template does not render a question and a reply. A token that opens turns does not end
+    one: an older template may write it after a reply without a generation prompt.
     """
     rendered = render(tokenizer, [PLAIN[USER], PLAIN[REPLY]], False)
     if REPLY not in rendered:
@@ -127,10 +127,10 @@ def end_of_turn(tokenizer: Any) -> str | None:
 def turn_marks(tokenizer: Any) -> list[str]:
     """The tokens that could open or close a turn if a message held them, longest first, then by their text.
 
-    These are the special tokens that have a part (bos_token, eos_token and others, but unk_token), those whose names
-    are those of turns (`TURN_NAME`), and the added tokens that the template writes around contents. Other special
+    These are the special tokens that have a role (bos_token, eos_token and others, except unk_token), those that are
+    named after turns (`TURN_NAME`), and the added tokens that the template writes around contents. Other special
     tokens, such as [TOOL_CALLS] or <unk>, stay text. Tokens that come as a pair of brackets, such as <think> and
-    </think>, stand within a turn: they are marks only where one of the two has a part (<s>, </s>) or the template puts
+    </think>, belong inside a turn: they are marks only where one of the two has a role (<s>, </s>) or the template puts
     a user's words between them ([INST], [/INST]).
     """
     named = {token for part, token in tokenizer.special_tokens_map.items() if part != "unk_token"}

@@ -14,7 +14,10 @@ from threefold.ppo.rollouts import Rollout
 def estimate(rollout: Rollout, kl_coef: float, config: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Advantages and returns, both [B, R], and the rollout's metrics."""
     mask = rollout.mask
-    kl = {name: kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask for name in ("k1", "k2", "k3")}
+    kl = {
+        name: kl_per_token(rollout.logprobs, rollout.reference_logprobs, name) * mask
+        for name in ("k1", "k3", config.kl_estimator)
+    }
     k1, k3 = kl["k1"], kl["k3"]
     penalty = kl_coef if config.kl_in == "reward" else 0.0
     rewards = token_rewards(rollout.scores, kl[config.kl_estimator], penalty, mask)  # [6]

@@ -21,14 +21,14 @@ from transformers.cache_utils import (
 from threefold.errors import UserError
 from threefold.models import Model, likelihood, loading, lora
 
-# rows leave the batch when this share or less of it is alive: leaving copies the cache, staying costs work
+# finished rows leave the batch when at most this share is alive: leaving copies the cache, staying costs work
 KEEP_ABOVE = 0.875
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # architectures that `FusedDecoder` knows
 STEADY_ROPE = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not change with the length
 
 
 class RoomyLayer(CacheLayerMixin):
-    """Keys and values [B, G, T, W] of one layer in buffers that have room for all tokens: nothing is copied to grow."""
+    """Keys and values [B, G, T, W] of one layer in buffers with room for all tokens, so that growing copies nothing."""
 
     is_sliding = False
     keys: Any  # tensors [B, G, T, W]
@@ -119,7 +119,7 @@ class Decoder:
 
 
 class RecomputingDecoder(Decoder):
-    """Any causal language model, without a cache: all tokens again for each new one, which is slow and always right."""
+    """Any causal language model, without a cache: each new token recomputes all, which is slow and always right."""
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         """States [B, D] after prompts [B, P], padded on the left; `room` is the number of tokens to come."""

@@ -45,8 +45,8 @@ def sample(
 
     Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and their
     log-probabilities are those of that same distribution. Prompts are batched by length, so that batches hold little
-    padding. `uniforms` [N, R] has the random numbers of each reply, which hence does not depend on the batch that it is
-    sampled in. `bar` is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
+    padding. `uniforms` [N, R] has the random numbers of each reply, so that a reply does not depend on its batch. `bar`
+    is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
     """
     uniforms, decoder = uniforms.to(model.device), decoder_for(model, sampling)
     how = sampling.temperature, tokenizer.eos_token_id
