@@ -49,12 +49,12 @@ def wanted(config: DictConfig) -> list[str]:
     """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
     if config.target is not None and config.target not in STAGES:
         raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
-    found = needed_by(config.target, config)
+    names = needed_by(config.target, config)
     if config.target and config.dependents:
         run = Path(config.runs) / config.run
         made = [name for name in depending_on(config.target, config) if (run / name).exists()]
-        found = [name for name in STAGES if any(name in needed_by(w, config) for w in [*found, *made])]
-    return found
+        names = [name for name in STAGES if any(name in needed_by(w, config) for w in [*names, *made])]
+    return names
 
 
 def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:

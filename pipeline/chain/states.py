@@ -56,8 +56,8 @@ def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     """The keys in which `planned` differs from the artifact that `manifest` describes."""
     old, new = manifest["parts"], planned.parts
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    own = [_difference(key, old.get(key), new.get(key)) for key in changed if not key.startswith("parent.")]
-    return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
+    differences = [_difference(key, old.get(key), new.get(key)) for key in changed if not key.startswith("parent.")]
+    return ", ".join(differences or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
 def _short(value: Any) -> str:

@@ -22,37 +22,37 @@ Counts = dict[str, Any]  # of one evaluation set: by training stage, and how man
 
 def section(run: Run) -> Section | None:
     """The counts of every set; None where there is no evaluation."""
-    found = counted(run)
-    if found is None:
+    by_set = counted(run)
+    if by_set is None:
         return None
     data = [
         {"set": name, "stage": stage} | counts
-        for name, sets in found.items()
+        for name, sets in by_set.items()
         for stage, counts in by_stage(sets).items()
     ]
-    shown = Table("contamination", "Test items that occur in training text", table(found), data)
+    shown = Table("contamination", "Test items that occur in training text", table(by_set), data)
     return Section("contamination", "Contamination", (LEAD,), parts=(shown,))
 
 
 def counted(run: Run) -> dict[str, Counts] | None:
     """The counts by set; None without an evaluation, and of one that counted prompts alone (before its version 7)."""
-    found = run.evaluation.get("contamination", {})
-    return found if "prompts" in found else None
+    by_set = run.evaluation.get("contamination", {})
+    return by_set if "prompts" in by_set else None
 
 
-def table(found: dict[str, Counts]) -> list[tuple[str, ...]]:
+def table(by_set: dict[str, Counts]) -> list[tuple[str, ...]]:
     """Heading and a row for each set."""
-    stages = by_stage(next(iter(found.values())))
+    stages = by_stage(next(iter(by_set.values())))
     heading = ("set", *(f"in {stage}: {', '.join(KINDS.values())}" for stage in stages), "left out")
     return [
         heading,
-        *((named(name), *map(_cell, by_stage(sets).values()), left_out(sets)) for name, sets in found.items()),
+        *((named(name), *map(_cell, by_stage(sets).values()), left_out(sets)) for name, sets in by_set.items()),
     ]
 
 
 def by_stage(counts: Counts) -> dict[str, dict[str, int]]:
     """The counts of one set by training stage."""
-    return {stage: found for stage, found in counts.items() if stage != "removed"}
+    return {stage: stage_counts for stage, stage_counts in counts.items() if stage != "removed"}
 
 
 def left_out(counts: Counts) -> str:
@@ -65,21 +65,21 @@ def named(name: str) -> str:
     return NAMES.get(name, f"problems of {name.removeprefix('tasks.')}")
 
 
-def sentence(found: dict[str, Counts]) -> str:
+def sentence(by_set: dict[str, Counts]) -> str:
     """Which sets occur in training text, with counts, or that none does."""
-    copied = [(name, stage, counts) for name, sets in found.items() for stage, counts in by_stage(sets).items()]
+    copied = [(name, stage, counts) for name, sets in by_set.items() for stage, counts in by_stage(sets).items()]
     copied = [(name, stage, counts) for name, stage, counts in copied if counts["copies"] or counts["near_copies"]]
     if not copied:
-        return f"In training text occurs nothing of these: {', '.join(map(named, found))}{_removed(found)}."
-    said = [
+        return f"In training text occurs nothing of these: {', '.join(map(named, by_set))}{_removed(by_set)}."
+    clauses = [
         f"{named(name)} in {stage} {counts['copies']} whole and {counts['near_copies']} nearly, {counts['clean']} not"
         for name, stage, counts in copied
     ]
-    return f"Of the evaluation this occurs in training text: {'; '.join(said)}{_removed(found)}."
+    return f"Of the evaluation this occurs in training text: {'; '.join(clauses)}{_removed(by_set)}."
 
 
-def _removed(found: dict[str, Counts]) -> str:
-    removed = [f"{sets['removed']} of {named(name)}" for name, sets in found.items() if "removed" in sets]
+def _removed(by_set: dict[str, Counts]) -> str:
+    removed = [f"{sets['removed']} of {named(name)}" for name, sets in by_set.items() if "removed" in sets]
     return f"; left out: {', '.join(removed)}" if removed else ""
 
 

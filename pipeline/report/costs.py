@@ -3,7 +3,7 @@
 from threefold.evaluation import statistics
 from threefold.report import differences
 from threefold.report.differences import LENGTH, REPETITION, Row
-from threefold.report.names import REFERENCE, opening, said
+from threefold.report.names import REFERENCE, display_name, opening
 from threefold.report.run import Run
 
 ALIKE = 0.005  # a smaller relative change of bits per byte is not called one
@@ -11,11 +11,11 @@ ALIKE = 0.005  # a smaller relative change of bits per byte is not called one
 
 def sentences(run: Run, rows: list[Row], models: list[str]) -> list[str]:
     """What became longer, endless, repetitive or less likely, for each of the aligned `models` against SFT."""
-    found = []
+    lines = []
     for name in models if REFERENCE in run.models else []:
         clauses = [length(rows, name), ended(run, name), repetition(rows, name), tax(run, name)]
-        found.append(f"{opening(said(name))}: {'; '.join(clause for clause in clauses if clause)}.")
-    return found
+        lines.append(f"{opening(display_name(name))}: {'; '.join(clause for clause in clauses if clause)}.")
+    return lines
 
 
 def length(rows: list[Row], name: str) -> str:

@@ -63,7 +63,7 @@ def section(run: Run) -> Section:
 
 def of_stage(run: Run, stage: str) -> list[Figure]:
     """The figures of one training stage."""
-    steps, found = read_lines(run.folder / stage / "log.jsonl"), []
+    steps, drawn = read_lines(run.folder / stage / "log.jsonl"), []
     for curve in CURVES[stage]:
         data = [
             {"step": row["step"], **{key: row.get(key) for key in curve.columns}}
@@ -72,5 +72,5 @@ def of_stage(run: Run, stage: str) -> list[Figure]:
         ]
         if len(data) > 1:
             title = f"{stage}: {curve.title}"
-            found.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, curve.columns))
-    return found
+            drawn.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, curve.columns))
+    return drawn

@@ -58,18 +58,18 @@ def between(rows: list[Row], one: str, other: str, judge: str = "gold") -> Diffe
 
 def tested(evaluate: dict[str, Any], rows: list[Row], one: str, other: str, judge: str = "gold") -> Difference | None:
     """`between` with the p of the evaluation's own comparison of the two, either way round, where it made one."""
-    found = between(rows, one, other, judge)
-    known = {
+    difference = between(rows, one, other, judge)
+    corrected = {
         (frozenset((test["model"], test["against"])), test["judge"]): test["p_holm"]
         for test in evaluate.get("paired", ())
     }
-    return replace(found, p=known.get((frozenset((one, other)), judge))) if found else None
+    return replace(difference, p=corrected.get((frozenset((one, other)), judge))) if difference else None
 
 
 def between_runs(ones: list[Row], others: list[Row], model: str, judge: str = "gold") -> Difference | None:
     """The same of one model of two runs, on the prompts that both were given."""
-    known = {str(row["prompt"]): row for row in others}
-    met = [(row, known[str(row["prompt"])]) for row in ones if str(row["prompt"]) in known]
+    by_prompt = {str(row["prompt"]): row for row in others}
+    met = [(row, by_prompt[str(row["prompt"])]) for row in ones if str(row["prompt"]) in by_prompt]
     return of_pairs((value(a, model, judge), value(b, model, judge)) for a, b in met if model in a and model in b)
 
 
@@ -78,5 +78,5 @@ def of_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> Difference |
     both = np.array([pair for pair in pairs if None not in pair], dtype=float)
     if len(both) < 2:
         return None
-    each = both[:, 0] - both[:, 1]
-    return Difference(float(each.mean()), statistics.mean_interval(each.tolist()), *both.mean(0).tolist(), len(both))
+    gaps = both[:, 0] - both[:, 1]
+    return Difference(float(gaps.mean()), statistics.mean_interval(gaps.tolist()), *both.mean(0).tolist(), len(both))

@@ -30,7 +30,7 @@ def section(run: Run) -> Section | None:
 def paired(evaluate: dict[str, Any]) -> Table | None:
     """The paired tests; None where nothing was compared."""
     names = {"gold": evaluate["judge"], "second": evaluate["second_judge"]}
-    found = evaluate.get("paired", ())
+    tests = evaluate.get("paired", ())
     rows = [
         (
             names[row["judge"]],
@@ -41,20 +41,20 @@ def paired(evaluate: dict[str, Any]) -> Table | None:
             f"{row['p_holm']:.4f}",
             f"{row['prompts']:,}",
         )
-        for row in found
+        for row in tests
     ]
     heading = ("judge", "difference of", "mean", "95 % interval", "p", "p, all together (Holm)", "prompts")
     data = [
         {k: v for k, v in row.items() if k != "ci95"}
         | dict(zip(("low", "high"), statistics.ends(row["ci95"]), strict=True))
-        for row in found
+        for row in tests
     ]
     return Table("paired", "Is one better than the other?", [heading, *rows], data, texts=2) if rows else None
 
 
 def changed(model: str, samples: list[dict[str, Any]]) -> Table | None:
     """The prompts that changed most from SFT to `model`, with both replies; None where none changed."""
-    found = side_effects.most_changed(samples, model)
+    changed_prompts = side_effects.most_changed(samples, model)
     rows = [
         (
             f"{row['prompt'][-1]['content']}",
@@ -63,9 +63,9 @@ def changed(model: str, samples: list[dict[str, Any]]) -> Table | None:
             f"{row['score_against']:+.2f} → {row['score']:+.2f}",
             f"{row['text_change']:.0%}",
         )
-        for row in found
+        for row in changed_prompts
     ]
     heading = ("prompt, last turn", "SFT", model, "gold", "words changed")
-    data = [row | {"prompt": row["prompt"][-1]["content"]} for row in found]
+    data = [row | {"prompt": row["prompt"][-1]["content"]} for row in changed_prompts]
     title = f"Most changed prompts: {model}"
     return Table(f"changed_{model}", title, [heading, *rows], data, CHANGED, texts=3, folded=True) if rows else None

@@ -15,11 +15,14 @@ def section(run: Run) -> Section:
 
 def environments(run: Run) -> Table:
     """Each property of the environment with the stages that were made so."""
-    found: dict[tuple[str, str], list[str]] = {}
+    stages_by_value: dict[tuple[str, str], list[str]] = {}
     for stage, manifest in run.manifests.items():
         for name, value in manifest["environment"].items():
-            found.setdefault((name, value), []).append(stage)
-    data = [{"what": name, "value": value, "stages": _listed(run, s)} for (name, value), s in sorted(found.items())]
+            stages_by_value.setdefault((name, value), []).append(stage)
+    data = [
+        {"what": name, "value": value, "stages": _listed(run, s)}
+        for (name, value), s in sorted(stages_by_value.items())
+    ]
     rows = [tuple(row.values()) for row in data]
     return Table("environment", "Environment", [("what", "value", "stages"), *rows], data, texts=3)
 
@@ -37,12 +40,12 @@ def keys(run: Run) -> Table:
 
 def covered(run: Run) -> dict[tuple[str, str], list[str]]:
     """(key, value as text) → the stages whose fingerprint covers it so; parents and versions are left out."""
-    found: dict[tuple[str, str], list[str]] = {}
+    stages_by_value: dict[tuple[str, str], list[str]] = {}
     for stage, manifest in run.manifests.items():
         for key, value in manifest["parts"].items():
             if not key.startswith("parent.") and key != "version":
-                found.setdefault((key, as_text(value)), []).append(stage)
-    return found
+                stages_by_value.setdefault((key, as_text(value)), []).append(stage)
+    return stages_by_value
 
 
 def as_text(value: Any) -> str:

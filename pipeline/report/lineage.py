@@ -84,21 +84,21 @@ def table(run: Run) -> Table:
 
 def columns(run: Run) -> dict[str, int]:
     """The column of each stage that the run has or is asked for: the longest way to it."""
-    found: dict[str, int] = {}
+    column: dict[str, int] = {}
     for stage in STAGES:
         if run.asks_for(stage):
-            found[stage] = 1 + max((found[parent] for parent in run.parents(stage) if parent in found), default=-1)
-    return found
+            column[stage] = 1 + max((column[parent] for parent in run.parents(stage) if parent in column), default=-1)
+    return column
 
 
 def places(run: Run) -> dict[str, tuple[int, int]]:
     """Column and row of each stage; the stage of a column on which more stages depend stands first."""
-    column, taken, found = columns(run), {}, {}
+    column, taken, place = columns(run), {}, {}
     uses = {stage: sum(stage in run.parents(other) for other in column) for stage in column}
     for stage in sorted(column, key=lambda name: -uses[name]):
         row = taken[column[stage]] = taken.get(column[stage], -1) + 1
-        found[stage] = (column[stage], row)
-    return {stage: found[stage] for stage in column}
+        place[stage] = (column[stage], row)
+    return {stage: place[stage] for stage in column}
 
 
 def diagram(run: Run, frame: Frame) -> Markup:

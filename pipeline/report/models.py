@@ -24,7 +24,7 @@ def section(run: Run) -> Section | None:
 def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:
     """The gold judge's mean of each model, and that mean against KL."""
     judge = run.evaluation["judge"]
-    found = [
+    drawn = [
         figures.intervals(
             "gold_by_model", f"Gold judge: {judge}", "Which model pleases the gold judge, and how sure is that?",
             judged, "gold_mean", "mean score with 95 % interval",
@@ -32,17 +32,17 @@ def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:
     ]  # fmt: skip
     if moved := [row for row in judged if row.get("kl") is not None]:
         note = "What did the gain cost? Higher is better, further left is closer to SFT."
-        found.append(figures.gains_by_kl("gold_by_kl", "Gold judge against KL", note, moved, f"{judge}, mean score"))
-    return found
+        drawn.append(figures.gains_by_kl("gold_by_kl", "Gold judge against KL", note, moved, f"{judge}, mean score"))
+    return drawn
 
 
 def lead(run: Run) -> tuple[str, ...]:
     """What part the judges had in training, and how the tables are to be read."""
     gold, second = (" and ".join(roles(run, judge)) for judge in ("judge", "second_judge"))
-    said = [f"The gold judge also {gold}."] if gold else []
-    said.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
-    said.append("Intervals are 95 % intervals of the mean over prompts. KL is measured against the SFT model.")
-    return (" ".join(said),)
+    sentences = [f"The gold judge also {gold}."] if gold else []
+    sentences.append(f"The second judge also {second}." if second else "The second judge took no part in training.")
+    sentences.append("Intervals are 95 % intervals of the mean over prompts. KL is measured against the SFT model.")
+    return (" ".join(sentences),)
 
 
 def roles(run: Run, judge: str) -> list[str]:
@@ -50,7 +50,7 @@ def roles(run: Run, judge: str) -> list[str]:
 
     A judge of several parts took part where any of its functions, with the same arguments, did.
     """
-    found, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
+    clauses, of = [], {stage: manifest["parts"] for stage, manifest in run.manifests.items()}
     asked = _functions(f"evaluate.{judge}.", of["evaluate"])
     labelled = _functions("comparisons.judge.", of.get("comparisons", {}))
     if "data.preferences.format" in of.get("comparisons", {}):  # then no judge labelled them
@@ -58,10 +58,10 @@ def roles(run: Run, judge: str) -> list[str]:
     paid = _functions("ppo.reward.", of.get("ppo", {}))
     if asked & labelled:
         word = "labelled" if asked == labelled else "had a part in labelling"
-        found.append(f"{word} the comparisons that the reward model and DPO learnt from")
+        clauses.append(f"{word} the comparisons that the reward model and DPO learnt from")
     if asked & paid:
-        found.append("was PPO's reward" if asked == paid else "was a part of PPO's reward")
-    return found
+        clauses.append("was PPO's reward" if asked == paid else "was a part of PPO's reward")
+    return clauses
 
 
 def _functions(prefix: str, parts: dict[str, Any]) -> set[tuple[str, ...]]:

@@ -19,7 +19,7 @@ def _place(name: str) -> float:
     return len(ORDER) if "/" in name else ORDER.index(model if model in ORDER else REFERENCE) + 0.5
 
 
-def said(name: str) -> str:
+def display_name(name: str) -> str:
     """A model's name within a sentence."""
     return WORDS.get(name, name.replace("_", "-"))
 

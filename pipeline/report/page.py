@@ -30,7 +30,7 @@ def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
 
     parts = [part for section in sections for part in section.parts]
     figures = {part.name: part.drawing for part in parts if isinstance(part, Figure)}
-    scripts = [Markup(text) for text in (*([get_plotlyjs()] if figures else []), own("page.js"))]
+    scripts = [Markup(text) for text in (*([get_plotlyjs()] if figures else []), file_text("page.js"))]
     return template("page.html").render(
         run=run,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -40,13 +40,13 @@ def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
         sections=sections,
         parts=parts,
         figures=figures,
-        style=Markup(own("page.css")),
+        style=Markup(file_text("page.css")),
         scripts=scripts,
         hashes=[digest(text) for text in scripts],
     )
 
 
-def own(name: str) -> str:
+def file_text(name: str) -> str:
     """The text of a file of this folder."""
     return files("threefold.report").joinpath(name).read_text()
 

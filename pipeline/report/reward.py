@@ -30,8 +30,8 @@ def plots(metrics: dict[str, Any], gate: Any) -> list[Figure]:
     """How sure the model may be, and what it pays for."""
     sure = _data(metrics["reliability"])
     probes = [
-        {"probe": checkup.PROBE_NAMES[name], **found, "limit": gate.probes.get(name)}
-        for name, found in metrics["probes"].items()
+        {"probe": checkup.PROBE_NAMES[name], **probe, "limit": gate.probes.get(name)}
+        for name, probe in metrics["probes"].items()
     ]
     return [
         figures.reliability(
@@ -51,16 +51,16 @@ def tables(metrics: dict[str, Any]) -> list[Table]:
     """Accuracy by parts of the held-out pairs, and the probes."""
     by_gap = {"accuracy_by_score_gap": "the model's score gap", "accuracy_by_gap": "the gap of the labels"}
     heading = ("pairs", "accuracy", "95 % interval")
-    found = []
-    for key, said in by_gap.items():
+    shown = []
+    for key, words in by_gap.items():
         if key in metrics:
             rows = [(f"{row['from']:.2f} to {row['to']:.2f}", *_part(row)) for row in metrics[key]]
-            title = f"Accuracy by {said}, in quarters"
-            found.append(Table(f"reward_{key}", title, [("gap", *heading), *rows], _data(metrics[key])))
+            title = f"Accuracy by {words}, in quarters"
+            shown.append(Table(f"reward_{key}", title, [("gap", *heading), *rows], _data(metrics[key])))
     rows = [(row["pairs_where"], *_part(row)) for row in metrics["accuracy_by_length"]]
     data = _data(metrics["accuracy_by_length"])
-    found.append(Table("reward_accuracy_by_length", "Accuracy by length", [("pairs where", *heading), *rows], data))
-    return [*found, probe_table(metrics["probes"])]
+    shown.append(Table("reward_accuracy_by_length", "Accuracy by length", [("pairs where", *heading), *rows], data))
+    return [*shown, probe_table(metrics["probes"])]
 
 
 def probe_table(probes: dict[str, dict[str, float]]) -> Table:

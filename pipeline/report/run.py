@@ -39,11 +39,11 @@ class Run:
     @property
     def outdated(self) -> dict[str, list[str]]:
         """Stages that were made from an older artifact than the run now links to, with those parents."""
-        found = {
+        older_parents = {
             name: [p for p, made_from in manifest["parents"].items() if self._fingerprint(p, made_from) != made_from]
             for name, manifest in self.manifests.items()
         }
-        return {name: older for name, older in found.items() if older}
+        return {name: older for name, older in older_parents.items() if older}
 
     def _fingerprint(self, stage: str, default: str) -> str:
         return self.manifests[stage]["fingerprint"] if stage in self.manifests else default
@@ -105,18 +105,18 @@ def configured(config: DictConfig, compare: str | None = None) -> Run:
 
 def add_votes(stages: dict[str, Any], config: DictConfig) -> None:
     """Add the arena by people's votes, where there are any on the evaluation's replies; says so in one line."""
-    if "evaluate" not in stages or (found := votes_arena.of_run(config)) is None:
+    if "evaluate" not in stages or (votes := votes_arena.of_run(config)) is None:
         return
-    print(f"{votes_arena.votes_file(config)}: {votes_arena.in_words(found)}")
-    if "arena" in found:
-        stages["evaluate"].setdefault("arena", {})["people"] = found.pop("arena")
-    stages["evaluate"]["people"] = found
+    print(f"{votes_arena.votes_file(config)}: {votes_arena.in_words(votes)}")
+    if "arena" in votes:
+        stages["evaluate"].setdefault("arena", {})["people"] = votes.pop("arena")
+    stages["evaluate"]["people"] = votes
 
 
 def _other(folder: Path, name: str) -> Run:
-    known = [found.name for found in sorted(folder.parent.iterdir()) if found != folder and finished(found)]
-    if name not in known:
-        listed = f"{nearest(name, known)}; there are {', '.join(known)}" if known else "; there is no other"
+    names = [other.name for other in sorted(folder.parent.iterdir()) if other != folder and finished(other)]
+    if name not in names:
+        listed = f"{nearest(name, names)}; there are {', '.join(names)}" if names else "; there is no other"
         raise UserError(f"--compare {name}: no other run of {folder.parent} with a finished stage{listed}")
     return read(folder.parent / name)
 
@@ -154,15 +154,15 @@ def sentence(run: str, stages: list[str], state: State) -> str:
 
 def notices(run: Run) -> list[str]:
     """What is missing, failed or out of date, one sentence each; empty for a run that is whole."""
-    found = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
+    sentences = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
     for word in ("failed", "interrupted", "running"):
-        found += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
+        sentences += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
     for word in ("missing", "unlinked"):
         if stages := [stage for stage, state in run.states.items() if state.word == word]:
-            found.append(sentence(run.name, stages, State(word)))
+            sentences.append(sentence(run.name, stages, State(word)))
     if stale := [f"{stage} ({state.reason})" for stage, state in run.states.items() if state.word == "stale"]:
-        found.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
+        sentences.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
     older = run.outdated.items()
-    return found + [
+    return sentences + [
         f"{stage} was made from an earlier {', '.join(parents)} than the one listed here" for stage, parents in older
     ]

@@ -28,7 +28,7 @@ def section(run: Run) -> Section | None:
 def judges(run: Run, rows: list[dict[str, Any]]) -> dict[str, str]:
     """The judges that scored any of these replies, with their names."""
     names = {"gold": run.evaluation["judge"], "second": run.evaluation["second_judge"], "reward_model": "reward model"}
-    seen = {key for row in rows for model, found in row.items() if model != "prompt" for key in found}
+    seen = {key for row in rows for model, scores in row.items() if model != "prompt" for key in scores}
     return {judge: name for judge, name in names.items() if judge in seen}
 
 
@@ -37,6 +37,6 @@ def cards(run: Run, rows: list[dict[str, Any]]) -> Markup:
     from threefold.report.page import template
 
     models = in_order({model for row in rows for model in row if model != "prompt"})
-    known = judges(run, rows)
-    scores = [{model: {j: row[model].get(j) for j in known} for model in models if model in row} for row in rows]
-    return Markup(template("samples.html").render(rows=rows, models=models, judges=known, scores=scores))
+    judge_names = judges(run, rows)
+    scores = [{model: {j: row[model].get(j) for j in judge_names} for model in models if model in row} for row in rows]
+    return Markup(template("samples.html").render(rows=rows, models=models, judges=judge_names, scores=scores))

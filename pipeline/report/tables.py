@@ -50,7 +50,7 @@ def _pairs(metrics: dict[str, Any]) -> str:
 
 
 def _gold_means(models: dict[str, Any], words: dict[str, str]) -> str:
-    return ", ".join(f"{models[name]['gold_mean']:.3f} {said}" for name, said in words.items() if name in models)
+    return ", ".join(f"{models[name]['gold_mean']:.3f} {label}" for name, label in words.items() if name in models)
 
 
 def stages(run: Run) -> Table:
@@ -88,7 +88,7 @@ TEXT = {
 def models(run: Run, columns: dict[str, tuple[str, str]], name: str, title: str, note: str = "") -> Table:
     """A row for each model that was evaluated, with those of the columns that any of them has."""
     shown = {key: column for key, column in columns.items() if any(key in m for m in run.models.values())}
-    heading = ("model", *(said.format(**run.evaluation) for said, _ in shown.values()))
+    heading = ("model", *(label.format(**run.evaluation) for label, _ in shown.values()))
     rows, data = [heading], []
     for model in in_order(run.models):
         metrics = run.models[model]

@@ -34,9 +34,9 @@ def answers(run: Run) -> Table | None:
         return None
     answered = {name: run.models[name]["tasks"] for name, *_ in rows[1:]}
     data = [
-        {"model": name, "task": task} | {k: v for k, v in found.items() if not isinstance(v, list)}
+        {"model": name, "task": task} | {k: v for k, v in scores.items() if not isinstance(v, list)}
         for name, tasks in answered.items()
-        for task, found in tasks.items()
+        for task, scores in tasks.items()
     ]
     return Table("tasks", "Right answers", rows, data, models=True)
 
@@ -50,11 +50,11 @@ def table(evaluate: dict[str, Any], models: list[str]) -> list[tuple[str, ...]]:
         (task, metric)
         for task in next(iter(answered.values()))
         for metric in SHOWN
-        if any(metric in found[task] for found in answered.values())
+        if any(metric in scores[task] for scores in answered.values())
     ]
-    problems = {task: f"{found['problems']:,}" for task, found in evaluate["tasks"].items()}
+    problems = {task: f"{scores['problems']:,}" for task, scores in evaluate["tasks"].items()}
     heading = ("model", *(f"{task}{SHOWN[metric]} (n = {problems[task]})" for task, metric in columns))
-    return [heading, *((name, *(_cell(found[t], m) for t, m in columns)) for name, found in answered.items())]
+    return [heading, *((name, *(_cell(scores[t], m) for t, m in columns)) for name, scores in answered.items())]
 
 
 def _cell(metrics: dict[str, Any], key: str) -> str:

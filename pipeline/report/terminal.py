@@ -27,7 +27,7 @@ def print_table(folder: Path) -> None:
 
 def _for_terminal(table: Table) -> RichTable:
     heading, *rows = table.rows
-    found = RichTable(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    drawn = RichTable(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        found.add_row(*row)
-    return found
+        drawn.add_row(*row)
+    return drawn

@@ -119,10 +119,10 @@ class Background:
 class Trackers:
     """The trackers of one execution of a stage. Metrics are told apart by stage: `ppo/kl`."""
 
-    def __init__(self, config: DictConfig, about: About, known: int = -1):
-        """Start the trackers of `config.kinds`; steps up to `known` were tracked before a kill and are left out."""
-        self.about, self.known, self.step, self.axes = about, known, 0, {}
-        self.running = [found for kind in config.kinds if (found := _start(kind, config, about))]
+    def __init__(self, config: DictConfig, about: About, last_tracked: int = -1):
+        """Start the trackers of `config.kinds`; what was tracked before a kill is left out."""
+        self.about, self.last_tracked, self.step, self.axes = about, last_tracked, 0, {}
+        self.running = [tracker for kind in config.kinds if (tracker := _start(kind, config, about))]
 
     def log(self, step: int, metrics: dict[str, Any], axes: dict[str, int]) -> None:
         """Metrics of one step, with how far the stage is by other measures, such as tokens."""
@@ -132,7 +132,7 @@ class Trackers:
     def show(self, values: dict[str, Any], step: int | None = None) -> None:
         """Values at `step`, or at the last one."""
         self.step = self.step if step is None else step
-        if step is None or step > self.known:
+        if step is None or step > self.last_tracked:
             named = {f"{self.about.stage}/{name}": value for name, value in (self.axes | values).items()}
             self._all("log", self.step, named)
 

@@ -134,8 +134,8 @@ def _converted(value: Any) -> Any:
 def tags(tracker: DictConfig, about: About) -> list[str]:
     """The tags of the configuration, the stage, and the commit of the working directory where it has one."""
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    found = [*tracker.tags, about.stage]
+    names = [*tracker.tags, about.stage]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
-        found.append(said.stdout.strip())
-    return list(dict.fromkeys(found))
+        commit = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
+        names.append(commit.stdout.strip())
+    return list(dict.fromkeys(names))
