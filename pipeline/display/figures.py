@@ -132,9 +132,10 @@ def shares(name: str, title: str, note: str, data: list[dict[str, Any]], label: 
            limit: str) -> Figure:  # fmt: skip
     """Bars of shares, one for each row, with a mark at the row's limit where it has one."""
     names = [row[label] for row in data]
+    above = [row[limit] is not None and row[value] > row[limit] for row in data]
     bars = graph_objects.Bar(
         x=[row[value] for row in data], y=names, orientation="h", hovertemplate="%{x:.1%}<extra></extra>",
-        marker={"color": [colour("other" if _above(row, value, limit) else "reward") for row in data]},
+        marker={"color": [colour("other" if is_above else "reward") for is_above in above]},
     )  # fmt: skip
     limits = graph_objects.Scatter(
         x=[row[limit] for row in data], y=names, mode="markers", hovertemplate="limit %{x:.0%}<extra></extra>",
@@ -144,7 +145,3 @@ def shares(name: str, title: str, note: str, data: list[dict[str, Any]], label: 
     drawn["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     drawn["layout"]["xaxis"] |= {"tickformat": ".0%", "range": [0, 1.02], "showgrid": True}
     return Figure(name, title, note, drawn, data)
-
-
-def _above(row: dict[str, Any], value: str, limit: str) -> bool:
-    return row[limit] is not None and row[value] > row[limit]

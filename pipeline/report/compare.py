@@ -3,10 +3,9 @@
 from typing import Any
 
 from threefold.display.parts import Section, Table
-from threefold.report import differences, tables
-from threefold.report.environment import as_text
-from threefold.report.names import display_name, in_order, opening
-from threefold.report.run import Run
+from threefold.report import differences, models
+from threefold.report.run import Run, display_name, in_order, opening
+from threefold.report.stages import as_text
 from threefold.stages import STAGES
 
 ABSENT = "–"
@@ -99,7 +98,7 @@ def _parts(run: Run, stage: str) -> dict[str, str]:
 def main_metrics(run: Run, other: Run) -> Table:
     """The metrics that the report begins with, of both runs, and their difference."""
     asked = [(f"{stage}.{key}", form) for stage, key, form in MAIN]
-    columns = tables.JUDGED | tables.TEXT
+    columns = models.JUDGED | models.TEXT
     for model in in_order({*run.models, *other.models}):
         asked += [(f"evaluate.models.{model}.{key}", form) for key, (_, form) in columns.items()]
     return _metrics("compare_main", "Main metrics of both", run, other, asked)
@@ -118,13 +117,11 @@ def _metrics(name: str, title: str, run: Run, other: Run, asked: list[tuple[str,
         if a is None and b is None:
             continue
         less = None if a is None or b is None else a - b
-        rows.append((key.replace("evaluate.models.", ""), _cell(a, form), _cell(b, form), _cell(less, _signed(form))))
+        rows.append(
+            (key.replace("evaluate.models.", ""), _cell(a, form), _cell(b, form), _cell(less, f"+{form.lstrip('+')}"))
+        )
         data.append({"metric": key, **_both(run, other, a, b), "difference": less})
     return Table(name, title, [("metric", run.name, other.name, "difference"), *rows], data, folded=folded)
-
-
-def _signed(form: str) -> str:
-    return f"+{form.lstrip('+')}"
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""Differences between two models on the same prompts: paired, with intervals over prompts."""
+"""Differences between two models on the same prompts, with intervals over prompts, and what alignment cost in words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from threefold.evaluation import statistics
+from threefold.report.run import REFERENCE, Run, display_name, opening
 from threefold.rewards.repetition import repeated_share
 
 Row = dict[str, Any]  # of samples.jsonl
 SURE = 0.05  # p from which a planned comparison says nothing
 LENGTH, REPETITION = "length", "repetition"  # taken as judges: a reply's characters, its share of repeated triples
+ALIKE = 0.005  # a smaller relative change of bits per byte is not called one
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,58 @@ def of_pairs(pairs: Iterable[tuple[float | None, float | None]]) -> Difference |
         return None
     gaps = both[:, 0] - both[:, 1]
     return Difference(float(gaps.mean()), statistics.mean_interval(gaps.tolist()), *both.mean(0).tolist(), len(both))
+
+
+def costs(run: Run, rows: list[Row], models: list[str]) -> list[str]:
+    """What became longer, endless, repetitive or less likely, for each of the aligned `models` against SFT."""
+    lines = []
+    for name in models if REFERENCE in run.models else []:
+        clauses = [length(rows, name), ended(run, name), repetition(rows, name), tax(run, name)]
+        lines.append(f"{opening(display_name(name))}: {'; '.join(clause for clause in clauses if clause)}.")
+    return lines
+
+
+def length(rows: list[Row], name: str) -> str:
+    """Whether replies are longer or shorter than those of SFT."""
+    change = between(rows, name, REFERENCE, LENGTH)
+    if change is None:
+        return ""
+    word = {1: "replies are longer", -1: "replies are shorter"}.get(change.sign, "length did not clearly change")
+    return f"{word}, {change.other:.0f} to {change.one:.0f} characters ({change.shown('+.0f')})"
+
+
+def ended(run: Run, name: str) -> str:
+    """Whether replies end less often; shares are told apart where their own intervals do not overlap."""
+    before, after = (run.models[model].get("ended_share") for model in (REFERENCE, name))
+    if before is None or after is None:
+        return ""
+    was, became = (share_interval(share, run.evaluation["prompts"]) for share in (before, after))
+    word = "fell" if became[1] < was[0] else "rose" if became[0] > was[1] else "did not clearly change"
+    return f"the share of replies that end {word}, {before:.1%} to {after:.1%}"
+
+
+def share_interval(share: float, count: int) -> list[float]:
+    """Wilson's interval of a share of `count`."""
+    ones = round(share * count)
+    return statistics.share_interval([1.0] * ones + [0.0] * (count - ones)) or [0.0, 1.0]
+
+
+def repetition(rows: list[Row], name: str) -> str:
+    """Whether replies repeat themselves more."""
+    change = between(rows, name, REFERENCE, REPETITION)
+    if change is None:
+        return ""
+    word = {1: "replies repeat themselves more", -1: "replies repeat themselves less"}.get(change.sign)
+    return f"{word or 'repetition did not clearly change'}, {change.other:.1%} to {change.one:.1%} of word triples"
+
+
+def tax(run: Run, name: str) -> str:
+    """What became of the language model: bits per byte of base text."""
+    before, after = (run.models[model].get("text_bits_per_byte") for model in (REFERENCE, name))
+    if before is None or after is None:
+        return ""
+    base = run.models.get("base", {}).get("text_bits_per_byte")
+    beside = f", the base model {base:.3f}" if base is not None else ""
+    word = "about as well" if abs(after / before - 1) < ALIKE else "worse" if after > before else "better"
+    change = f"{before:.3f} to {after:.3f} bits per byte ({after / before - 1:+.1%})"
+    return f"base text is predicted {word}, {change}{beside}"

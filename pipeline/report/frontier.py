@@ -51,7 +51,7 @@ def figure(frontier: dict[str, Any], score: str, title: str) -> Figure:
             drawn.add_trace(trace)
         data += rows
     seen = [row["gain"] for row in data]
-    room = 0.1 * (max(seen) - min(seen)) or 0.1  # a band that few points leave open does not squeeze the points
+    room = 0.1 * (max(seen) - min(seen)) or 0.1  # so a wide band around few points does not squeeze them
     note = "How far can it be pushed before it falls, and which method gets most out of a nat of KL?"
     layout = figures.drawing(
         drawn, "√KL to the SFT model, nats", "gain over the SFT model", showlegend=True, height=340

@@ -4,9 +4,27 @@ import re
 from typing import Any
 
 from threefold.display import figures
-from threefold.display.parts import Figure, Section
-from threefold.report import tables
-from threefold.report.run import Run
+from threefold.display.parts import Figure, Section, Table
+from threefold.evaluation import statistics
+from threefold.report.run import Run, in_order
+
+# columns of the table of models: metric → (heading, format); a column that no model has is left out
+JUDGED = {
+    "gold_mean": ("gold judge: {judge}", ".3f"),
+    "greedy_gold_mean": ("{judge}, greedy", ".3f"),
+    "second_judge_mean": ("second judge: {second_judge}", ".3f"),
+    "proxy_mean": ("reward model", "+.2f"),
+    "kl": ("KL, nats per reply", ".2f"),
+}
+TEXT = {
+    "length": ("length, characters", ".1f"),
+    "distinct_2": ("distinct-2", ".3f"),
+    "self_bleu": ("self-BLEU", ".3f"),
+    "ended_share": ("ended", ".1%"),
+    "repetition": ("repeated", ".1%"),
+    "reply_bits_per_byte": ("reply bits per byte", ".3f"),
+    "text_bits_per_byte": ("text bits per byte", ".3f"),
+}
 
 
 def section(run: Run) -> Section | None:
@@ -16,8 +34,8 @@ def section(run: Run) -> Section | None:
     title = "Models on held-out prompts"
     if not run.models:
         return Section("models", title, (run.lacks("evaluate"),))
-    judged = tables.models(run, tables.JUDGED, "models", "What the judges say, and KL")
-    text = tables.models(run, tables.TEXT, "models_text", "What became of the text")
+    judged = table(run, JUDGED, "models", "What the judges say, and KL")
+    text = table(run, TEXT, "models_text", "What became of the text")
     return Section("models", title, lead(run), parts=(judged, *plots(run, judged.data), text))
 
 
@@ -75,3 +93,35 @@ def _functions(prefix: str, parts: dict[str, Any]) -> set[tuple[str, ...]]:
 
 def _arguments(below: dict[str, Any], place: str) -> list[str]:
     return sorted(f"{key.removeprefix(place)}={value}" for key, value in below.items() if key.startswith(place))
+
+
+def table(run: Run, columns: dict[str, tuple[str, str]], name: str, title: str, note: str = "") -> Table:
+    """A row for each model that was evaluated, with those of the columns that any of them has."""
+    shown = {key: column for key, column in columns.items() if any(key in m for m in run.models.values())}
+    heading = ("model", *(label.format(**run.evaluation) for label, _ in shown.values()))
+    rows: list[tuple[str, ...]] = [heading]
+    data = []
+    for model in in_order(run.models):
+        metrics = run.models[model]
+        rows.append((model, *(_cell(metrics, key, form) for key, (_, form) in shown.items())))
+        data.append({"model": model} | {k: v for key in shown for k, v in _numbers(metrics, key).items()})
+    return Table(name, title, rows, data, note, models=True)
+
+
+def _interval_of(metrics: dict[str, Any], key: str) -> list[float] | None:
+    return metrics.get(f"{key.removesuffix('_mean')}_ci95")
+
+
+def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
+    if key not in metrics:
+        return "–"
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    return format(metrics[key], form) + (
+        f" {statistics.shown(_interval_of(metrics, key), form)}" if has_interval else ""
+    )
+
+
+def _numbers(metrics: dict[str, Any], key: str) -> dict[str, float | None]:
+    has_interval = f"{key.removesuffix('_mean')}_ci95" in metrics
+    low, high = statistics.ends(_interval_of(metrics, key))
+    return {key: metrics.get(key)} | ({f"{key}_low": low, f"{key}_high": high} if has_interval else {})

@@ -3,8 +3,8 @@
 from typing import Any
 
 from threefold.display.parts import Section, Table
+from threefold.report.models import JUDGED, TEXT
 from threefold.report.run import Run
-from threefold.report.tables import JUDGED, TEXT
 from threefold.runs import seeds
 from threefold.stages import STAGES
 

@@ -1,21 +1,17 @@
 """The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
 
-A difference is called one only where its 95 % interval leaves out zero and the evaluation's test of it, corrected for
-all its tests, agrees.
+A sentence calls a difference clear only where its 95 % interval leaves out zero and the evaluation's own test, corrected
+for all its tests, agrees.
 """
 
 from dataclasses import dataclass
 
 from threefold.evaluation import checkup, statistics
-from threefold.evaluation.players import player
-from threefold.report import contamination, costs, differences, reward
+from threefold.report import differences, evaluation, training
 from threefold.report.differences import Difference, Row
 from threefold.report.models import roles
-from threefold.report.names import REFERENCE, display_name, in_order, opening
-from threefold.report.run import Run
+from threefold.report.run import REFERENCE, Run, aligned, display_name, opening
 from threefold.runs import frontier, seeds
-
-UNALIGNED = ("human", "base", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -41,25 +37,12 @@ def groups(run: Run) -> list[Group]:
     rows = run.samples()
     summary = [
         Group("What training did", [*gains(run, rows), *contest(run, rows), *untrained(run, rows), *learnt(run)]),
-        Group("What it cost", costs.sentences(run, rows, aligned(run))),
+        Group("What it cost", differences.costs(run, rows, aligned(run))),
         Group("How far it can be pushed", pushed(run)),
         Group("Over several seeds", over_seeds(run)),
         Group("How far to trust it", [*reward_model(run), *proxy(run, rows), *caveats(run)]),
     ]
     return [group for group in summary if group.sentences]
-
-
-def aligned(run: Run) -> list[str]:
-    """The models of this run that were trained, or whose replies are chosen, by preferences or rewards."""
-    return [name for name in in_order(run.models) if chosen(name)]
-
-
-def chosen(name: str) -> bool:
-    """Whether preferences or rewards are behind a model of this run; behind a vote over samples there are none."""
-    if "/" in name or name in UNALIGNED:
-        return False
-    parsed = player(name, "evaluate.models")
-    return parsed.model in ("dpo", "ppo") or parsed.decoding == "best_of"
 
 
 def learnt(run: Run) -> list[str]:
@@ -129,6 +112,8 @@ def _second(run: Run, gain: Difference, second: Difference | None) -> str:
 def contest(run: Run, rows: list[Row]) -> list[str]:
     """The best aligned model by the gold judge against each other one."""
     best, sentences = leader(run), []
+    if best is None:
+        return []
     for name in aligned(run):
         if name != best and (gain := differences.tested(run.evaluation, rows, best, name)):
             sentences.append(f"{opening(_beside(best, name, gain))}.")
@@ -148,8 +133,7 @@ def _beside(one: str, other: str, gain: Difference) -> str:
 def untrained(run: Run, rows: list[Row]) -> list[str]:
     """Where the base model is not below the best aligned one: a judge that it pleases may not ask for much."""
     best = leader(run)
-    gain = differences.between(rows, best, "base") if best else None
-    if gain is None or gain.sign > 0:
+    if best is None or (gain := differences.between(rows, best, "base")) is None or gain.sign > 0:
         return []
     base = run.models["base"]
     return [
@@ -160,7 +144,7 @@ def untrained(run: Run, rows: list[Row]) -> list[str]:
 
 def reward_model(run: Run) -> list[str]:
     """Whether the reward model passed its gate, and whether PPO used it all the same."""
-    if not reward.checked(run):
+    if not training.checked(run):
         return []
     metrics = run.stages["reward"]
     failed = checkup.failures(metrics, run.config.reward.gate)
@@ -207,8 +191,8 @@ def caveats(run: Run) -> list[str]:
     sentences = []
     if stopped := run.stages.get("ppo", {}).get("stopped"):
         sentences.append(f"PPO was ended by a guard: {stopped}.")
-    if counts := contamination.counted(run):
-        sentences.append(contamination.sentence(counts))
+    if counts := evaluation.contamination_counts(run):
+        sentences.append(evaluation.contamination_sentence(counts))
     for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
         counts = [
             f"{metrics[key]:,} of {display_name(name)}" for name, metrics in run.models.items() if metrics.get(key)

@@ -113,7 +113,7 @@ def show_tensorboard(config: DictConfig, store: Path) -> None:
 
 
 def run_tool(module: str, *arguments: str) -> None:
-    """Run a module of Python until it ends; raises `UserError` where that is in failure, which it has told itself."""
+    """Run a Python module until it ends. Raises `UserError` where it fails; it has printed the reason itself."""
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
     if status not in (0, -signal.SIGINT, 128 + signal.SIGINT):
         raise UserError(f"{module.partition('.')[0]}: ended with status {status}; it says above why")
@@ -127,7 +127,7 @@ def set_up_workspace(config: DictConfig, store: Path) -> None:
     import wandb_workspaces.workspaces as ws
 
     try:
-        entity = config.tracker.entity or wandb.Api().default_entity
+        entity: Any = config.tracker.entity or wandb.Api().default_entity
         wanted = workspace(entity, config.tracker.project)
         address_file = store / "wandb" / f"workspace-{entity}-{config.tracker.project}.txt"
         if address_file.is_file():
@@ -151,7 +151,7 @@ def workspace(entity: str, project: str) -> Any:
     sections = []
     for stage, section in described.sections.items():
         axis = f"{stage}/{AXES.get(stage, OPTIMISER_STEP)}"
-        panels = [
+        panels: list[Any] = [
             wr.LinePlot(title=f"{stage}: {', '.join(names)}", x=axis, y=[f"{stage}/{name}" for name in names])
             for names in section.lines
         ]

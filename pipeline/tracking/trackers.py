@@ -1,8 +1,8 @@
 """Where a stage's metrics go while it runs: a step log in its folder, and trackers that can neither block nor fail it.
 
 A tracker (pipeline/tracking/wandb_run.py and its neighbours) works in a thread of its own. A call hands over what is to
-be tracked and returns at once; a start that takes long, a network that is gone or a full disk are the thread's trouble,
-and end in one printed line.
+be tracked and returns at once. A slow start, a lost network or a full disk stops that thread alone, and is told in one
+printed line.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Tracker(Protocol):
 
 
 class Background:
-    """A tracker in a thread of its own, which ends it at its first error and says so in one line."""
+    """A tracker in a thread of its own. Its first error ends it, with one printed line."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]):
         self.name, self.over, self.lock = name, False, threading.Lock()
@@ -96,7 +96,7 @@ class Background:
             self.give_up(f"did not finish within {limit:g} s")
 
     def give_up(self, reason: str) -> None:
-        """Ask nothing more of the tracker, and say why, once."""
+        """Stop using the tracker, and print why, once."""
         with self.lock:
             if not self.over:
                 print(f"{self.name} is off for the rest of this stage: {reason}", flush=True)
