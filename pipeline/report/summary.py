@@ -1,7 +1,7 @@
 """The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
 
-A sentence calls a difference clear only where its 95 % interval leaves out zero and the evaluation's own test, corrected
-for all its tests, agrees.
+A sentence calls a difference clear only where its 95 % interval leaves out zero and the evaluation's own test,
+corrected for all its tests, agrees.
 """
 
 from dataclasses import dataclass
