@@ -3,10 +3,11 @@
 from threefold.chain.checks import check, check_processes, check_rewards, check_sources
 from threefold.chain.making import bring_up_to_date, make
 from threefold.chain.plans import Planned, fingerprint_parts, plan, view, wanted
-from threefold.chain.states import made_with, require_finished, stale_reason, status
+from threefold.chain.states import State, made_with, require_finished, stale_reason, state_in_run, status
 
 __all__ = [
     "Planned",
+    "State",
     "bring_up_to_date",
     "check",
     "check_processes",
@@ -18,6 +19,7 @@ __all__ = [
     "plan",
     "require_finished",
     "stale_reason",
+    "state_in_run",
     "status",
     "view",
     "wanted",

@@ -69,9 +69,9 @@ def check_sources(config: DictConfig, planned: dict[str, Planned]) -> None:
     from threefold.data import reading
     from threefold.evaluation import tasks
 
-    known = {key for entry in planned.values() if entry.artifact.finished for key in sources(entry.stage, config)}
+    proven = {key for entry in planned.values() if entry.artifact.finished for key in sources(entry.stage, config)}
     needed = {key for entry in planned.values() if not entry.artifact.finished for key in sources(entry.stage, config)}
-    for key in sorted(needed - known):
+    for key in sorted(needed - proven):
         source = OmegaConf.select(config, key)
         if key.startswith(TASKS):
             tasks.check(key, source)

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -75,7 +75,12 @@ def _execute(config: DictConfig, entry: Planned, inputs: dict[str, Path], others
         folders = {parent: str(folder) for parent, folder in inputs.items()}
         places = str(artifact.out), str(artifact.checkpoints)
         task = launch.Task(
-            stage, OmegaConf.to_container(seen), folders, *places, entry.fingerprint, **launch.place(config.launch)
+            stage,
+            cast(dict[str, Any], OmegaConf.to_container(seen)),
+            folders,
+            *places,
+            entry.fingerprint,
+            **launch.place(config.launch),
         )
         return launch.run(task, artifact.work, others)
     from threefold.execution.job import Job, execute

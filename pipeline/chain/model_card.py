@@ -85,26 +85,27 @@ def made_from(part: Path, manifest: dict[str, Any], base: str | None, configs: d
 
 def lineage(out: Path, manifest: dict[str, Any], store: Path) -> dict[str, DictConfig]:
     """The configuration that each stage saw which this model comes from, itself included."""
-    found = {manifest["stage"]: OmegaConf.load(out / "config.yaml")}
+    configs: dict[str, Any] = {manifest["stage"]: OmegaConf.load(out / "config.yaml")}
     for stage, fingerprint in manifest["parents"].items():
         folder = store / f"{stage}-{fingerprint}"
-        if stage not in found and (folder / "manifest.json").is_file():
-            found = lineage(folder, read_json(folder / "manifest.json"), store) | found
-    return found
+        if stage not in configs and (folder / "manifest.json").is_file():
+            configs = lineage(folder, read_json(folder / "manifest.json"), store) | configs
+    return configs
 
 
 def base_model(configs: dict[str, DictConfig]) -> str | None:
     """The checkpoint that training started from; None where it started from nothing."""
-    written = OmegaConf.to_container(configs["pretrain"]) if "pretrain" in configs else {}
+    written: Any = OmegaConf.to_container(configs["pretrain"]) if "pretrain" in configs else {}
     return written.get("model", {}).get("checkpoint")
 
 
 def data_names(configs: dict[str, DictConfig]) -> dict[str, bool]:
     """Names of the data sources behind the model, and whether each is on the hub; of local ones the last part alone."""
-    found = {}
+    on_hub = {}
     for config in configs.values():
-        for source in OmegaConf.to_container(config).get("data", {}).values():
+        written: Any = OmegaConf.to_container(config)
+        for source in written.get("data", {}).values():
             if path := source.get("path"):
                 packaged, local = is_package(path) or is_task(path), is_local(path) or "${" in path
-                found[Path(path).name if local and not packaged else path] = not (packaged or local)
-    return found
+                on_hub[Path(path).name if local and not packaged else path] = not (packaged or local)
+    return on_hub

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,12 +49,12 @@ def wanted(config: DictConfig) -> list[str]:
     """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
     if config.target is not None and config.target not in STAGES:
         raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
-    found = needed_by(config.target, config)
+    names = needed_by(config.target, config)
     if config.target and config.dependents:
         run = Path(config.runs) / config.run
         made = [name for name in depending_on(config.target, config) if (run / name).exists()]
-        found = [name for name in STAGES if any(name in needed_by(w, config) for w in [*found, *made])]
-    return found
+        names = [name for name in STAGES if any(name in needed_by(w, config) for w in [*names, *made])]
+    return names
 
 
 def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     if "precision" in parts:
         parts |= {"precision": precision.resolved(config, name)}
     for key, made_by in stage.folders:
-        folders = _listed(OmegaConf.select(config, key))
+        selected = OmegaConf.select(config, key)
+        folders = [selected] if isinstance(selected, str) else list(selected or [])
         parts = _replaced(parts, key, [artifact_digest(folder, key, made_by) for folder in folders])
         if key in stage.named:
             parts[f"{key}.names"] = [policy_name(folder) for folder in folders]
@@ -75,7 +76,9 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
         if (model := OmegaConf.select(config, key)) is not None and (digest := model_digest(model, key)) != model:
             parts = _replaced(parts, key, digest)
     for key in sources(name, config):
-        parts = _without_location(parts, key) | _source_parts(config, key)
+        located = tuple(f"{key}.{name}" for name in LOCATION)
+        parts = {part: value for part, value in parts.items() if not _below(part, located)}
+        parts |= _source_parts(config, key)
         if key.startswith(TASKS):
             from threefold.evaluation import tasks
 
@@ -103,11 +106,7 @@ def _source_parts(config: DictConfig, key: str) -> dict[str, Any]:
     }
 
 
-def _without_location(parts: dict[str, Any], key: str) -> dict[str, Any]:
-    return {part: value for part, value in parts.items() if not _below(part, tuple(f"{key}.{n}" for n in LOCATION))}
-
-
-def _replaced(parts: dict[str, Any], key: str, digest: str) -> dict[str, Any]:
+def _replaced(parts: dict[str, Any], key: str, digest: str | list[str]) -> dict[str, Any]:
     """`parts` with a digest of the content that a key names, in place of the name."""
     return {part: value for part, value in parts.items() if not _below(part, (key,))} | {key: digest}
 
@@ -128,7 +127,7 @@ def view(config: DictConfig, name: str) -> DictConfig:
         if key == "precision":
             value = precision.resolved(config, name)
         if hidden := [name.removeprefix(f"{key}.") for name in stage.without if name.startswith(f"{key}.")]:
-            value = OmegaConf.masked_copy(value, [name for name in value if name not in hidden])
+            value = OmegaConf.masked_copy(cast(DictConfig, value), [name for name in value if name not in hidden])
         OmegaConf.update(seen, key, value, force_add=True)
     OmegaConf.set_struct(seen, True)
     OmegaConf.set_readonly(seen, True)
@@ -139,17 +138,13 @@ def _below(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
 def _placed(config: DictConfig, key: str) -> tuple[DictConfig, str]:
     """The section that a key is in, and its name there."""
     section, _, name = key.rpartition(".")
     return (OmegaConf.select(config, section) if section else config), name
 
 
-def _flatten(key: str, section: DictConfig, name: str) -> dict[str, Any]:
+def _flatten(key: str, section: DictConfig, name: Any) -> dict[str, Any]:
     """What is called `name` in `section`, as flat dotted keys below `key`.
 
     A value that the environment gives stays an interpolation. A digest of it stands beside it, but for arguments of

@@ -36,9 +36,11 @@ LARGE = 2 * 2**30  # bytes of a judge's weights from which only its tokenizer an
 
 
 def check(config: DictConfig, planned: dict[str, Any]) -> None:
-    """Try what the stages to be made start from; raises `UserError`. What was tried in this process is not again."""
+    """Try what the stages to be made start from; raises `UserError`. Nothing is tried twice in one process."""
     unmade = [name for name, entry in planned.items() if not entry.artifact.finished]
-    scored = "reward" in unmade or ("ppo" in unmade and _has_critic_of_its_own(config.ppo))
+    ppo = config.ppo
+    own_critic = ppo.advantage == "gae" and ppo.critic == "separate" and ppo.lora_rank is None
+    scored = "reward" in unmade or ("ppo" in unmade and own_critic)
     quiet_libraries()
     with torch.random.fork_rng(devices=[]):
         if "pretrain" in unmade:
@@ -56,10 +58,6 @@ def check(config: DictConfig, planned: dict[str, Any]) -> None:
     rendered = sorted({key for name in unmade for key in sources(name, config)} & {"data.replies", "data.preferences"})
     if rendered and config.model.checkpoint:  # our own template renders everything
         check_rows(config, _tokenizer(config, planned), rendered)
-
-
-def _has_critic_of_its_own(ppo: DictConfig) -> bool:
-    return ppo.advantage == "gae" and ppo.critic == "separate" and ppo.lora_rank is None
 
 
 @functools.cache

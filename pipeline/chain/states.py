@@ -1,6 +1,7 @@
 """Which of the planned artifacts are there, and why others are stale."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,36 @@ from threefold.fileio import read_json
 from threefold.stages import STAGES
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+FRESH = "fresh"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage is: fresh, stale, missing, unlinked, failed, interrupted or running; `reason` says more."""
+
+    word: str
+    reason: str = ""
+
+
+def state_in_run(planned: Planned, manifest: dict[str, Any] | None) -> State:
+    """The state of a stage in a run that links to the artifact of `manifest`, or to none."""
+    if manifest and manifest["fingerprint"] == planned.fingerprint:
+        return State(FRESH)
+    return _unmade(planned, manifest)
+
+
+def _unmade(planned: Planned, manifest: dict[str, Any] | None) -> State:
+    """The state of a stage whose planned artifact is not the one that the run links to."""
+    artifact = planned.artifact
+    if artifact.running:
+        return State("running")
+    if artifact.failure:
+        return State("failed", artifact.failure)
+    if artifact.work.is_dir():
+        return State("interrupted", "continues from its last checkpoint")
+    if manifest:
+        return State("stale", stale_reason(manifest, planned))
+    return State("unlinked" if artifact.finished else "missing")
 
 
 def status(config: DictConfig) -> list[dict[str, Any]]:
@@ -22,27 +53,21 @@ def status(config: DictConfig) -> list[dict[str, Any]]:
 
 
 def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
-    artifact, link = planned.artifact, run / planned.stage
+    artifact = planned.artifact
     row = {"stage": planned.stage, "fingerprint": planned.fingerprint, "reason": "", "made": "", "metric": ""}
     if artifact.finished:
         manifest = read_json(artifact.folder / "manifest.json")
         metric = STAGES[planned.stage].metric
         value = read_json(artifact.folder / "metrics.json").get(metric)
         return row | {
-            "state": "fresh",
+            "state": FRESH,
             "reason": made_with(manifest),
             "made": manifest["created"],
             "metric": f"{metric} {value:.4g}" if value is not None else "",
         }
-    if artifact.running:
-        return row | {"state": "running"}
-    if artifact.failure:
-        return row | {"state": "failed", "reason": artifact.failure}
-    if artifact.work.is_dir():
-        return row | {"state": "interrupted", "reason": "continues from its last checkpoint"}
-    if (link / "manifest.json").is_file():
-        return row | {"state": "stale", "reason": stale_reason(read_json(link / "manifest.json"), planned)}
-    return row | {"state": "missing"}
+    linked = run / planned.stage / "manifest.json"
+    state = _unmade(planned, read_json(linked) if linked.is_file() else None)
+    return row | {"state": state.word, "reason": state.reason}
 
 
 def made_with(manifest: dict[str, Any]) -> str:
@@ -56,8 +81,8 @@ def stale_reason(manifest: dict[str, Any], planned: Planned) -> str:
     """The keys in which `planned` differs from the artifact that `manifest` describes."""
     old, new = manifest["parts"], planned.parts
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    own = [_difference(key, old.get(key), new.get(key)) for key in changed if not key.startswith("parent.")]
-    return ", ".join(own or [f"{key.removeprefix('parent.')} is stale" for key in changed])
+    differences = [_difference(key, old.get(key), new.get(key)) for key in changed if not key.startswith("parent.")]
+    return ", ".join(differences or [f"{key.removeprefix('parent.')} is stale" for key in changed])
 
 
 def _short(value: Any) -> str:

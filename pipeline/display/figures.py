@@ -48,8 +48,8 @@ def drawing(figure: graph_objects.Figure, x_title: str, y_title: str, **layout: 
     figure.update_xaxes(axis | {"showgrid": False, "ticks": "outside", "tickcolor": colour("line")}, title_text=x_title)
     figure.update_yaxes(axis, title_text=y_title)
     figure.update_layout(**layout)
-    found = json.loads(figure.to_json())
-    return {"data": found["data"], "layout": {k: v for k, v in found["layout"].items() if k != "template"}}
+    drawn = json.loads(figure.to_json())
+    return {"data": drawn["data"], "layout": {k: v for k, v in drawn["layout"].items() if k != "template"}}
 
 
 def lines(name: str, title: str, note: str, data: list[dict[str, Any]], columns: dict[str, tuple[str, str]],
@@ -57,9 +57,9 @@ def lines(name: str, title: str, note: str, data: list[dict[str, Any]], columns:
     """Curves over column `x` of `data`; `columns` are the others that are drawn, with their label and colour."""
     figure = graph_objects.Figure()
     for column, (label, shade) in columns.items():
-        known = [row for row in data if row.get(column) is not None]
+        rows = [row for row in data if row.get(column) is not None]
         figure.add_scatter(
-            x=[row[x] for row in known], y=[row[column] for row in known], mode="lines", name=label,
+            x=[row[x] for row in rows], y=[row[column] for row in rows], mode="lines", name=label,
             line={"color": colour(shade), "width": 2}, hovertemplate="%{y:.4g}",
         )  # fmt: skip
     drawn = drawing(figure, x, y_title, showlegend=len(columns) > 1, hovermode="x unified")
@@ -118,11 +118,11 @@ def reliability(name: str, title: str, note: str, data: list[dict[str, Any]]) ->
     }  # fmt: skip
     dotted = {"dash": "dot", "color": colour("quiet"), "width": 1}
     even = graph_objects.Scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dotted, hoverinfo="skip")
-    found = graph_objects.Scatter(
+    marks = graph_objects.Scatter(
         x=[row["confidence"] for row in data], y=[row["accuracy"] for row in data], error_y=whiskers, mode="markers",
         marker={"size": 9, "color": colour("reward")}, hovertemplate="sure %{x:.1%}, right %{y:.1%}<extra></extra>",
     )  # fmt: skip
-    drawn = drawing(graph_objects.Figure([even, found]), "confidence in the reply that it prefers", "share right")
+    drawn = drawing(graph_objects.Figure([even, marks]), "confidence in the reply that it prefers", "share right")
     for axis in ("xaxis", "yaxis"):
         drawn["layout"][axis] |= {"tickformat": ".0%"}
     return Figure(name, title, note, drawn, data)
@@ -132,9 +132,10 @@ def shares(name: str, title: str, note: str, data: list[dict[str, Any]], label: 
            limit: str) -> Figure:  # fmt: skip
     """Bars of shares, one for each row, with a mark at the row's limit where it has one."""
     names = [row[label] for row in data]
+    above = [row[limit] is not None and row[value] > row[limit] for row in data]
     bars = graph_objects.Bar(
         x=[row[value] for row in data], y=names, orientation="h", hovertemplate="%{x:.1%}<extra></extra>",
-        marker={"color": [colour("other" if _above(row, value, limit) else "reward") for row in data]},
+        marker={"color": [colour("other" if is_above else "reward") for is_above in above]},
     )  # fmt: skip
     limits = graph_objects.Scatter(
         x=[row[limit] for row in data], y=names, mode="markers", hovertemplate="limit %{x:.0%}<extra></extra>",
@@ -144,7 +145,3 @@ def shares(name: str, title: str, note: str, data: list[dict[str, Any]], label: 
     drawn["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     drawn["layout"]["xaxis"] |= {"tickformat": ".0%", "range": [0, 1.02], "showgrid": True}
     return Figure(name, title, note, drawn, data)
-
-
-def _above(row: dict[str, Any], value: str, limit: str) -> bool:
-    return row[limit] is not None and row[value] > row[limit]

@@ -1,14 +1,18 @@
-"""What a report is made of: sections of sentences, tables and figures; page, Markdown and CSV are made from these."""
+"""What a report is made of: sections, tables and figures; tables as Markdown, as CSV and on the terminal."""
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from threefold.fileio import write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,38 @@ class Section:
     points: tuple[str, ...] = ()
     html: Markup | None = None
     parts: tuple[Table | Figure, ...] = ()
+
+
+def terminal(width: int = 160) -> "Console":
+    """The terminal, `width` columns wide where the output goes to a file; names with brackets or colons stay as is."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else width, markup=False, emoji=False)
+
+
+def print_rows(rows: Sequence[Sequence[str]], console: "Console | None" = None) -> None:
+    """Print a table, its heading first, on `console` or the terminal."""
+    from rich.table import Table as Columns
+
+    heading, *others = rows
+    columns = Columns(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for row in others:
+        columns.add_row(*row)
+    (console or terminal()).print(columns)
+
+
+def markdown_lines(rows: Sequence[Iterable[str]], rule: Iterable[str], line_break: str = " ") -> list[str]:
+    """A table as lines of Markdown, its heading first; `rule` aligns its columns.
+
+    A cell stays one cell: bars and backslashes are escaped, and `line_break` stands for the end of a line.
+    """
+    heading, *others = (_markdown_row(row, line_break) for row in rows)
+    return [heading, f"| {' | '.join(rule)} |", *others]
+
+
+def _markdown_row(cells: Iterable[str], line_break: str) -> str:
+    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", line_break) for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def csv_text(data: list[dict[str, Any]]) -> str:

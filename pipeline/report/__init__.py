@@ -9,44 +9,38 @@ from threefold.fileio import write_json, write_text
 from threefold.report import (
     arena,
     compare,
-    contamination,
-    curves,
-    effects,
-    environment,
+    evaluation,
     frontier,
-    lineage,
-    markdown,
     models,
     page,
-    reward,
-    samples,
     seeds,
+    stages,
     summary,
     sweep,
-    tasks,
+    text,
+    training,
 )
-from threefold.report.names import in_order
-from threefold.report.run import configured
-from threefold.report.terminal import print_table
+from threefold.report.run import configured, in_order
+from threefold.report.text import print_table
 
 __all__ = ["in_order", "print_table", "write_report"]
 
 # what stands below the summary, in this order; each takes the run and gives its section, or None where it has no place
 SECTIONS = (
-    lineage.section,
+    stages.section,
     compare.section,
     models.section,
     seeds.section,
-    effects.section,
+    evaluation.paired_section,
     arena.section,
     frontier.section,
     sweep.section,
-    tasks.section,
-    contamination.section,
-    reward.section,
-    curves.section,
-    samples.section,
-    environment.section,
+    evaluation.tasks_section,
+    evaluation.contamination_section,
+    training.reward_section,
+    training.curves_section,
+    page.samples_section,
+    stages.environment_section,
 )
 
 
@@ -61,8 +55,8 @@ def write_report(config: DictConfig, compare: str | None = None) -> Path:
     sections = [section for section in (make(run) for make in SECTIONS) if section is not None]
     told = summary.groups(run)
     write_csv(folder / "report", sections)
-    write_text(folder / "report.md", markdown.text(run, told, sections))
-    if reward.checked(run):
-        write_text(folder / "reward_model.md", markdown.verdict(run))
+    write_text(folder / "report.md", text.markdown(run, told, sections))
+    if training.checked(run):
+        write_text(folder / "reward_model.md", text.reward_model_markdown(run))
     write_text(folder / "report.html", page.html(run, told, sections))
     return folder

@@ -24,7 +24,7 @@ def section(run: Run) -> Section | None:
         return None
     if not run.evaluation.get("arena"):
         return Section("arena", "Arena", (run.lacks("evaluate") or "This evaluation was made without an arena.",))
-    parts = [part for judge, found in run.evaluation["arena"].items() for part in of_judge(run, judge, found)]
+    parts = [part for judge, arena in run.evaluation["arena"].items() for part in of_judge(run, judge, arena)]
     return Section("arena", "Arena", (LEAD,), parts=tuple(parts))
 
 
@@ -40,41 +40,41 @@ def judge_name(run: Run, judge: str) -> str:
     return names[judge]
 
 
-def position_bias(found: dict[str, Any]) -> str:
+def position_bias(verdicts: dict[str, Any]) -> str:
     """One line on how far the judge model's verdicts can be trusted."""
-    if not found["pairs"]:
+    if not verdicts["pairs"]:
         return "All replies are the same: it was asked nothing."
-    late = f" {found['too_long']:,} pairs were too long for it." * bool(found["too_long"])
+    late = f" {verdicts['too_long']:,} pairs were too long for it." * bool(verdicts["too_long"])
     return (
-        f"{found['pairs']:,} pairs of replies to {found['prompts']:,} prompts, each in both orders: the verdict "
-        f"changes with the order on {found['flipped_share']:.0%}, and the reply shown first is preferred on "
-        f"{found['first_share']:.0%}. "
-        f"The two verdicts have {found['verdict_share']:.0%} of the probability of the next word.{late}"
+        f"{verdicts['pairs']:,} pairs of replies to {verdicts['prompts']:,} prompts, each in both orders: the verdict "
+        f"changes with the order on {verdicts['flipped_share']:.0%}, and the reply shown first is preferred on "
+        f"{verdicts['first_share']:.0%}. "
+        f"The two verdicts have {verdicts['verdict_share']:.0%} of the probability of the next word.{late}"
     )
 
 
 NOTES: dict[str, Callable[[dict[str, Any]], str]] = {"judge_model": position_bias, "people": votes_arena.in_words}
 
 
-def of_judge(run: Run, judge: str, found: dict[str, Any]) -> list[Table | Figure]:
+def of_judge(run: Run, judge: str, arena: dict[str, Any]) -> list[Table | Figure]:
     """One judge's standings, the figure of its Elo points, and the win rates."""
-    said = judge_name(run, judge)
+    title = judge_name(run, judge)
     data = [
         {key: row[key] for key in ("rank", "model", "elo", "votes")}
         | dict(zip(("elo_low", "elo_high"), statistics.ends(row["ci95"]), strict=True))
-        | {"wins_against_anchor": found["win_rates"][row["model"]].get(anchor(found))}
-        | {"at_equal_lengths": found["length_controlled"].get(row["model"])}
-        for row in found["standings"]
+        | {"wins_against_anchor": arena["win_rates"][row["model"]].get(anchor(arena))}
+        | {"at_equal_lengths": arena["length_controlled"].get(row["model"])}
+        for row in arena["standings"]
     ]
-    rates = [{"model": name, **{f"against_{k}": v for k, v in row.items()}} for name, row in found["win_rates"].items()]
+    rates = [{"model": name, **{f"against_{k}": v for k, v in row.items()}} for name, row in arena["win_rates"].items()]
     return [
-        Table(f"arena_{judge}", f"Standings, {said}", standings(found), data, note(run, judge), models=True, texts=0),
+        Table(f"arena_{judge}", f"Standings, {title}", standings(arena), data, note(run, judge), models=True, texts=0),
         figures.intervals(
-            f"elo_{judge}", f"Elo, {said}", "Which model is better, and is that more than chance?", data, "elo",
+            f"elo_{judge}", f"Elo, {title}", "Which model is better, and is that more than chance?", data, "elo",
             "Elo points with 95 % interval", reference=1000,
         ),
         Table(
-            f"win_rates_{judge}", f"Win rates of each against each, {said}", win_rates(found), rates, models=True,
+            f"win_rates_{judge}", f"Win rates of each against each, {title}", win_rates(arena), rates, models=True,
             shares=True,
         ),
     ]  # fmt: skip
@@ -85,14 +85,14 @@ def note(run: Run, judge: str) -> str:
     return NOTES[judge](run.evaluation[judge]) if judge in NOTES and judge in run.evaluation else ""
 
 
-def anchor(found: dict[str, Any]) -> str:
+def anchor(arena: dict[str, Any]) -> str:
     """The model that the others' Elo is measured against."""
-    return found.get("anchor", "sft")  # evaluations of an earlier version do not say
+    return arena.get("anchor", "sft")  # evaluations of an earlier version do not say
 
 
-def standings(found: dict[str, Any]) -> list[tuple[str, ...]]:
+def standings(arena: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and rows of the table that arenas are known by."""
-    at = anchor(found)
+    at = anchor(arena)
     heading = ("model", "rank", "Elo", "95 % interval", "votes", f"wins against {at}", "at equal lengths")
     rows = [
         (
@@ -101,18 +101,18 @@ def standings(found: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{row['elo']:.0f}",
             "–" if row["model"] == at else statistics.shown(row["ci95"], ".0f"),
             f"{row['votes']:,}",
-            _share(found["win_rates"][row["model"]].get(at)),
-            _share(found["length_controlled"].get(row["model"])),
+            _share(arena["win_rates"][row["model"]].get(at)),
+            _share(arena["length_controlled"].get(row["model"])),
         )
-        for row in found["standings"]
+        for row in arena["standings"]
     ]
     return [heading, *rows]
 
 
-def win_rates(found: dict[str, Any]) -> list[tuple[str, ...]]:
+def win_rates(arena: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and rows: how often the model of the row wins against that of the column, ties one half."""
-    names = [row["model"] for row in found["standings"]]
-    rows = [(name, *(_share(found["win_rates"][name].get(other)) for other in names)) for name in names]
+    names = [row["model"] for row in arena["standings"]]
+    rows = [(name, *(_share(arena["win_rates"][name].get(other)) for other in names)) for name in names]
     return [("wins of … against", *names), *rows]
 
 

@@ -3,10 +3,9 @@
 from typing import Any
 
 from threefold.display.parts import Section, Table
-from threefold.report import differences, tables
-from threefold.report.environment import as_text
-from threefold.report.names import in_order, opening, said
-from threefold.report.run import Run
+from threefold.report import differences, models
+from threefold.report.run import Run, display_name, in_order, opening
+from threefold.report.stages import as_text
 from threefold.stages import STAGES
 
 ABSENT = "–"
@@ -46,34 +45,34 @@ def preferred(run: Run, other: Run) -> list[str]:
     judge = run.evaluation.get("judge")
     if judge is None or judge != other.evaluation.get("judge"):
         return ["The runs' replies were not scored by the same gold judge, so they are not compared."]
-    ones, others, found = run.samples(), other.samples(), []
+    ones, others, sentences = run.samples(), other.samples(), []
     for model in in_order(set(run.models) & set(other.models) - {"human"}):
         gain = differences.between_runs(ones, others, model)
         if gain is None:
             return ["The runs have no held-out prompts in common, so their replies are not compared."]
         word = {1: "scores higher than", -1: "scores lower than", 0: "is not distinguishable from"}[gain.sign]
-        found.append(
-            f"{opening(said(model))} of {run.name} {word} that of {other.name} by {judge}: {gain.shown()} on "
+        sentences.append(
+            f"{opening(display_name(model))} of {run.name} {word} that of {other.name} by {judge}: {gain.shown()} on "
             f"{gain.prompts} common prompts."
         )
-    return found
+    return sentences
 
 
 def differing_keys(run: Run, other: Run) -> Table:
     """Every key of a fingerprint whose value is not the same in both runs, stage by stage."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    stages_by_difference: dict[tuple[str, str, str], list[str]] = {}
     for stage in STAGES:
         ours, theirs = _parts(run, stage), _parts(other, stage)
         if len(ours) == 1 or len(theirs) == 1:  # a stage that only one of them has differs as a whole
             ours, theirs = ({key: parts[key] for key in list(parts)[:1]} for parts in (ours, theirs))
         for key in dict.fromkeys([*ours, *theirs]):
             if ours.get(key, ABSENT) != theirs.get(key, ABSENT):
-                found.setdefault((key, ours.get(key, ABSENT), theirs.get(key, ABSENT)), []).append(stage)
+                stages_by_difference.setdefault((key, ours.get(key, ABSENT), theirs.get(key, ABSENT)), []).append(stage)
     data = [
         {"key": key, **_both(run, other, ours, theirs), "stages": ", ".join(stages)}
-        for (key, ours, theirs), stages in found.items()
+        for (key, ours, theirs), stages in stages_by_difference.items()
     ]
-    rows = [(k, _short(a), _short(b), ", ".join(stages)) for (k, a, b), stages in found.items()]
+    rows = [(k, _short(a), _short(b), ", ".join(stages)) for (k, a, b), stages in stages_by_difference.items()]
     rows = [("key", run.name, other.name, "stages"), *(rows or [("none", ABSENT, ABSENT, ABSENT)])]
     return Table("compare_configuration", "Configuration that differs", rows, data, texts=4)
 
@@ -99,7 +98,7 @@ def _parts(run: Run, stage: str) -> dict[str, str]:
 def main_metrics(run: Run, other: Run) -> Table:
     """The metrics that the report begins with, of both runs, and their difference."""
     asked = [(f"{stage}.{key}", form) for stage, key, form in MAIN]
-    columns = tables.JUDGED | tables.TEXT
+    columns = models.JUDGED | models.TEXT
     for model in in_order({*run.models, *other.models}):
         asked += [(f"evaluate.models.{model}.{key}", form) for key, (_, form) in columns.items()]
     return _metrics("compare_main", "Main metrics of both", run, other, asked)
@@ -118,13 +117,11 @@ def _metrics(name: str, title: str, run: Run, other: Run, asked: list[tuple[str,
         if a is None and b is None:
             continue
         less = None if a is None or b is None else a - b
-        rows.append((key.replace("evaluate.models.", ""), _cell(a, form), _cell(b, form), _cell(less, _signed(form))))
+        rows.append(
+            (key.replace("evaluate.models.", ""), _cell(a, form), _cell(b, form), _cell(less, f"+{form.lstrip('+')}"))
+        )
         data.append({"metric": key, **_both(run, other, a, b), "difference": less})
     return Table(name, title, [("metric", run.name, other.name, "difference"), *rows], data, folded=folded)
-
-
-def _signed(form: str) -> str:
-    return f"+{form.lstrip('+')}"
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -133,10 +130,10 @@ def _cell(value: float | None, form: str) -> str:
 
 def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers below `metrics` by dotted key; lists, texts and identities are left out."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, dict) and key not in UNCOMPARED:
-            found |= flat(value, f"{prefix}{key}.")
+            numbers |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = value
-    return found
+            numbers[f"{prefix}{key}"] = value
+    return numbers

@@ -27,31 +27,31 @@ def section(run: Run) -> Section | None:
     """What `threefold frontier` left in the run's folder; None where it was not run."""
     if not (run.folder / "frontier.json").is_file():
         return None
-    found = current(run.folder)
-    if found is None:
+    frontier = current(run.folder)
+    if frontier is None:
         return Section("frontier", "Frontier", (OLD,))
-    lead = (LEAD, *([f"Runs that are missing: {', '.join(found['missing'])}."] if found["missing"] else []))
+    lead = (LEAD, *([f"Runs that are missing: {', '.join(frontier['missing'])}."] if frontier["missing"] else []))
     titles = {
-        "gold": f"Gold judge: {found['judges']['gold']}",
+        "gold": f"Gold judge: {frontier['judges']['gold']}",
         "proxy": "The reward model",
-        "second": f"Second judge: {found['judges']['second']}",
+        "second": f"Second judge: {frontier['judges']['second']}",
     }
-    drawn = [figure(found, score, title) for score, title in titles.items()]
-    return Section("frontier", "Frontier", lead, points=tuple(found["advice"]), parts=(*drawn, laws(found)))
+    drawn = [figure(frontier, score, title) for score, title in titles.items()]
+    return Section("frontier", "Frontier", lead, points=tuple(frontier["advice"]), parts=(*drawn, laws(frontier)))
 
 
 def figure(frontier: dict[str, Any], score: str, title: str) -> Figure:
     """One score of all methods: points, law and band of each."""
     drawn, data = graph_objects.Figure(), []
     for method in dict.fromkeys(point["method"] for point in frontier["points"]):
-        own, fitted = gains(frontier["points"], method, score), frontier["laws"].get(method)
+        rows, fitted = gains(frontier["points"], method, score), frontier["laws"].get(method)
         shade = colour(SHADES[method])
         curve = law(fitted[score]["curve"], shade) if fitted else []
-        for trace in (*curve, points(own, method, shade)):
+        for trace in (*curve, points(rows, method, shade)):
             drawn.add_trace(trace)
-        data += own
+        data += rows
     seen = [row["gain"] for row in data]
-    room = 0.1 * (max(seen) - min(seen)) or 0.1  # a band that few points leave open does not squeeze the points
+    room = 0.1 * (max(seen) - min(seen)) or 0.1  # so a wide band around few points does not squeeze them
     note = "How far can it be pushed before it falls, and which method gets most out of a nat of KL?"
     layout = figures.drawing(
         drawn, "√KL to the SFT model, nats", "gain over the SFT model", showlegend=True, height=340
@@ -74,23 +74,23 @@ def law(curve: dict[str, list[float]], shade: str) -> list[graph_objects.Scatter
     return [band, line]
 
 
-def points(own: list[dict[str, Any]], method: str, shade: str) -> graph_objects.Scatter:
+def points(rows: list[dict[str, Any]], method: str, shade: str) -> graph_objects.Scatter:
     """The points of one method."""
     return graph_objects.Scatter(
-        x=[np.sqrt(row["kl"]) for row in own], y=[row["gain"] for row in own], mode="markers", name=NAMES[method],
-        marker={"color": shade, "size": 7}, text=[row["setting"] for row in own],
+        x=[np.sqrt(row["kl"]) for row in rows], y=[row["gain"] for row in rows], mode="markers", name=NAMES[method],
+        marker={"color": shade, "size": 7}, text=[row["setting"] for row in rows],
         hovertemplate="%{text}<br>√KL %{x:.2f}, gain %{y:.3f}<extra></extra>",
     )  # fmt: skip
 
 
 def gains(measured: list[dict[str, Any]], method: str, score: str) -> list[dict[str, Any]]:
     """Method, setting, KL and gain over the SFT model of the same run, of every point of a method."""
-    own, found = [point for point in measured if point["method"] == method], []
-    for point in own:
-        start = next(each for each in own if run_of(each) == run_of(point))
+    of_method, rows = [point for point in measured if point["method"] == method], []
+    for point in of_method:
+        start = next(other for other in of_method if run_of(other) == run_of(point))
         gain = point[score] - start[score]
-        found.append({"method": method, "setting": setting(point), "kl": point["kl"], "gain": gain})
-    return found
+        rows.append({"method": method, "setting": setting(point), "kl": point["kl"], "gain": gain})
+    return rows
 
 
 def run_of(point: dict[str, Any]) -> tuple[Any, ...]:
@@ -109,15 +109,15 @@ def laws(frontier: dict[str, Any]) -> Table:
     heading = ("method", "law of the gain in gold, d = √KL", "farthest KL", "up to there gold", "resamples that agree")
     rows, data = [], []
     for method, fitted in frontier["laws"].items():
-        found = {key: value for key, value in fitted["gold"].items() if key != "curve"}
-        said = SAID[FORMS[method]].format(**found)
-        rows.append((NAMES[method], said, f"{found['farthest_kl']:.1f}", peak(found), f"{found['trend_share']:.0%}"))
-        data.append({"method": method, **found})
+        gold = {key: value for key, value in fitted["gold"].items() if key != "curve"}
+        formula = SAID[FORMS[method]].format(**gold)
+        rows.append((NAMES[method], formula, f"{gold['farthest_kl']:.1f}", peak(gold), f"{gold['trend_share']:.0%}"))
+        data.append({"method": method, **gold})
     return Table("frontier_laws", "Laws of over-optimisation, gold judge", [heading, *rows], data, texts=2)
 
 
-def peak(found: dict[str, Any]) -> str:
+def peak(gold: dict[str, Any]) -> str:
     """What gold does up to the farthest point, and where it peaks, with the interval."""
-    if found["peak_kl"] is None:
-        return found["trend"]
-    return f"peaks at {found['peak_kl']:.1f} {statistics.shown(found['peak_kl_ci95'], '.1f')}"
+    if gold["peak_kl"] is None:
+        return gold["trend"]
+    return f"peaks at {gold['peak_kl']:.1f} {statistics.shown(gold['peak_kl_ci95'], '.1f')}"

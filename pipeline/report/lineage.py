@@ -5,11 +5,11 @@ along u, across v: u is x on a wide page and y on a narrow one.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
-from threefold.display.parts import Section, Table
-from threefold.report import tables
+from threefold.display.parts import Table
 from threefold.report.run import FRESH, Run
 from threefold.stages import STAGES
 
@@ -45,16 +45,6 @@ class Frame:
 FRAMES = (Frame("wide", 116, 62, 24, 22, 64, False), Frame("narrow", 62, 132, 22, 14, 58, True))
 
 
-def section(run: Run) -> Section:
-    """The diagram, and the table of what each stage reached."""
-    drawn = Markup("").join(diagram(run, frame) for frame in FRAMES)
-    lead = (
-        "Each box is a stage with its fingerprint; an arrow says what it was made from. A stage is made again when its "
-        "configuration, its code's version or anything above it changes.",
-    )
-    return Section("stages", "Stages and lineage", lead, html=drawn, parts=(tables.stages(run), table(run)))
-
-
 def state(run: Run, stage: str) -> str:
     """One word of `STATES`."""
     if stage in run.outdated:
@@ -64,10 +54,11 @@ def state(run: Run, stage: str) -> str:
 
 def table(run: Run) -> Table:
     """The diagram as a table."""
-    rows, data = [("stage", "fingerprint", "state", "made from", "made", "peak memory")], []
+    rows: list[tuple[str, ...]] = [("stage", "fingerprint", "state", "made from", "made", "peak memory")]
+    data = []
     for stage in columns(run):
         manifest = run.manifests.get(stage, {})
-        row = {
+        row: dict[str, Any] = {
             "stage": stage,
             "fingerprint": manifest.get("fingerprint", ""),
             "state": STATES[state(run, stage)],
@@ -75,30 +66,30 @@ def table(run: Run) -> Table:
             "made": manifest.get("created", ""),
             "peak_memory_bytes": manifest.get("peak_memory_bytes"),
         }
-        memory = f"{row['peak_memory_bytes'] / 1e6:,.0f} MB" if manifest else "–"
-        rows.append((*(row[key] for key in ("stage", "fingerprint", "state")), row["made_from"].replace(" ", ", "),
-                     row["made"].replace("T", " "), memory))  # fmt: skip
+        memory = f"{manifest['peak_memory_bytes'] / 1e6:,.0f} MB" if manifest else "–"
+        made_from, made = ", ".join(run.parents(stage)), row["made"].replace("T", " ")
+        rows.append((stage, row["fingerprint"], row["state"], made_from, made, memory))
         data.append(row)
     return Table("lineage", "Lineage as a table", rows, data, texts=5, folded=True)
 
 
 def columns(run: Run) -> dict[str, int]:
     """The column of each stage that the run has or is asked for: the longest way to it."""
-    found: dict[str, int] = {}
+    column: dict[str, int] = {}
     for stage in STAGES:
         if run.asks_for(stage):
-            found[stage] = 1 + max((found[parent] for parent in run.parents(stage) if parent in found), default=-1)
-    return found
+            column[stage] = 1 + max((column[parent] for parent in run.parents(stage) if parent in column), default=-1)
+    return column
 
 
 def places(run: Run) -> dict[str, tuple[int, int]]:
     """Column and row of each stage; the stage of a column on which more stages depend stands first."""
-    column, taken, found = columns(run), {}, {}
+    column, taken, place = columns(run), {}, {}
     uses = {stage: sum(stage in run.parents(other) for other in column) for stage in column}
     for stage in sorted(column, key=lambda name: -uses[name]):
         row = taken[column[stage]] = taken.get(column[stage], -1) + 1
-        found[stage] = (column[stage], row)
-    return {stage: found[stage] for stage in column}
+        place[stage] = (column[stage], row)
+    return {stage: place[stage] for stage in column}
 
 
 def diagram(run: Run, frame: Frame) -> Markup:

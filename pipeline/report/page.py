@@ -5,6 +5,7 @@ import functools
 import hashlib
 import time
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from markupsafe import Markup
@@ -12,15 +13,15 @@ from markupsafe import Markup
 from threefold.display.figures import PALETTE
 from threefold.display.parts import Figure, Section, Table
 from threefold.report import summary
-from threefold.report.run import Run, notices
+from threefold.report.run import Run, in_order, notices
 
 
 @functools.cache
 def template(name: str) -> Template:
     """A template of this folder, escaping what is put into it."""
-    environment = Environment(loader=PackageLoader("threefold.report", "."), autoescape=select_autoescape())
-    environment.globals |= {"palette": PALETTE}
-    environment.tests |= {"table": lambda part: isinstance(part, Table)}
+    environment: Any = Environment(loader=PackageLoader("threefold.report", "."), autoescape=select_autoescape())
+    environment.globals["palette"] = PALETTE
+    environment.tests["table"] = lambda part: isinstance(part, Table)
     return environment.get_template(name)
 
 
@@ -30,7 +31,7 @@ def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
 
     parts = [part for section in sections for part in section.parts]
     figures = {part.name: part.drawing for part in parts if isinstance(part, Figure)}
-    scripts = [Markup(text) for text in (*([get_plotlyjs()] if figures else []), own("page.js"))]
+    scripts = [Markup(text) for text in (*([get_plotlyjs()] if figures else []), file_text("page.js"))]
     return template("page.html").render(
         run=run,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -40,13 +41,13 @@ def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
         sections=sections,
         parts=parts,
         figures=figures,
-        style=Markup(own("page.css")),
+        style=Markup(file_text("page.css")),
         scripts=scripts,
         hashes=[digest(text) for text in scripts],
     )
 
 
-def own(name: str) -> str:
+def file_text(name: str) -> str:
     """The text of a file of this folder."""
     return files("threefold.report").joinpath(name).read_text()
 
@@ -54,3 +55,34 @@ def own(name: str) -> str:
 def digest(script: str) -> str:
     """A script's hash as a content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def samples_section(run: Run) -> Section | None:
+    """The first `evaluate.samples_shown` prompts; None where the configuration asks for no evaluation."""
+    if not run.asks_for("evaluate"):
+        return None
+    title, shown = "Replies to held-out prompts", run.evaluation.get("shown", 0)
+    if not shown:
+        none = "No replies are shown, as evaluate.samples_shown=0 asks."
+        return Section("samples", title, (run.lacks("evaluate") or none,))
+    rows = run.samples()[:shown]
+    lead = (
+        f"The first {len(rows)} of {run.evaluation['prompts']} prompts; all of them with every score are in "
+        "evaluate/samples.jsonl of the run."
+    )
+    return Section("samples", title, (lead,), html=reply_cards(run, rows))
+
+
+def judges(run: Run, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The judges that scored any of these replies, with their names."""
+    names = {"gold": run.evaluation["judge"], "second": run.evaluation["second_judge"], "reward_model": "reward model"}
+    seen = {key for row in rows for model, scores in row.items() if model != "prompt" for key in scores}
+    return {judge: name for judge, name in names.items() if judge in seen}
+
+
+def reply_cards(run: Run, rows: list[dict[str, Any]]) -> Markup:
+    """The controls and a card for each prompt."""
+    models = in_order({model for row in rows for model in row if model != "prompt"})
+    judge_names = judges(run, rows)
+    scores = [{model: {j: row[model].get(j) for j in judge_names} for model in models if model in row} for row in rows]
+    return Markup(template("samples.html").render(rows=rows, models=models, judges=judge_names, scores=scores))

@@ -1,5 +1,6 @@
-"""What a run has left behind, and what the configuration asks for beyond it."""
+"""What a run has left behind, what the configuration asks for beyond it, and how its models are ordered and named."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from threefold import chain
+from threefold.chain.states import FRESH, State, state_in_run
 from threefold.errors import UserError, nearest
+from threefold.evaluation.players import player
 from threefold.fileio import read_json, read_lines
 from threefold.labelling import votes_arena
 from threefold.stages import STAGES, needed_by, parents
 
-FRESH = "fresh"
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a stage is: fresh, stale, missing, unlinked, failed, interrupted or running; `reason` says more."""
-
-    word: str
-    reason: str = ""
+ORDER = ("human", "base", "sft", "dpo", "ppo")
+REFERENCE = "sft"  # what aligned models are compared with
+DISPLAY_NAMES = {"human": "people", "base": "the base model", "sft": "SFT", "dpo": "DPO", "ppo": "PPO"}
+UNALIGNED = ("human", "base", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Run:
     folder: Path
     stages: dict[str, dict[str, Any]]  # finished stage → its metrics
     manifests: dict[str, dict[str, Any]]
-    config: DictConfig | None = None  # None of a run that is only compared with
+    config: DictConfig = field(default_factory=lambda: DictConfig({}))  # empty of a run that is only compared with
     states: dict[str, State] = field(default_factory=dict)
     unknown: str = ""  # why the states could not be found out
     other: "Run | None" = None  # the run that this one is compared with
@@ -39,14 +37,12 @@ class Run:
     @property
     def outdated(self) -> dict[str, list[str]]:
         """Stages that were made from an older artifact than the run now links to, with those parents."""
-        found = {
-            name: [p for p, made_from in manifest["parents"].items() if self._fingerprint(p, made_from) != made_from]
+        linked = {name: manifest["fingerprint"] for name, manifest in self.manifests.items()}
+        older_parents = {
+            name: [p for p, made_from in manifest["parents"].items() if linked.get(p, made_from) != made_from]
             for name, manifest in self.manifests.items()
         }
-        return {name: older for name, older in found.items() if older}
-
-    def _fingerprint(self, stage: str, default: str) -> str:
-        return self.manifests[stage]["fingerprint"] if stage in self.manifests else default
+        return {name: older for name, older in older_parents.items() if older}
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -95,8 +91,8 @@ def configured(config: DictConfig, compare: str | None = None) -> Run:
     other = None if compare is None else _other(folder, compare)
     try:
         planned, unknown = chain.plan(config), ""
-        states = {name: _state(entry, run.manifests.get(name)) for name, entry in planned.items()}
-    except UserError as error:  # data that is not on this machine keeps nobody from reading what was made of it
+        states = {name: state_in_run(entry, run.manifests.get(name)) for name, entry in planned.items()}
+    except UserError as error:  # a run can be read on a machine without its data
         states = {name: State(FRESH if name in run.stages else "missing") for name in needed_by(None, config)}
         unknown = str(error)
     add_votes(run.stages, config)
@@ -105,35 +101,20 @@ def configured(config: DictConfig, compare: str | None = None) -> Run:
 
 def add_votes(stages: dict[str, Any], config: DictConfig) -> None:
     """Add the arena by people's votes, where there are any on the evaluation's replies; says so in one line."""
-    if "evaluate" not in stages or (found := votes_arena.of_run(config)) is None:
+    if "evaluate" not in stages or (votes := votes_arena.of_run(config)) is None:
         return
-    print(f"{votes_arena.votes_file(config)}: {votes_arena.in_words(found)}")
-    if "arena" in found:
-        stages["evaluate"].setdefault("arena", {})["people"] = found.pop("arena")
-    stages["evaluate"]["people"] = found
+    print(f"{votes_arena.votes_file(config)}: {votes_arena.in_words(votes)}")
+    if "arena" in votes:
+        stages["evaluate"].setdefault("arena", {})["people"] = votes.pop("arena")
+    stages["evaluate"]["people"] = votes
 
 
 def _other(folder: Path, name: str) -> Run:
-    known = [found.name for found in sorted(folder.parent.iterdir()) if found != folder and finished(found)]
-    if name not in known:
-        listed = f"{nearest(name, known)}; there are {', '.join(known)}" if known else "; there is no other"
+    names = [other.name for other in sorted(folder.parent.iterdir()) if other != folder and finished(other)]
+    if name not in names:
+        listed = f"{nearest(name, names)}; there are {', '.join(names)}" if names else "; there is no other"
         raise UserError(f"--compare {name}: no other run of {folder.parent} with a finished stage{listed}")
     return read(folder.parent / name)
-
-
-def _state(entry: chain.Planned, made: dict[str, Any] | None) -> State:
-    artifact = entry.artifact
-    if made and made["fingerprint"] == entry.fingerprint:
-        return State(FRESH)
-    if artifact.running:
-        return State("running")
-    if artifact.failure:
-        return State("failed", artifact.failure)
-    if artifact.work.is_dir():
-        return State("interrupted")
-    if made:
-        return State("stale", chain.stale_reason(made, entry))
-    return State("unlinked" if artifact.finished else "missing")
 
 
 def sentence(run: str, stages: list[str], state: State) -> str:
@@ -154,15 +135,50 @@ def sentence(run: str, stages: list[str], state: State) -> str:
 
 def notices(run: Run) -> list[str]:
     """What is missing, failed or out of date, one sentence each; empty for a run that is whole."""
-    found = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
+    sentences = [f"Whether the stages are up to date is not known: {run.unknown}"] if run.unknown else []
     for word in ("failed", "interrupted", "running"):
-        found += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
+        sentences += [sentence(run.name, [s], state) for s, state in run.states.items() if state.word == word]
     for word in ("missing", "unlinked"):
         if stages := [stage for stage, state in run.states.items() if state.word == word]:
-            found.append(sentence(run.name, stages, State(word)))
+            sentences.append(sentence(run.name, stages, State(word)))
     if stale := [f"{stage} ({state.reason})" for stage, state in run.states.items() if state.word == "stale"]:
-        found.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
+        sentences.append(f"Made with another configuration than the one given: {'; '.join(stale)}")
     older = run.outdated.items()
-    return found + [
+    return sentences + [
         f"{stage} was made from an earlier {', '.join(parents)} than the one listed here" for stage, parents in older
     ]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names as the report lists them: ways to decode behind the model they sample from, other runs' models last."""
+    return sorted(names, key=lambda name: (_place(name), len(name), name))
+
+
+def _place(name: str) -> float:
+    if name in ORDER:
+        return ORDER.index(name)
+    model = name.partition("_")[0]
+    return len(ORDER) if "/" in name else ORDER.index(model if model in ORDER else REFERENCE) + 0.5
+
+
+def display_name(name: str) -> str:
+    """A model's name within a sentence."""
+    return DISPLAY_NAMES.get(name, name.replace("_", "-"))
+
+
+def opening(sentence: str) -> str:
+    """The sentence with a capital letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def aligned(run: Run) -> list[str]:
+    """The models of this run that were trained, or whose replies are chosen, by preferences or rewards."""
+    return [name for name in in_order(run.models) if _by_preferences(name)]
+
+
+def _by_preferences(name: str) -> bool:
+    """Whether preferences or rewards are behind a model of this run; behind a vote over samples there are none."""
+    if "/" in name or name in UNALIGNED:
+        return False
+    parsed = player(name, "evaluate.models")
+    return parsed.model in ("dpo", "ppo") or parsed.decoding == "best_of"

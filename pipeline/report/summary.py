@@ -1,21 +1,17 @@
 """The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
 
-A difference is called one only where its 95 % interval leaves out zero and the evaluation's test of it, corrected for
-all its tests, agrees.
+A sentence calls a difference clear only where its 95 % interval leaves out zero and the evaluation's own test,
+corrected for all its tests, agrees.
 """
 
 from dataclasses import dataclass
 
 from threefold.evaluation import checkup, statistics
-from threefold.evaluation.players import player
-from threefold.report import contamination, costs, differences, reward
+from threefold.report import differences, evaluation, training
 from threefold.report.differences import Difference, Row
 from threefold.report.models import roles
-from threefold.report.names import REFERENCE, in_order, opening, said
-from threefold.report.run import Run
+from threefold.report.run import REFERENCE, Run, aligned, display_name, opening
 from threefold.runs import frontier, seeds
-
-UNALIGNED = ("human", "base", REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -39,66 +35,53 @@ class Card:
 def groups(run: Run) -> list[Group]:
     """The whole summary; groups that would be empty are left out."""
     rows = run.samples()
-    found = [
+    summary = [
         Group("What training did", [*gains(run, rows), *contest(run, rows), *untrained(run, rows), *learnt(run)]),
-        Group("What it cost", costs.sentences(run, rows, aligned(run))),
+        Group("What it cost", differences.costs(run, rows, aligned(run))),
         Group("How far it can be pushed", pushed(run)),
         Group("Over several seeds", over_seeds(run)),
         Group("How far to trust it", [*reward_model(run), *proxy(run, rows), *caveats(run)]),
     ]
-    return [group for group in found if group.sentences]
-
-
-def aligned(run: Run) -> list[str]:
-    """The models of this run that were trained, or whose replies are chosen, by preferences or rewards."""
-    return [name for name in in_order(run.models) if chosen(name)]
-
-
-def chosen(name: str) -> bool:
-    """Whether preferences or rewards are behind a model of this run; behind a vote over samples there are none."""
-    if "/" in name or name in UNALIGNED:
-        return False
-    found = player(name, "evaluate.models")
-    return found.model in ("dpo", "ppo") or found.decoding == "best_of"
+    return [group for group in summary if group.sentences]
 
 
 def learnt(run: Run) -> list[str]:
     """Pretraining and SFT against what costs nothing."""
-    found, stages = [], run.stages
+    sentences, stages = [], run.stages
     if "pretrain" in stages:
         best, bits = min(stages["pretrain"]["baselines"].items(), key=lambda item: item[1])
-        found.append(
+        sentences.append(
             f"Pretraining reached {stages['pretrain']['bits_per_byte']:.3f} bits per byte on held-out text; the best "
             f"of the baselines, {best}, {bits:.3f}."
         )
     if "sft" in stages:
         after, before = (stages["sft"][f"reply_bits_per_byte{end}"] for end in ("", "_base"))
         word = "lowered" if after < before else "raised"
-        found.append(
+        sentences.append(
             f"SFT {word} the bits per byte of people's replies from {before:.3f} to {after:.3f}; "
             f"{stages['sft']['ended_share']:.1%} of its samples end."
         )
-    return found
+    return sentences
 
 
 def gains(run: Run, rows: list[Row]) -> list[str]:
     """What each aligned model gained over SFT by both judges, and at what KL."""
-    found = []
+    sentences = []
     for name in aligned(run):
         gain = differences.tested(run.evaluation, rows, name, REFERENCE)
         if gain is None:
-            found.append(_alone(run, name))
+            sentences.append(_alone(run, name))
             continue
         second = differences.tested(run.evaluation, rows, name, REFERENCE, "second")
         score = "the score of the gold judge"
         word = {1: f"raised {score}", -1: f"lowered {score}"}.get(
             gain.sign, "is not distinguishable from SFT by the gold judge"
         )
-        found.append(
-            f"{opening(said(name))} {word}, {run.evaluation['judge']}: {gain.shown()} over SFT, "
+        sentences.append(
+            f"{opening(display_name(name))} {word}, {run.evaluation['judge']}: {gain.shown()} over SFT, "
             f"from {gain.other:.3f} to {gain.one:.3f}{_at_kl(run, name)}. {_second(run, gain, second)}"
         )
-    return found
+    return sentences
 
 
 def _at_kl(run: Run, name: str) -> str:
@@ -108,9 +91,10 @@ def _at_kl(run: Run, name: str) -> str:
 
 def _alone(run: Run, name: str) -> str:
     metrics = run.models[name]
+    interval = statistics.shown(metrics["gold_ci95"], ".3f")
     return (
-        f"{opening(said(name))} scores {metrics['gold_mean']:.3f} {statistics.shown(metrics['gold_ci95'], '.3f')} by "
-        f"the gold judge, {run.evaluation['judge']}; SFT was not evaluated beside it."
+        f"{opening(display_name(name))} scores {metrics['gold_mean']:.3f} {interval} by the gold judge, "
+        f"{run.evaluation['judge']}; SFT was not evaluated beside it."
     )
 
 
@@ -127,11 +111,13 @@ def _second(run: Run, gain: Difference, second: Difference | None) -> str:
 
 def contest(run: Run, rows: list[Row]) -> list[str]:
     """The best aligned model by the gold judge against each other one."""
-    best, found = leader(run), []
+    best, sentences = leader(run), []
+    if best is None:
+        return []
     for name in aligned(run):
         if name != best and (gain := differences.tested(run.evaluation, rows, best, name)):
-            found.append(f"{opening(_beside(best, name, gain))}.")
-    return found
+            sentences.append(f"{opening(_beside(best, name, gain))}.")
+    return sentences
 
 
 def leader(run: Run) -> str | None:
@@ -141,14 +127,13 @@ def leader(run: Run) -> str | None:
 
 def _beside(one: str, other: str, gain: Difference) -> str:
     word = {1: "is ahead of", -1: "is behind", 0: "is not distinguishable from"}[gain.sign]
-    return f"{said(one)} {word} {said(other)} by the gold judge ({gain.shown()})"
+    return f"{display_name(one)} {word} {display_name(other)} by the gold judge ({gain.shown()})"
 
 
 def untrained(run: Run, rows: list[Row]) -> list[str]:
     """Where the base model is not below the best aligned one: a judge that it pleases may not ask for much."""
     best = leader(run)
-    gain = differences.between(rows, best, "base") if best else None
-    if gain is None or gain.sign > 0:
+    if best is None or (gain := differences.between(rows, best, "base")) is None or gain.sign > 0:
         return []
     base = run.models["base"]
     return [
@@ -159,16 +144,16 @@ def untrained(run: Run, rows: list[Row]) -> list[str]:
 
 def reward_model(run: Run) -> list[str]:
     """Whether the reward model passed its gate, and whether PPO used it all the same."""
-    if not reward.checked(run):
+    if not training.checked(run):
         return []
     metrics = run.stages["reward"]
     failed = checkup.failures(metrics, run.config.reward.gate)
     passed = f"fails its gate: {'; '.join(failed)}" if failed else "passes every limit of its gate"
     right, *compared = checkup.verdict(metrics, run.config.reward.gate)[max(1, len(failed)) :][:3]
-    found = [f"The reward model {passed}. It is {right[0].lower()}{right[1:]} {' '.join(compared)}"]
+    sentences = [f"The reward model {passed}. It is {right[0].lower()}{right[1:]} {' '.join(compared)}"]
     if failed and run.manifests.get("ppo", {}).get("parts", {}).get("ppo.ignore_gate"):
-        found.append("PPO used that reward model all the same, as ppo.ignore_gate=true asks.")
-    return found
+        sentences.append("PPO used that reward model all the same, as ppo.ignore_gate=true asks.")
+    return sentences
 
 
 def proxy(run: Run, rows: list[Row]) -> list[str]:
@@ -191,54 +176,56 @@ def proxy(run: Run, rows: list[Row]) -> list[str]:
 
 def pushed(run: Run) -> list[str]:
     """What the frontier advises, where it was run."""
-    found = frontier.current(run.folder)
-    return found["advice"] if found else []
+    measured = frontier.current(run.folder)
+    return measured["advice"] if measured else []
 
 
 def over_seeds(run: Run) -> list[str]:
     """Which differences between models hold over seeds, where there are several."""
-    found = seeds.current(run.folder)
-    return [opening(f"{claim}.") for claim in seeds.claims(found)] if found else []
+    over_seeds = seeds.current(run.folder)
+    return [opening(f"{claim}.") for claim in seeds.claims(over_seeds)] if over_seeds else []
 
 
 def caveats(run: Run) -> list[str]:
     """Guards that ended training, contamination, and what the intervals leave out."""
-    found = []
+    sentences = []
     if stopped := run.stages.get("ppo", {}).get("stopped"):
-        found.append(f"PPO was ended by a guard: {stopped}.")
-    if counts := contamination.counted(run):
-        found.append(contamination.sentence(counts))
+        sentences.append(f"PPO was ended by a guard: {stopped}.")
+    if counts := evaluation.contamination_counts(run):
+        sentences.append(evaluation.contamination_sentence(counts))
     for judge, key in (("gold", "gold_unscored"), ("second", "second_judge_unscored")):
-        counts = [f"{metrics[key]:,} of {said(name)}" for name, metrics in run.models.items() if metrics.get(key)]
+        counts = [
+            f"{metrics[key]:,} of {display_name(name)}" for name, metrics in run.models.items() if metrics.get(key)
+        ]
         if counts:
-            found.append(
+            sentences.append(
                 f"The {judge} judge gives no score to some replies, which its means leave out: {', '.join(counts)}."
             )
     if run.models and not over_seeds(run):
-        found.append(
+        sentences.append(
             f"Intervals are over {run.evaluation['prompts']} held-out prompts, not over training runs: another seed "
             "may give another result (seeds=5 shows how much)."
         )
     elif run.models:
-        found.append("Differences over seeds are between training runs; they say little about other prompts.")
-    return found
+        sentences.append("Differences over seeds are between training runs; they say little about other prompts.")
+    return sentences
 
 
 def cards(run: Run) -> list[Card]:
     """The numbers that the page begins with."""
-    rows, found, stages = run.samples(), [], run.stages
+    rows, shown, stages = run.samples(), [], run.stages
     for name in aligned(run):
         if gain := differences.between(rows, name, REFERENCE):
             note = f"{run.evaluation['judge']} over SFT, {statistics.shown(gain.interval, '+.3f')}"
-            found.append(Card(f"{opening(said(name))}, gain", f"{gain.mean:+.3f}", note, name))
+            shown.append(Card(f"{opening(display_name(name))}, gain", f"{gain.mean:+.3f}", note, name))
     if "kl" in run.models.get("ppo", {}):
-        found.append(Card("PPO, KL", f"{run.models['ppo']['kl']:.2f}", "nats per reply from SFT", "ppo"))
+        shown.append(Card("PPO, KL", f"{run.models['ppo']['kl']:.2f}", "nats per reply from SFT", "ppo"))
     if "reward" in stages:
         right, ends = stages["reward"]["accuracy"], statistics.shown(stages["reward"]["accuracy_ci95"], ".1%")
-        found.append(Card("Reward model", f"{right:.1%}", f"right on held-out pairs, {ends}", "reward"))
+        shown.append(Card("Reward model", f"{right:.1%}", f"right on held-out pairs, {ends}", "reward"))
     if "pretrain" in stages:
         bits = stages["pretrain"]["bits_per_byte"]
-        found.append(Card("Base model", f"{bits:.3f}", "bits per byte, held out", "base"))
+        shown.append(Card("Base model", f"{bits:.3f}", "bits per byte, held out", "base"))
     seconds = sum(metrics["seconds"] for metrics in stages.values())
-    found.append(Card("Time", f"{seconds / 60:,.0f} min", f"{len(stages)} stages together"))
-    return found
+    shown.append(Card("Time", f"{seconds / 60:,.0f} min", f"{len(stages)} stages together"))
+    return shown

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from threefold.display.parts import print_rows, terminal
 from threefold.fileio import read_json
 from threefold.stages import STAGES
 
@@ -200,12 +199,8 @@ def setting(values: dict[str, Any]) -> str:
 
 def print_result(results: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
-    console = Console(width=None if Console().is_terminal else 160, markup=False, emoji=False)
-    heading, *rows = table(results)
-    drawn = Table(*heading, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+    console = terminal()
+    print_rows(table(results), console)
     for line in [*sentences(results), *failures(results)]:
         console.print(line, highlight=False, soft_wrap=True)
     files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"

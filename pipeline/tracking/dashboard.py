@@ -41,19 +41,19 @@ def sync_command(folders: list[Path]) -> list[str]:
 def unsent(runs: Path) -> list[Path]:
     """Folders of W&B runs that were not sent: offline ones and those cut short, but for stages that are running."""
     place, busy = runs / "artifacts" / "wandb" / "wandb", running(runs)
-    found = [*place.glob("offline-run-*"), *(file.parent for file in place.glob(f"run-*/{UNSENT}"))]
-    new = [folder for folder in found if not list(folder.glob("*.synced"))]
+    folders = [*place.glob("offline-run-*"), *(file.parent for file in place.glob(f"run-*/{UNSENT}"))]
+    new = [folder for folder in folders if not list(folder.glob("*.synced"))]
     return sorted(folder for folder in new if folder.name.rpartition("-")[2] not in busy)
 
 
 def running(runs: Path) -> set[str]:
     """Ids of the W&B runs of stages that are being made now."""
-    found = set()
+    ids = set()
     for file in runs.glob("artifacts/*.work/checkpoints/wandb-id.txt"):
         stage, _, fingerprint = file.parent.parent.name.removesuffix(".work").rpartition("-")
         if Artifact(runs, stage, fingerprint).running:
-            found.add(file.read_text())
-    return found
+            ids.add(file.read_text())
+    return ids
 
 
 def require_online(key: str) -> None:
@@ -113,7 +113,7 @@ def show_tensorboard(config: DictConfig, store: Path) -> None:
 
 
 def run_tool(module: str, *arguments: str) -> None:
-    """Run a module of Python until it ends; raises `UserError` where that is in failure, which it has told itself."""
+    """Run a Python module until it ends. Raises `UserError` where it fails; it has printed the reason itself."""
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
     if status not in (0, -signal.SIGINT, 128 + signal.SIGINT):
         raise UserError(f"{module.partition('.')[0]}: ended with status {status}; it says above why")
@@ -127,18 +127,18 @@ def set_up_workspace(config: DictConfig, store: Path) -> None:
     import wandb_workspaces.workspaces as ws
 
     try:
-        entity = config.tracker.entity or wandb.Api().default_entity
+        entity: Any = config.tracker.entity or wandb.Api().default_entity
         wanted = workspace(entity, config.tracker.project)
-        known = store / "wandb" / f"workspace-{entity}-{config.tracker.project}.txt"
-        if known.is_file():
-            found = ws.Workspace.from_url(known.read_text().strip())
-            found.sections, found.settings = wanted.sections, wanted.settings
-            found.runset_settings, wanted = wanted.runset_settings, found
+        address_file = store / "wandb" / f"workspace-{entity}-{config.tracker.project}.txt"
+        if address_file.is_file():
+            earlier = ws.Workspace.from_url(address_file.read_text().strip())
+            earlier.sections, earlier.settings = wanted.sections, wanted.settings
+            earlier.runset_settings, wanted = wanted.runset_settings, earlier
         wanted.save()
     except Exception as error:  # whatever the network, the key or the service has
         raise UserError(f"dashboard.show=wandb: W&B says {first_line(error)}") from error
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_text(known, f"{wanted.url}\n")
+    address_file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(address_file, f"{wanted.url}\n")
     print(f"workspace: {wanted.url}")
 
 
@@ -151,7 +151,7 @@ def workspace(entity: str, project: str) -> Any:
     sections = []
     for stage, section in described.sections.items():
         axis = f"{stage}/{AXES.get(stage, OPTIMISER_STEP)}"
-        panels = [
+        panels: list[Any] = [
             wr.LinePlot(title=f"{stage}: {', '.join(names)}", x=axis, y=[f"{stage}/{name}" for name in names])
             for names in section.lines
         ]

@@ -1,8 +1,8 @@
 """Where a stage's metrics go while it runs: a step log in its folder, and trackers that can neither block nor fail it.
 
 A tracker (pipeline/tracking/wandb_run.py and its neighbours) works in a thread of its own. A call hands over what is to
-be tracked and returns at once; a start that takes long, a network that is gone or a full disk are the thread's trouble,
-and end in one printed line.
+be tracked and returns at once. A slow start, a lost network or a full disk stops that thread alone, and is told in one
+printed line.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Tracker(Protocol):
 
 
 class Background:
-    """A tracker in a thread of its own, which ends it at its first error and says so in one line."""
+    """A tracker in a thread of its own. Its first error ends it, with one printed line."""
 
     def __init__(self, name: str, start: Callable[[], Tracker]):
         self.name, self.over, self.lock = name, False, threading.Lock()
@@ -96,7 +96,7 @@ class Background:
             self.give_up(f"did not finish within {limit:g} s")
 
     def give_up(self, reason: str) -> None:
-        """Ask nothing more of the tracker, and say why, once."""
+        """Stop using the tracker, and print why, once."""
         with self.lock:
             if not self.over:
                 print(f"{self.name} is off for the rest of this stage: {reason}", flush=True)
@@ -119,10 +119,10 @@ class Background:
 class Trackers:
     """The trackers of one execution of a stage. Metrics are told apart by stage: `ppo/kl`."""
 
-    def __init__(self, config: DictConfig, about: About, known: int = -1):
-        """Start the trackers of `config.kinds`; steps up to `known` were tracked before a kill and are left out."""
-        self.about, self.known, self.step, self.axes = about, known, 0, {}
-        self.running = [found for kind in config.kinds if (found := _start(kind, config, about))]
+    def __init__(self, config: DictConfig, about: About, last_tracked: int = -1):
+        """Start the trackers of `config.kinds`; what was tracked before a kill is left out."""
+        self.about, self.last_tracked, self.step, self.axes = about, last_tracked, 0, {}
+        self.running = [tracker for kind in config.kinds if (tracker := _start(kind, config, about))]
 
     def log(self, step: int, metrics: dict[str, Any], axes: dict[str, int]) -> None:
         """Metrics of one step, with how far the stage is by other measures, such as tokens."""
@@ -132,7 +132,7 @@ class Trackers:
     def show(self, values: dict[str, Any], step: int | None = None) -> None:
         """Values at `step`, or at the last one."""
         self.step = self.step if step is None else step
-        if step is None or step > self.known:
+        if step is None or step > self.last_tracked:
             named = {f"{self.about.stage}/{name}": value for name, value in (self.axes | values).items()}
             self._all("log", self.step, named)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from threefold.display.parts import markdown_lines
+
 AXES = {"pretrain": "tokens", "ppo": "rollout"}  # what the charts of a stage run over; of the others OPTIMISER_STEP
 OPTIMISER_STEP = "optimiser_step"
 BINS = 50
@@ -19,14 +21,9 @@ class Table:
     rows: list[tuple[Any, ...]]
 
     def markdown(self) -> str:
-        """The table in Markdown; line breaks and bars within cells are written so that it stays one."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", "<br>")
+        """The table in Markdown, floating-point numbers in four digits."""
+        rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
+        return "\n".join(markdown_lines([self.columns, *rows], ["---"] * len(self.columns), "<br>"))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import secrets
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # before the import, which reads it: W&B then prints nothing, and what it cannot do is said in one line
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -54,7 +54,7 @@ class WandbRun:
                 identity.write_text(secrets.token_hex(4))  # the old one counts as in use
         return self._init("offline", identity.read_text())
 
-    def _init(self, chosen: str, identity: str) -> Any:
+    def _init(self, chosen: Literal["online", "offline"], identity: str) -> Any:
         about, tracker = self.about, self.tracker
         return wandb.init(
             project=tracker.project,
@@ -91,7 +91,9 @@ class WandbRun:
         self.run.summary.update(metrics)
         self.succeeded = True
         if self.online:
-            self.run.log_artifact(self._artifact(metrics, out), aliases=[self.about.fingerprint, self._alias()])
+            self.run.log_artifact(
+                self._artifact(metrics, out), aliases=[self.about.fingerprint, self.about.run.replace("/", "-")]
+            )
 
     def close(self) -> None:
         """Finish the run, as failed where the stage did."""
@@ -100,9 +102,6 @@ class WandbRun:
         except TimeoutError:
             (Path(self.run.settings.sync_dir) / UNSENT).touch()
             raise
-
-    def _alias(self) -> str:
-        return self.about.run.replace("/", "-")
 
     def _artifact(self, metrics: dict[str, Any], out: Path) -> Any:
         """What W&B keeps of the stage's artifact: configuration and results, and with `tracker.upload` all of it."""
@@ -134,8 +133,8 @@ def _converted(value: Any) -> Any:
 def tags(tracker: DictConfig, about: About) -> list[str]:
     """The tags of the configuration, the stage, and the commit of the working directory where it has one."""
     asked = ["git", "rev-parse", "--short", "HEAD"]
-    found = [*tracker.tags, about.stage]
+    names = [*tracker.tags, about.stage]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
-        found.append(said.stdout.strip())
-    return list(dict.fromkeys(found))
+        commit = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
+        names.append(commit.stdout.strip())
+    return list(dict.fromkeys(names))

@@ -8,7 +8,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from threefold.evaluation import side_effects
 from threefold.fileio import write_lines
-from threefold.report import effects
+from threefold.report import evaluation as findings
 from threefold.report.run import Run
 from threefold.stages import dpo
 
@@ -114,9 +114,11 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
     evaluate |= {"paired": [tested | {"p_holm": 0.02, "prompts": 9}], "models": {"sft": {}, "dpo": {}, "ppo": {}}}
     (tmp_path / "evaluate").mkdir()
     write_lines(tmp_path / "evaluate" / "samples.jsonl", rows)
-    shown = effects.section(Run("run", tmp_path, {"evaluate": evaluate}, {}))
+    shown = findings.paired_section(Run("run", tmp_path, {"evaluate": evaluate}, {}))
     assert [part.name for part in shown.parts] == ["paired", "changed_ppo"] and len(shown.parts[1].data) == 4
     assert shown.verdict[0] is False and "ALARM" in shown.verdict[1]
     assert shown.parts[0].rows[1] == ("vader", "ppo − sft", "+0.200", "[+0.100, +0.300]", "0.0100", "0.0200", "9")
-    of_old = effects.section(Run("run", tmp_path, {"evaluate": {"judge": "vader", "second_judge": "textblob"}}, {}))
+    of_old = findings.paired_section(
+        Run("run", tmp_path, {"evaluate": {"judge": "vader", "second_judge": "textblob"}}, {})
+    )
     assert of_old.parts == () and of_old.verdict is None

@@ -17,7 +17,7 @@ from threefold.evaluation.players import Player
 from threefold.evaluation.statistics import share_interval
 from threefold.fileio import read_json, read_lines
 from threefold.models import chat
-from threefold.report.tasks import table
+from threefold.report.evaluation import task_rows
 
 ROWS = [{"question": "2+2?", "answer": "Add.\n#### 4"}, {"question": "2+3?", "answer": "#### 5"}]
 
@@ -171,12 +171,12 @@ def test_the_smoke_run_has_every_reply_with_its_verdict(smoke):
 
 def test_the_report_has_a_row_for_each_model_and_a_column_for_each_way(smoke):
     evaluate = read_json(smoke / "smoke/evaluate/metrics.json")
-    heading, *rows = table(evaluate, ["human", "base", "sft", "dpo", "ppo"])
+    heading, *rows = task_rows(evaluate, ["human", "base", "sft", "dpo", "ppo"])
     assert heading == ("model", "letters (n = 8)", "letters, greedy (n = 8)")
     assert [row[0] for row in rows] == ["base", "sft", "dpo", "ppo"] and all(row[1].endswith("%]") for row in rows)
-    heading, majority, ppo = table(evaluate, ["ppo_majority_4", "ppo"])
+    heading, majority, ppo = task_rows(evaluate, ["ppo_majority_4", "ppo"])
     assert heading[2] == "letters, greedy (n = 8)" and majority[2] == "–" != ppo[2]
-    assert table({"models": {"sft": {"tasks": {}}}, "tasks": {}}, ["sft"]) == []
+    assert task_rows({"models": {"sft": {"tasks": {}}}, "tasks": {}}, ["sft"]) == []
     assert "letters, greedy (n = 8)" in (smoke / "smoke/report.html").read_text()
 
 

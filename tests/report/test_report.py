@@ -240,7 +240,7 @@ def test_markdown_has_the_summary_and_the_tables_for_a_pull_request(whole):
 
 
 def test_a_cell_cannot_end_its_column_in_markdown():
-    from threefold.report.markdown import table_lines
+    from threefold.report.text import table_lines
 
     lines = table_lines(Table("t", "t", [("a", "b"), ("x|y", "one\ntwo")], []))
     assert lines == ["| a | b |", "| :-- | --: |", "| x\\|y | one two |"]
@@ -429,7 +429,7 @@ def test_the_policy_of_the_page_names_its_scripts_and_no_host(whole):
     _, html, _ = whole
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)[1]
     assert "default-src &#39;none&#39;" in policy or "default-src 'none'" in policy
-    assert "http" not in policy and page.digest(page.own("page.js")) in policy.replace("&#39;", "'").replace(
+    assert "http" not in policy and page.digest(page.file_text("page.js")) in policy.replace("&#39;", "'").replace(
         "&#43;", "+"
     )
-    assert html.count(page.own("page.js").strip()) == 1 and html.count("plotly.js v") == 1
+    assert html.count(page.file_text("page.js").strip()) == 1 and html.count("plotly.js v") == 1

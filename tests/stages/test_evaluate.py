@@ -14,7 +14,7 @@ from threefold.errors import UserError
 from threefold.evaluation.tasks import Problem, Task
 from threefold.fileio import read_json, read_lines
 from threefold.models.ensemble import load
-from threefold.report import contamination, in_order
+from threefold.report import evaluation, in_order
 from threefold.stages import evaluate
 
 STAGES = ("pretrain", "sft", "comparisons", "reward")
@@ -163,7 +163,7 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     assert found["prompts"]["comparisons"] == found["tasks.words"]["comparisons"] == one
     assert [found[name].get("removed") for name in ("prompts", "tasks.words", "base_text")] == [1, 1, 0]
     assert found["held_out_pairs"]["comparisons"]["copies"] == 1 and "removed" not in found["held_out_pairs"]
-    said = contamination.sentence(found)
+    said = evaluation.contamination_sentence(found)
     assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
     removed = "1 of held-out prompts, 1 of validation prompts, 0 of held-out base text, 1 of problems of words"
     assert said.endswith(f"left out: {removed}.")

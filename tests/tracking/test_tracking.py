@@ -159,7 +159,7 @@ def test_a_tracker_that_hangs_at_its_start_costs_no_memory_without_end(capsys, m
 def test_metrics_are_named_by_stage_with_their_axis_and_a_resumed_stage_repeats_none(tmp_path, monkeypatch):
     fake = Fake()
     monkeypatch.setattr(trackers, "_start", lambda *_: Background("fake", lambda: fake))
-    running = Trackers(OmegaConf.create({"kinds": ["wandb"]}), about(tmp_path), known=1)
+    running = Trackers(OmegaConf.create({"kinds": ["wandb"]}), about(tmp_path), last_tracked=1)
     for step in (1, 2):
         running.log(step, {"kl": 0.5}, {"rollout": step})
     running.show({"samples": 3}, 2)
