@@ -45,6 +45,14 @@ DESCRIBE = {
 }
 
 
+def _described(stage: str, metrics: dict[str, Any]) -> tuple[str, str]:
+    """The result of a stage, and what it is measured against; its main metric where no sentence is written for it."""
+    if stage in DESCRIBE:
+        return DESCRIBE[stage](metrics)
+    metric = STAGES[stage].metric
+    return (f"{metric} {metrics[metric]:.4g}" if metric in metrics else "", "")
+
+
 def _pairs(metrics: dict[str, Any]) -> str:
     if "pairs" not in metrics:
         return f"{metrics['pool']:,} pairs for people to label"
@@ -68,7 +76,7 @@ def section(run: Run) -> Section:
 def table(run: Run) -> Table:
     """A row for each finished stage: name, result, what it is measured against, time."""
     made = [name for name in STAGES if name in run.stages]
-    rows = [(name, *DESCRIBE[name](run.stages[name]), f"{run.stages[name]['seconds']:,.0f} s") for name in made]
+    rows = [(name, *_described(name, run.stages[name]), f"{run.stages[name]['seconds']:,.0f} s") for name in made]
     data = [
         {"stage": name, "result": result, "measured_against": against, "seconds": run.stages[name]["seconds"]}
         | {key: run.stages[name][key] for key in ("peak_memory_bytes", "fingerprint")}
