@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from threefold.display.parts import print_rows
 from threefold.errors import UserError, nearest, public, public_traceback
 from threefold.execution.surroundings import leave_launchers
 
@@ -105,7 +106,7 @@ def _submit(overrides: list[str]) -> None:
     if not rows:
         print("nothing to do: every stage is fresh")
     else:
-        _print_table(("stage", "job", "after", "asks for", "for"), rows)
+        print_rows([("stage", "job", "after", "asks for", "for"), *rows])
 
 
 def _status(overrides: list[str]) -> None:
@@ -116,7 +117,7 @@ def _status(overrides: list[str]) -> None:
     config = compose(overrides)
     columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
     rows = [[row[name] for name in columns] for row in queued.tell(config, status(config))]
-    _print_table((*columns[:-1], "main metric"), rows)
+    print_rows([(*columns[:-1], "main metric"), *rows])
 
 
 def _cancel(overrides: list[str]) -> None:
@@ -128,18 +129,7 @@ def _cancel(overrides: list[str]) -> None:
     if not rows:
         print(f"nothing to cancel: run {config.run} has no jobs in Slurm")
     else:
-        _print_table(("stage", "job", "state"), rows)
-
-
-def _print_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*heading, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    # names are people's: their brackets are no markup and their colons no emoji
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
+        print_rows([("stage", "job", "state"), *rows])
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:

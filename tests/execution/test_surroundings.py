@@ -104,7 +104,7 @@ NAMES = ["a[/b]x", "[bold]x[/bold]", "[red", "a\\[b]", "x:smile:y", "[link=http:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_with_brackets_and_colons_are_shown_as_they_are(name, capsys):
-    cli._print_table(("stage", "run"), [("sft", name)])
+    parts.print_rows([("stage", "run"), ("sft", name)])
     assert name in capsys.readouterr().out
 
 
