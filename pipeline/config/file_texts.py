@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from threefold import conf
+import threefold.conf
 from threefold.config.overrides import kind_of
 from threefold.errors import UserError
 
@@ -21,7 +21,7 @@ def check(choices: Mapping[str, Any]) -> None:
             continue
         folder, _, section = group.partition("@")
         for name in [names] if isinstance(names, str) else names or ():
-            file = Path(conf.__file__).parent / folder / f"{name}.yaml"
+            file = Path(threefold.conf.__file__).parent / folder / f"{name}.yaml"
             if file.is_file():
                 _check_file(file, section or folder)
 

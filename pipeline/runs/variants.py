@@ -27,7 +27,7 @@ class Failed(UserError):
 class Variant:
     """A run below the run that it varies, runs/<run>/<name>, with the overrides that make it."""
 
-    name: str
+    name: str  # variants/<what it varies>
     overrides: tuple[str, ...]
     target: str | None  # the stage that is wanted; None is the whole chain
 
