@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -50,23 +50,23 @@ def load(
     config: Any,
     columns: tuple[str, ...] = ("answer",),
     model: RewardFunction | None = None,
-    whole: Callable[[Scores], Scores] = list,
+    gather: Callable[[Scores], Scores] = list,
 ) -> RewardFunction:
     """The reward function that a `reward` config describes.
 
     Its prompts are texts or lists of chat messages, its completions are texts; `columns` are the further columns it
-    will be given. `model` is the learned reward model, and `whole` is that of `composed`. Raises `UserError` when a
+    will be given. `model` is the learned reward model, and `gather` is that of `composed`. Raises `UserError` when a
     function is not there, refuses its `args`, or cannot be called with what it is given.
     """
     if not config.parts:
         return _loaded(config, columns, model)
-    return composed({name: _loaded(part, columns, model) for name, part in config.parts.items()}, config.parts, whole)
+    return composed({name: _loaded(part, columns, model) for name, part in config.parts.items()}, config.parts, gather)
 
 
 def _loaded(config: Any, columns: tuple[str, ...], model: RewardFunction | None) -> RewardFunction:
     """One function, given what its config asks for, and held to a score for each completion."""
     if config.function is None:
-        return model
+        return cast(RewardFunction, model)  # None only where nothing is scored with it
     renamed = {column: config.columns.get(column, column) for column in ("prompts", "completions", *columns)}
     for column in config.columns:
         if column not in renamed:

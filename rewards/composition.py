@@ -14,20 +14,20 @@ Scores = list[float | None]  # one per row
 
 
 def composed(
-    functions: dict[str, RewardFunction], parts: Mapping[str, Any], whole: Callable[[Scores], Scores] = list
+    functions: dict[str, RewardFunction], parts: Mapping[str, Any], gather: Callable[[Scores], Scores] = list
 ) -> RewardFunction:
     """The reward of `parts` (name → its `RewardPartConfig`), each scored by its function in `functions`.
 
-    `whole` gives the scores of the whole batch where a call sees one process's share of it: `normalise` is over those.
+    `gather` gives the scores of the whole batch where a call sees one process's share of it: `normalise` is over those.
     """
 
     def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> Scores:
         scores = {name: function(prompts, completions, **columns) for name, function in functions.items()}
-        added = {name: scaled(scores[name], part, whole) for name, part in parts.items()}
+        added = {name: scaled(scores[name], part, gather) for name, part in parts.items()}
         counts = counting(scores, parts)
         return [
             sum(part.weight * added[name][row] for name, part in parts.items() if counts[name][row])
-            if any(found[row] is not None for found in scores.values())
+            if any(of_part[row] is not None for of_part in scores.values())
             else None
             for row in range(len(completions))
         ]
@@ -47,14 +47,14 @@ def counting(scores: dict[str, Scores], parts: Mapping[str, Any]) -> dict[str, l
     return counts
 
 
-def scaled(scores: Scores, part: Any, whole: Callable[[Scores], Scores] = list) -> Scores:
+def scaled(scores: Scores, part: Any, gather: Callable[[Scores], Scores] = list) -> Scores:
     """A part's scores as they are added up, but for the weight: normalised first, then clipped, where it says so.
 
     Normalised scores have mean 0 and standard deviation 1 over the rows of the whole batch to which the part applies,
     and are 0 where these scores are all the same.
     """
     if part.normalise:
-        applicable = [score for score in whole(scores) if score is not None]
+        applicable = [score for score in gather(scores) if score is not None]
         mean, deviation = (fmean(applicable), pstdev(applicable)) if applicable else (0.0, 0.0)
         scores = [None if s is None else (s - mean) / deviation if deviation else 0.0 for s in scores]
     if part.clip:

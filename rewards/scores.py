@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ SHOWN = 40  # characters of a reply in a message
 
 
 @contextlib.contextmanager
-def one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Generator[None]:
     """Raises `UserError` with the `name` of a function for whatever its code raises, and where it ends Python."""
     try:
         yield
@@ -139,8 +139,9 @@ def _float(score: numbers.Real | Decimal) -> float:
         return math.nan
 
 
-def require_all(name: str, given: Scores, completions: list[str]) -> None:
-    """Raise `UserError` with the reward's `name` and the row where it does not apply to one; PPO needs all."""
+def require_all(name: str, given: Scores, completions: list[str]) -> list[float]:
+    """The scores. Raises `UserError` with the reward's `name` and the row where it applies to none; PPO needs all."""
     if None in given:
         row = row_of(given.index(None), completions)
         raise UserError(f"{name}: gives no score (None) to {row}; PPO needs a reward that applies to all")
+    return [score for score in given if score is not None]

@@ -35,17 +35,10 @@ from threefold.evaluation import checkup
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
-from threefold.ppo import actors, checkpoint, engines, memory, rollouts
+from threefold.ppo import actors, engines, rollouts, safety
+from threefold.ppo import advantages as estimators
 from threefold.ppo.actors import Actors
-from threefold.ppo.advantages import (
-    estimate,
-    kl_per_token,
-    next_kl_coef,
-    policy_losses,
-    reply_weights,
-    summed,
-    value_losses,
-)  # fmt: skip
+from threefold.ppo.advantages import estimate
 from threefold.ppo.rollout_views import views
 from threefold.ppo.rollouts import Prompt, Rollout
 from threefold.rewards.learned import learned
@@ -107,7 +100,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
-            ppo.kl_coef = next_kl_coef(ppo.kl_coef, metrics["kl"], config)
+            ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
             result = {"episodes": result["episodes"]} | stop(ppo, number + 1, reason, metrics)
@@ -169,10 +162,10 @@ def plan(job: Job) -> list[Prompt]:
     flops = passes * size * length * config.batch_size * total
     job.announce(batch, total * config.minibatches * config.epochs, flops)
     sampled = min(limits.batch_size, config.batch_size) if config.sampler == "own" else 0
-    needed = memory.statement(meta_models, longest, sampled, micro_batch_size(job))
-    free = memory.available(job.device.type)
-    job.say(memory.line(needed, free))
-    if advice := memory.shortage(needed, free):
+    needed = safety.memory_needed(meta_models, longest, sampled, micro_batch_size(job))
+    free = safety.memory_available(job.device.type)
+    job.say(safety.memory_line(needed, free))
+    if advice := safety.memory_shortage(needed, free):
         job.say(advice)
     return prompts
 
@@ -266,7 +259,7 @@ def minibatch_step(
     """Step number `step` of training, on the replies `rows` [b] of B; metrics as means over their tokens [11]."""
     config, tokens, totals, largest = ppo.config, rollout.mask[rows].sum().item(), {}, [0.0]
     weights = torch.zeros_like(rollout.scores)
-    weights[rows] = reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
+    weights[rows] = estimators.reply_weights(rollout.mask[rows].sum(1).to(weights), config.average)
     for chosen in rollout.by_length(ranks.share(rows, ppo.accelerator), ppo.micro_batch_size):
         part = rollout.take(chosen)
         for loss, sums in losses(ppo, part, advantages[chosen], returns[chosen], weights[chosen]):
@@ -312,16 +305,16 @@ def policy_loss(
     """The clipped loss of N tokens, all tensors being [N], and the KL loss [6]: weighted sum, and sums of metrics."""
     config, chosen = ppo.config, part.mask.bool()
     old, reference = part.logprobs[chosen], part.reference_logprobs[chosen]
-    policy, clipped = policy_losses(logprobs, old, advantages, config.clip_range)
+    policy, clipped = estimators.policy_losses(logprobs, old, advantages, config.clip_range)
     log_ratio = (logprobs - old).detach()
     if ppo.job.tracked:
         ppo.ratios.append(log_ratio.exp())
     sums = {"policy_loss": policy, "clip_share": clipped, "update_kl": torch.expm1(log_ratio) - log_ratio}
     loss = (policy * weights).sum()
     if config.kl_in == "loss":
-        sums["kl_loss"] = kl_per_token(logprobs, reference, config.kl_estimator)
+        sums["kl_loss"] = estimators.kl_per_token(logprobs, reference, config.kl_estimator)
         loss = loss + ppo.kl_coef * (sums["kl_loss"] * weights).sum()
-    return loss, summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
+    return loss, estimators.summed(sums) | {"ratio_error": log_ratio.exp().sub(1).abs().max().item()}
 
 
 def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -329,8 +322,8 @@ def value_loss(ppo: Ppo, states: Tensor, part: Rollout, returns: Tensor) -> tupl
     with ppo.accelerator.autocast():
         values = rollouts.reply_values(ppo.actors.critic, states)
     old = part.values[part.mask.bool()]
-    value, clipped = value_losses(values, old, returns, ppo.config.value_clip_range)
-    return ppo.config.value_coef * value.sum(), summed({"value_loss": value, "value_clip_share": clipped})
+    value, clipped = estimators.value_losses(values, old, returns, ppo.config.value_clip_range)
+    return ppo.config.value_coef * value.sum(), estimators.summed({"value_loss": value, "value_clip_share": clipped})
 
 
 def ptx_step(ppo: Ppo, text: packing.PackedRows, step: int) -> dict[str, float]:
@@ -383,13 +376,13 @@ def checkpoint_due(ppo: Ppo, number: int, first: int, total: int) -> bool:
 def save_checkpoint(ppo: Ppo, number: int) -> None:
     """Write everything that training after `number` rollouts goes on from."""
     if ppo.accelerator.is_main_process:
-        checkpoint.save(ppo.job.checkpoints, parts(ppo), {"rollouts": number, "kl_coef": ppo.kl_coef})
+        safety.save_state(ppo.job.checkpoints, parts(ppo), {"rollouts": number, "kl_coef": ppo.kl_coef})
     ppo.accelerator.wait_for_everyone()
 
 
 def load_checkpoint(ppo: Ppo) -> int:
     """Go on from the last whole checkpoint, if there is one; returns the rollouts behind it."""
-    state = checkpoint.load(ppo.job.checkpoints, parts(ppo))
+    state = safety.load_state(ppo.job.checkpoints, parts(ppo))
     if state is None:
         return 0
     ppo.kl_coef = state["kl_coef"]

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path as File
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -84,7 +84,7 @@ def _require_no_secret(path: Path, value: Any, text: Any, written: Any) -> None:
         raise UserError(f"{key}: would be saved with the value of {SECRETS[secret]}; write {SECRETS[secret]} itself")
 
 
-def as_written(section: DictConfig | ListConfig, name: str | int) -> Any:
+def as_written(section: Any, name: str | int) -> Any:
     """A value of a section as it is saved: an interpolation where the environment gives it."""
     return section._get_node(name)._value() if OmegaConf.is_interpolation(section, name) else section[name]
 
@@ -96,7 +96,7 @@ def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         return
     for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
         if not OmegaConf.is_missing(node, name):
-            yield from leaves(node[name], (*path, name))
+            yield from leaves(node[name], (*path, cast(str | int, name)))
 
 
 def _without_users(url: str, path: Path) -> str:

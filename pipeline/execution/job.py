@@ -9,7 +9,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -58,7 +58,7 @@ class Job:
 
     def _about(self, fingerprint: str) -> About:
         parents = {name: read_json(folder / "manifest.json")["fingerprint"] for name, folder in self.inputs.items()}
-        described, store = OmegaConf.to_container(self.config), self.checkpoints.parent.parent
+        described, store = cast(dict[str, Any], OmegaConf.to_container(self.config)), self.checkpoints.parent.parent
         return About(self.stage, self.config.run, fingerprint, parents, described, store, self.checkpoints)
 
     def say(self, text: str) -> None:

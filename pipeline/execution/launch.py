@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from omegaconf import DictConfig
 
@@ -49,9 +49,9 @@ class Task:
 
 def place(launch: DictConfig) -> dict[str, Any]:
     """What the section `launch` of a configuration adds to a task."""
-    found = {"processes": launch.processes * launch.nodes, "mode": launch.mode, "nodes": launch.nodes}
+    counts = {"processes": launch.processes * launch.nodes, "mode": launch.mode, "nodes": launch.nodes}
     several = {"address": address(launch), "port": launch.main_port + 1} if launch.nodes > 1 else {}
-    return found | several
+    return counts | several
 
 
 def check(config: DictConfig) -> None:
@@ -99,9 +99,9 @@ def read(file: Path) -> Task:
 def report(error: Exception, work: Path) -> None:
     """Leave `error` for the driver, unless another process failed before; called where `error` is handled."""
     message = public(str(error)) or type(error).__name__
-    said = {"message": message, "user": isinstance(error, UserError), "traceback": public_traceback(error)}
+    described = {"message": message, "user": isinstance(error, UserError), "traceback": public_traceback(error)}
     with contextlib.suppress(FileExistsError), (work / "error.json").open("x") as stream:
-        json.dump(said, stream)
+        json.dump(described, stream)
 
 
 def take_part(file: Path, rank: int, trouble: Callable[[], str | None]) -> int:
@@ -139,7 +139,7 @@ def _wait(command: list[str], log: Path, trouble: Callable[[], str | None]) -> i
                     return launcher.wait(1)
             return -1
         finally:
-            launcher.stdin.close()
+            cast(BinaryIO, launcher.stdin).close()
             try:
                 launcher.wait(PATIENCE)
             except subprocess.TimeoutExpired:

@@ -13,7 +13,7 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _one_line(status: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def gathered(launch: DictConfig, store: Path) -> Iterator[Nodes | None]:
+def gathered(launch: DictConfig, store: Path) -> Generator[Nodes | None]:
     """The other machines once all are here, or None where there are none; at the end they are told how it went."""
     if launch.nodes == 1:
         yield None
@@ -194,10 +194,10 @@ def _taken_part(work: Any, store: Path, rank: int, peer: Peer, take_part: Part) 
 
 def address(launch: DictConfig) -> str:
     """Where the others find machine 0: as configured, or Slurm's first node. Raises `UserError` without either."""
-    found = launch.main_address or slurm_address()
-    if not found:
+    host = launch.main_address or slurm_address()
+    if not host:
         raise UserError("launch.main_address has no value: set it to the address of machine 0 as the others see it")
-    return found
+    return host
 
 
 def slurm_address() -> str | None:
@@ -205,8 +205,8 @@ def slurm_address() -> str | None:
     if "SLURM_JOB_NODELIST" not in os.environ:
         return None
     names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    found = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", names[0]))
-    return found[1] if found else names[0]
+    node_address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", names[0]))
+    return node_address[1] if node_address else names[0]
 
 
 def _scontrol(*arguments: str) -> str:

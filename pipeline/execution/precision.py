@@ -24,8 +24,8 @@ def resolved(config: DictConfig, stage: str) -> str:
     """
     if config.precision != "auto":
         return config.precision
-    own = config.resources.stages[stage].gpus
-    gpus = config.resources.gpus if own is None else own
+    stage_gpus = config.resources.stages[stage].gpus
+    gpus = config.resources.gpus if stage_gpus is None else stage_gpus
     if config.launcher.kind == "slurm" or gpus:
         return "bf16" if gpus and config.runtime.device != "cpu" else "fp32"
     return of_device(config.runtime.device)
@@ -51,7 +51,8 @@ def computes_in_bf16() -> bool:
 def torch_platforms() -> set[str]:
     """cuda or hip, as the installed torch was built for; read from its version file, which imports nothing."""
     spec = importlib.util.find_spec("torch")
-    file = Path(spec.submodule_search_locations[0]) / "version.py" if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    file = Path(folders[0]) / "version.py" if folders else None
     if file is None or not file.is_file():
         return set()
     return set(re.findall(r"^(cuda|hip)\b[^=\n]*= *['\"]", file.read_text(), re.MULTILINE))

@@ -5,7 +5,7 @@ Every process runs the same collective calls in the same order whatever its shar
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def meet(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def main_first(job: Job) -> Iterator[None]:
+def main_first(job: Job) -> Generator[None]:
     """The main process does what is inside before the others, who then find what it wrote."""
     if not job.main:
         meet(job)
@@ -39,10 +39,10 @@ def share(rows: Any, accelerator: Accelerator) -> Any:
 
 def in_order(parts: list[list[Any]]) -> list[Any]:
     """The sequence of which `parts` are the shares of all processes."""
-    whole: list[Any] = [None] * sum(map(len, parts))
+    rows: list[Any] = [None] * sum(map(len, parts))
     for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+        rows[rank :: len(parts)] = part
+    return rows
 
 
 def gathered(rows: list[Any], accelerator: Accelerator) -> list[Any]:
@@ -52,9 +52,9 @@ def gathered(rows: list[Any], accelerator: Accelerator) -> list[Any]:
 
 def evened(rows: list[Any], batch_size: int, processes: int, without_labels: Any) -> list[Any]:
     """`rows` with each batch filled up so that all processes take as many: with rows that no loss counts."""
-    whole = math.ceil(batch_size / processes) * processes
+    full = math.ceil(batch_size / processes) * processes
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return [row for batch in batches for row in [*batch, *[without_labels] * (whole - len(batch))]]
+    return [row for batch in batches for row in [*batch, *[without_labels] * (full - len(batch))]]
 
 
 def sum_gradients(parameters: list[Tensor], accelerator: Accelerator) -> None:

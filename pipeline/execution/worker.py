@@ -76,10 +76,10 @@ def require_processes(state: Any, kind: str, task: launch.Task) -> None:
     mode, backend = MODES[kind]
     if task.mode == "fsdp2" and kind == "cuda":
         backend = "cuda:nccl,cpu:gloo"
-    found, wanted = (state.num_processes, state.distributed_type.name, state.backend), (task.processes, mode, backend)
-    if found != wanted:
+    set_up, wanted = (state.num_processes, state.distributed_type.name, state.backend), (task.processes, mode, backend)
+    if set_up != wanted:
         raise UserError(
-            f"launch.mode={task.mode}: accelerate set up {' '.join(map(str, found))} instead of "
+            f"launch.mode={task.mode}: accelerate set up {' '.join(map(str, set_up))} instead of "
             f"{' '.join(map(str, wanted))}; unset the ACCELERATE_ variables of the environment"
         )
 

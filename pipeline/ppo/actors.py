@@ -9,7 +9,7 @@ critic is an adapter on that.
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoConfig
@@ -97,14 +97,15 @@ def _adapted_reward_model(base: nn.Module, folder: Path, fresh: tuple[int, float
     """The first reward model of an artifact: an adapter on the base, or a model of its own, with one for a critic."""
     saved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if (folder / lora.SAVED).is_file():
-        found = lora.Adapted(base, "reward", lora.load_adapter(base, "reward", folder), (0.0, 1.0))
+        reward_model = lora.Adapted(base, "reward", lora.load_adapter(base, "reward", folder), (0.0, 1.0))
     else:
-        own = loading.load_reward_model(folder, device)
-        lora.add_adapter(own, "critic", *fresh)
-        found = lora.Adapted(own, None, own.score)
-    found.config.score_mean, found.config.score_std = saved.score_mean, saved.score_std
-    found.config.ensemble = getattr(saved, "ensemble", None)
-    return found
+        model = loading.load_reward_model(folder, device)
+        lora.add_adapter(model, "critic", *fresh)
+        reward_model = lora.Adapted(model, None, cast(nn.Module, model.score))
+    config = cast(Any, reward_model.config)
+    config.score_mean, config.score_std = saved.score_mean, saved.score_std
+    config.ensemble = getattr(saved, "ensemble", None)
+    return reward_model
 
 
 def _adapted_critic(base: nn.Module, actors: Actors, fresh: tuple[int, float, int]) -> lora.Adapted:
@@ -123,10 +124,10 @@ def _adapted_critic(base: nn.Module, actors: Actors, fresh: tuple[int, float, in
 
 def synchronise_reference(actors: Actors) -> None:
     """Make the reference what the policy is now."""
-    own = actors.policy.state_dict()
+    weights = actors.policy.state_dict()
     if isinstance(actors.reference, lora.Adapted):
-        own = {name.replace(".policy.", ".reference."): value for name, value in own.items()}
-    actors.reference.load_state_dict(own)
+        weights = {name.replace(".policy.", ".reference."): value for name, value in weights.items()}
+    actors.reference.load_state_dict(weights)
 
 
 def save_policy(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> None:
@@ -145,11 +146,11 @@ def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> 
         actors.policy.base_model  # noqa: B018  switches the policy's adapter on: that is the one which is saved
         actors.policy.base.save_pretrained(out / "adapter")
     if isinstance(critic, ValueHead):
-        saved = loading.new_critic(out)
+        saved = cast(Any, loading.new_critic(out))
     elif isinstance(critic, lora.Adapted):
         start = loading.new_critic(inputs["sft"]) if critic.base is actors.policy.base else None
         start = start or loading.load_reward_model(inputs["reward"])
-        saved = lora.merge_into(start, critic.base, "critic")
+        saved = cast(Any, lora.merge_into(start, critic.base, "critic"))
     if isinstance(critic, ValueHead | lora.Adapted):
         saved.score.load_state_dict(critic.score.state_dict())
         saved.config.score_mean, saved.config.score_std = critic.config.score_mean, critic.config.score_std

@@ -28,7 +28,7 @@ class Engine:
         # in this process the policy's tensors are handed over as they are, and the schedule is the same every time
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM then sends nothing about its use
-        import vllm
+        import vllm  # ty: ignore[import-not-found]  an extra that few install
 
         self.vllm, self.sampling, self.end = vllm, sampling, end
         self.llm = vllm.LLM(
@@ -79,7 +79,7 @@ class Engine:
 
     def _reply(self, drawn: Any) -> Reply:
         ids = list(drawn.token_ids)
-        logprobs = [found[token].logprob for token, found in zip(ids, drawn.logprobs, strict=True)]
+        logprobs = [candidates[token].logprob for token, candidates in zip(ids, drawn.logprobs, strict=True)]
         return Reply(ids, logprobs, ids[-1] == self.end, [0.0] * len(ids))
 
 

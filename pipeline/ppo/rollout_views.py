@@ -21,14 +21,14 @@ def views(
 
     `advantages` are [B, R]; `ratios` those of all optimiser steps, per token, of this process's share of the replies.
     """
-    found: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "scores": histogram(rollout.scores),
         "advantages": histogram(advantages[rollout.mask.bool()]),
         "ratios": histogram(torch.cat(ratios)),
     }
     if job.config.tracker.samples:
-        found["samples"] = samples(job, tokenizer, number, prompts, rollout)
-    return found
+        shown["samples"] = samples(job, tokenizer, number, prompts, rollout)
+    return shown
 
 
 def histogram(values: Tensor) -> Histogram:
@@ -42,10 +42,10 @@ def samples(job: Job, tokenizer: Any, number: int, prompts: list[Prompt], rollou
     first = rollout.take(torch.tensor(list(rows), device=rollout.scores.device)).to("cpu")
     kl = ((first.logprobs - first.reference_logprobs) * first.mask).sum(1)
     lengths = first.mask.sum(1).int()
-    found = []
+    replies = []
     for row, reply, score, nats, length in zip(
         rows, first.reply.tolist(), first.scores.tolist(), kl.tolist(), lengths.tolist(), strict=True
     ):
         texts = prompts[row].messages[-1]["content"], chat.reply_text(tokenizer, reply[:length])
-        found.append((number, *texts, round(score, 4), round(nats, 4), length))
-    return Table(COLUMNS, found)
+        replies.append((number, *texts, round(score, 4), round(nats, 4), length))
+    return Table(COLUMNS, replies)

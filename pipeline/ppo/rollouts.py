@@ -44,8 +44,8 @@ def prompt_pool(job: Job, tokenizer: Any, policy: Any) -> list[Prompt]:
 def _drawn(job: Job, tokenizer: Any) -> tuple[list[reading.Example], dict[str, int]]:
     """The prompts that the seed draws and the chat template renders, and how many it refuses, by reason."""
     source = job.config.data.replies
-    found = reading.prompts(source, "train", job.config.data.dialogue)
-    return chat.accepted(tokenizer, reading.draw(found, job.config.ppo.episodes, job.config.ppo.seed), source)
+    examples = reading.prompts(source, "train", job.config.data.dialogue)
+    return chat.accepted(tokenizer, reading.draw(examples, job.config.ppo.episodes, job.config.ppo.seed), source)
 
 
 def left_out(job: Job, tokenizer: Any, pool: list[Prompt]) -> dict[str, dict[str, Any]]:
@@ -129,11 +129,12 @@ def joined(parts: list[Rollout], pad: int) -> Rollout:
 @torch.no_grad()
 def collect(
     actors: Actors, prompts: list[Prompt], replies: list[Reply], scored: list[float], temperature: float, pad: int,
-    missing_end_penalty: float | None, micro: int, again: bool = False,
+    missing_end_penalty: float | None, micro_batch_size: int, recompute_logprobs: bool = False,
 ) -> Rollout:  # fmt: skip
-    """The policy's replies, one to each prompt, with their scores; `micro` rows per forward pass of the models.
+    """The policy's replies, one to each prompt, with their scores; `micro_batch_size` rows per forward pass.
 
-    With `again` the policy gives log-probabilities and values anew: its forward pass rounds otherwise than the sampler.
+    With `recompute_logprobs` a forward pass of the policy gives log-probabilities and values anew: it rounds otherwise
+    than the sampler.
     """
     device = actors.policy.device
     prompt, prompt_mask = likelihood.left_padded([p.ids for p in prompts], pad, device)
@@ -149,24 +150,24 @@ def collect(
     rollout = Rollout(
         prompt, prompt_mask, reply, mask, logprobs.clone(), torch.zeros_like(logprobs), values, scores, ended, logprobs
     )
-    for rows in rollout.by_length(torch.arange(len(rollout), device=device), micro):
+    for rows in rollout.by_length(torch.arange(len(rollout), device=device), micro_batch_size):
         part = rollout.take(rows)
-        if again:
+        if recompute_logprobs:
             states = token_states(actors.policy, part)
             _put(rollout.logprobs, rows, part.mask, reply_logprobs(actors.policy, part, states, temperature))
             if actors.shared:
                 _put(rollout.values, rows, part.mask, reply_values(actors.critic, states))
-        found = reply_logprobs(actors.reference, part, token_states(actors.reference, part), temperature)
-        _put(rollout.reference_logprobs, rows, part.mask, found)
+        reference = reply_logprobs(actors.reference, part, token_states(actors.reference, part), temperature)
+        _put(rollout.reference_logprobs, rows, part.mask, reference)
         if actors.critic is not None and not actors.shared:
             _put(rollout.values, rows, part.mask, reply_values(actors.critic, token_states(actors.critic, part)))
     return rollout
 
 
-def _put(target: Tensor, rows: Tensor, mask: Tensor, found: Tensor) -> None:
-    """Write what was found per token [N] into the rows of `target` [B, R] at the tokens of `mask`."""
+def _put(target: Tensor, rows: Tensor, mask: Tensor, per_token: Tensor) -> None:
+    """Write `per_token` [N] into the `rows` of `target` [B, R], at the tokens of `mask`."""
     block = torch.zeros(mask.shape, device=target.device)
-    block[mask.bool()] = found
+    block[mask.bool()] = per_token
     target[rows, : mask.size(1)] = block
 
 
@@ -175,15 +176,14 @@ def scores(
 ) -> list[float]:
     """What the reward says of each reply. Raises `UserError` with the reward's `name` where it does not apply."""
     texts = [chat.reply_text(tokenizer, r.ids) for r in replies]
-    found = reward(
+    rewarded = reward(
         prompts=[p.messages for p in prompts],
         completions=texts,
         answer=[p.answer for p in prompts],
         prompt_ids=[p.ids for p in prompts],
         completion_ids=[r.ids for r in replies],
     )
-    require_all(name, found, texts)
-    return found
+    return require_all(name, rewarded, texts)
 
 
 def token_states(model: Any, part: Rollout) -> Tensor:

@@ -41,13 +41,13 @@ def each_part(weights: Tensor, layout: Layout, function: Callable[[Tensor], Tens
     return rows.mT if layout.transposed else rows
 
 
-def layouts(model: nn.Module) -> dict[Tensor, Layout]:
+def layouts(model: Any) -> dict[Tensor, Layout]:
     """The layout of the weight of every linear layer. Raises `UserError` where a joined one is not known here."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return {module.weight: _layout(model.config, name, module) for name, module in linear}
 
 
-def _layout(config: Any, name: str, module: nn.Module) -> Layout:
+def _layout(config: Any, name: str, module: Any) -> Layout:
     leaf, transposed = name.rsplit(".", 1)[-1], isinstance(module, Conv1D)
     rows = module.weight.size(1 if transposed else 0)
     rule = JOINED.get((config.model_type, leaf)) or JOINED.get(("", leaf))

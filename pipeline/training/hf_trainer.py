@@ -4,7 +4,7 @@ import copy
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -43,15 +43,16 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
     """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows; checkpoints go into that folder.
 
     `batch_size` is that of all processes together; each takes an equal share of the rows of every batch, in the order
-    of the rows: passes of `micro` rows go to the processes in turn.
+    of the rows: passes of `micro_batch_size` rows go to the processes in turn.
     """
     share = math.ceil(batch_size / job.device.processes)
     most = min(job.config.runtime.micro_batch_size or share, share)
-    micro = next(size for size in range(most, 0, -1) if share % size == 0)  # a batch of few rows need not divide by it
+    # a batch of few rows need not divide by the size asked for
+    micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
     return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": share // micro_batch_size,
         "ddp_find_unused_parameters": True,  # buckets then stay as they are: a resumed run adds up in the same order
         "max_steps": steps,
         "seed": seed,
@@ -132,8 +133,10 @@ def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0)
     all its weights in the main process; in others it may have a share of them.
     """
     require_mode(trainer, job)
-    kind, shape = type(trainer.model), trainer.model.config
-    last = ranks.decided(job.main and continued_from(Path(trainer.args.output_dir), job), trainer.accelerator)
+    model: Any = trainer.model
+    kind, shape = type(model), model.config  # before fsdp2 changes the model's class
+    folder = Path(str(trainer.args.output_dir))
+    last = ranks.decided(job.main and continued_from(folder, job), trainer.accelerator)
     step = int(last.rsplit("-", 1)[1]) if last else 0
     if last:
         job.say(f"continues from step {step:,} of {trainer.args.max_steps:,}")
@@ -142,12 +145,12 @@ def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0)
     trainer.add_callback(Reports(job, per_step, unit, step, before))
     trainer.train(resume_from_checkpoint=last)
     if not job.device.sharded:
-        return trainer.model
+        return cast(nn.Module, trainer.model)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes give theirs
-    return whole(kind, shape, weights).to(job.device.type) if job.main else trainer.model
+    return gather(kind, shape, weights).to(job.device.type) if job.main else cast(nn.Module, trainer.model)
 
 
-def whole(kind: type[nn.Module], shape: Any, weights: dict[str, Tensor]) -> nn.Module:
+def gather(kind: type[nn.Module], shape: Any, weights: dict[str, Tensor]) -> nn.Module:
     """A model of one's own, fp32, with weights that several processes held."""
     model = kind(shape)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -156,11 +159,11 @@ def whole(kind: type[nn.Module], shape: Any, weights: dict[str, Tensor]) -> nn.M
 
 def require_mode(trainer: Trainer, job: Job) -> None:
     """Raise `UserError` where accelerate has silently set up another mode than the one asked for."""
-    found, mode = trainer.accelerator.distributed_type.name, job.device.mode
+    chosen, mode = trainer.accelerator.distributed_type.name, job.device.mode
     wrong_version = mode == "fsdp2" and not trainer.accelerator.is_fsdp2
-    if found not in SET_UP[mode] or trainer.accelerator.num_processes != job.device.processes or wrong_version:
+    if chosen not in SET_UP[mode] or trainer.accelerator.num_processes != job.device.processes or wrong_version:
         raise UserError(
-            f"launch.mode={mode}: accelerate set up {trainer.accelerator.num_processes} {found} instead of "
+            f"launch.mode={mode}: accelerate set up {trainer.accelerator.num_processes} {chosen} instead of "
             f"{job.device.processes} {' or '.join(SET_UP[mode])}; unset the ACCELERATE_ variables of the environment"
         )
 

@@ -6,11 +6,12 @@ processes share out the weights (launch.mode=fsdp2), each brings a whole update 
 """
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import _functional
 
 from threefold.training import fused
 
@@ -31,13 +32,13 @@ def orthogonalise(updates: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def whole(matrix: Tensor) -> Tensor:
-    """A matrix that processes share out, brought together in each of them; any other as it is."""
+def gather(matrix: Tensor) -> Tensor:
+    """A matrix [rows, columns] that processes share out, brought together in each of them; any other as it is."""
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
 def shared_as(p: Tensor, update: Tensor) -> Tensor:
-    """This process's part of an update that all have, where `p` is shared out; otherwise the update."""
+    """This process's part of `update`, of the shape of `p`, where `p` is shared out; otherwise `update`."""
     if not isinstance(p, DTensor):
         return update
     return distribute_tensor(update.contiguous(), p.device_mesh, p.placements, src_data_rank=None)
@@ -61,7 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # ty: ignore[incompatible-method-override]  no closure, no loss
         """One update of every parameter that has a gradient."""
         muon, adamw = self.param_groups
         self._muon(muon["params"], muon["lr"])
@@ -73,7 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if p.grad is not None:
                 alike[p.shape, layout].append(p)
         for (_, layout), members in alike.items():
-            updates = torch.stack([whole(self._nesterov(p, momentum)) for p in members])
+            updates = torch.stack([gather(self._nesterov(p, momentum)) for p in members])
             updates = fused.each_part(updates, layout, self._scaled)
             for p, update in zip(members, updates, strict=True):
                 p.add_(shared_as(p, update), alpha=-lr)
@@ -84,11 +85,12 @@ class MuonAdamW(torch.optim.Optimizer):
         return orthogonalise(updates.to(self.dtype)).to(updates.dtype) * scale
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
-        state = self.state[p]
+        """The update of `p` before it is orthogonalised, of its shape."""
+        state, gradient = self.state[p], cast(Tensor, p.grad)
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(state["momentum"], momentum)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:
         for p in parameters:
@@ -96,14 +98,14 @@ class MuonAdamW(torch.optim.Optimizer):
                 zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 self.state[p].update(zeros, step=torch.zeros((), device=p.device))
         states = [self.state[p] for p in parameters]
-        torch.optim._functional.adamw(
-            parameters, [p.grad for p in parameters],
+        _functional.adamw(
+            parameters, [cast(Tensor, p.grad) for p in parameters],
             [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
             fused=True, amsgrad=False, beta1=0.8, beta2=0.95, lr=lr, weight_decay=0.0, eps=1e-10, maximize=False,
         )  # fmt: skip
 
 
-def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def split_parameters(model: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Matrices inside the blocks, and all other parameters (embeddings, output layer, norms, biases)."""
     outer = [*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()]
     inner = fused.layouts(model).keys() - {p for m in outer if m for p in m.parameters()}

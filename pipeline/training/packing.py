@@ -48,8 +48,8 @@ class PackedRows(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        start = i % self.distinct * self.context
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = index % self.distinct * self.context
         ids = torch.from_numpy(self.stream[start : start + self.context].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
@@ -64,9 +64,9 @@ class EvenedRows(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        if self.order[i] is not None:
-            return self.rows[self.order[i]]
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.order[index] is not None:
+            return self.rows[self.order[index]]
         ids = self.rows[0]["input_ids"]
         return {"input_ids": ids, "labels": torch.full_like(ids, -100)}
 

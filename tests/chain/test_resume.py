@@ -76,13 +76,13 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from threefold import cli
-from threefold.ppo import checkpoint, rollouts
+from threefold.ppo import rollouts, safety
 from threefold.sampling import decoding
 from threefold.stages import ppo
 
 places = {
     "prompt": (rollouts, "collect"), "token": (decoding.FusedDecoder, "step"), "update": (ppo, "minibatch_step"),
-    "weights": (checkpoint.torch, "save"), "finish": (Path, "rename"), "clean": (checkpoint.shutil, "rmtree"),
+    "weights": (safety.torch, "save"), "finish": (Path, "rename"), "clean": (safety.shutil, "rmtree"),
 }
 (owner, name), after, calls = places[sys.argv[1]], int(sys.argv[2]), 0
 original = getattr(owner, name)

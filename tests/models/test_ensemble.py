@@ -17,7 +17,7 @@ from helpers import (
 from threefold.errors import UserError
 from threefold.models import ensemble, loading
 from threefold.models.ensemble import Ensemble
-from threefold.ppo import actors, memory
+from threefold.ppo import actors, safety
 from threefold.stages import ppo
 
 PAD, ROWS = tiny_tokenizer().pad_token_id, random_ids([3, 9, 5, 1, 12], seed=4)
@@ -85,7 +85,7 @@ def test_ppo_scores_with_every_member_and_its_critic_starts_from_the_first(tmp_p
         assert rollout.values[:, 0].tolist() == pytest.approx(scores, abs=1e-4)
     size = 4 * sum(p.numel() for p in loading.load_reward_model(tmp_path / "reward").parameters())
     outline = actors.load(job.config.ppo, job.inputs, "meta")
-    needed = memory.statement(outline, 20, 4, 4)
+    needed = safety.memory_needed(outline, 20, 4, 4)
     assert needed["reward model weights"] + needed.get("critic weights", 0) >= 3 * size
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from ppo_kinds import KINDS, LORA, SHARED, loaded, trained
 
 from threefold.models import chat, loading
-from threefold.ppo import actors, memory
+from threefold.ppo import actors, safety
 from threefold.ppo.advantages import estimate
 from threefold.rewards.repetition import repeated_share
 from threefold.stages import ppo
@@ -234,31 +234,31 @@ def test_rows_of_text_are_those_of_the_packed_stream(tmp_path):
 def test_the_memory_statement_counts_every_weight_once(tmp_path, kind, reward):
     made = loaded(tmp_path, *KINDS[kind], reward=reward)
     used = made.actors
-    found = memory.statement(used, 100, 8, 4)
+    found = safety.memory_needed(used, 100, 8, 4)
     whole = []
     for actor in (used.policy, used.reference, used.critic, *used.reward_model.members):
         model = getattr(actor, "base", actor)
         whole += [*model.parameters(), *actor.parameters()]
     distinct = {p.data_ptr(): p.numel() for p in whole}
     outline = actors.load(made.config, made.job.inputs, "meta")
-    assert memory.statement(outline, 100, 8, 4) == found  # as it is said before the models are loaded
+    assert safety.memory_needed(outline, 100, 8, 4) == found  # as it is said before the models are loaded
     assert sum(size for name, size in found.items() if name.endswith("weights")) == 4 * sum(distinct.values())
     trainable = sum(p.numel() for actor in (used.policy, used.critic) for p in actor.parameters())
     assert sum(size for name, size in found.items() if name.endswith("Adam")) == 12 * trainable
     assert (
         found["cache"] == 2 * 4 * 2 * 8 * 100 * 1 * 8
     )  # keys and values of 4 bytes, layers, replies, tokens, heads, width
-    assert all(name in memory.line(found, 10**9) for name in found)
+    assert all(name in safety.memory_line(found, 10**9) for name in found)
 
 
 def test_lora_on_one_base_takes_less_than_four_models(tmp_path):
-    full = memory.statement(loaded(tmp_path / "full").actors, 100, 8, 4)
-    one = memory.statement(loaded(tmp_path / "one", *LORA, reward="lora").actors, 100, 8, 4)
+    full = safety.memory_needed(loaded(tmp_path / "full").actors, 100, 8, 4)
+    one = safety.memory_needed(loaded(tmp_path / "one", *LORA, reward="lora").actors, 100, 8, 4)
     assert sum(one.values()) < sum(full.values())
 
 
 def test_a_shortage_of_memory_is_said_beforehand():
     needed = {"policy weights": 1000, "cache": 100}
-    assert memory.shortage(needed, 1100) is None
-    assert "will not fit" in memory.shortage(needed, 1099)
-    assert memory.available("cpu") > 10**8
+    assert safety.memory_shortage(needed, 1100) is None
+    assert "will not fit" in safety.memory_shortage(needed, 1099)
+    assert safety.memory_available("cpu") > 10**8

@@ -458,10 +458,10 @@ CONSTANT = "def a(prompts, completions, **_): return {}\ndef b(prompts, completi
 CONSTANT += "def c(prompts, completions, **_): return {}\n"
 
 
-def composed(module, whole=list, **parts):
+def composed(module, gather=list, **parts):
     name = module(CONSTANT.format(A, B, C))
     found = {part: {"function": f"{name}:{part}", **options} for part, options in parts.items()}
-    return scored(rewards.load(config(parts=found), whole=whole), *[""] * 6)
+    return scored(rewards.load(config(parts=found), gather=gather), *[""] * 6)
 
 
 def test_parts_are_weighted_and_added_and_one_that_does_not_apply_adds_nothing(module):
@@ -490,7 +490,7 @@ def test_normalised_scores_are_0_where_all_are_the_same_and_none_where_none_appl
 
 def test_normalisation_is_over_the_whole_batch_where_a_call_sees_a_share_of_it(module):
     everyone = [*C, -60.0, None]
-    found = composed(module, whole=lambda scores: everyone, c={"normalise": True})
+    found = composed(module, gather=lambda scores: everyone, c={"normalise": True})
     applicable = np.array([score for score in everyone if score is not None])
     assert found[:4] == pytest.approx((np.array(C[:4], float) - applicable.mean()) / applicable.std())
 

@@ -100,7 +100,7 @@ def optimising(folder: Path, noise: float, *overrides: str) -> dict[str, list[fl
     scores = generator.standard_normal(len(PROMPTS)).tolist()
     with torch.no_grad(), made.accelerator.autocast():
         rollout = rollouts.collect(
-            made.actors, PROMPTS, replies, scores, 1.0, tokenizer.pad_token_id, None, BATCH, again=True
+            made.actors, PROMPTS, replies, scores, 1.0, tokenizer.pad_token_id, None, BATCH, recompute_logprobs=True
         )
     advantages, returns, _ = estimate(rollout, 0.05, made.config)
     ppo.set_learning_rates(made, 1.0)
