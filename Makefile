@@ -90,7 +90,7 @@ bench-labels: install ## compare reward models by wrong labels and number of pai
 # the type checker sees no editable install, so it is given an ordinary one
 lint: install ## check style and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	rm -rf $(VENV)/typed && $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/typed .
+	rm -rf build $(VENV)/typed && $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/typed .
 	cd $(VENV)/typed && ../bin/ty check --python .. threefold
 
 clean: ## remove caches and builds; runs/ stays
