@@ -102,7 +102,7 @@ def _adapted_reward_model(base: nn.Module, folder: Path, fresh: tuple[int, float
         model = loading.load_reward_model(folder, device)
         lora.add_adapter(model, "critic", *fresh)
         reward_model = lora.Adapted(model, None, cast(nn.Module, model.score))
-    config = cast(Any, reward_model.config)
+    config = reward_model.config
     config.score_mean, config.score_std = saved.score_mean, saved.score_std
     config.ensemble = getattr(saved, "ensemble", None)
     return reward_model
@@ -146,11 +146,11 @@ def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> 
         actors.policy.base_model  # noqa: B018  switches the policy's adapter on: that is the one which is saved
         actors.policy.base.save_pretrained(out / "adapter")
     if isinstance(critic, ValueHead):
-        saved = cast(Any, loading.new_critic(out))
+        saved = loading.new_critic(out)
     elif isinstance(critic, lora.Adapted):
         start = loading.new_critic(inputs["sft"]) if critic.base is actors.policy.base else None
         start = start or loading.load_reward_model(inputs["reward"])
-        saved = cast(Any, lora.merge_into(start, critic.base, "critic"))
+        saved = lora.merge_into(start, critic.base, "critic")
     if isinstance(critic, ValueHead | lora.Adapted):
         saved.score.load_state_dict(critic.score.state_dict())
         saved.config.score_mean, saved.config.score_std = critic.config.score_mean, critic.config.score_std
