@@ -43,7 +43,7 @@ def make(*overrides: str) -> "Run":
     return Run(Path(config.runs) / config.run)
 
 
-def bring_up_to_date(config: Config, overrides: list[str]) -> bool:
+def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
     """Make what `config`, composed from `overrides`, asks for; whether there was anything to make.
 
     Seeds and jobs in Slurm are composed anew from the overrides; for these the answer is always true.
@@ -51,16 +51,16 @@ def bring_up_to_date(config: Config, overrides: list[str]) -> bool:
     if config.seeds is not None:
         from threefold.runs import seeds
 
-        seeds.run(cast(Any, config), overrides)
+        seeds.run(config, overrides)
         return True
     if config.launcher.kind == "slurm":
         from threefold.slurm import waiting
 
-        waiting.run(cast(Any, config), overrides)
+        waiting.run(config, overrides)
         return True
     from threefold import chain
 
-    return bool(chain.bring_up_to_date(cast(Any, config)))
+    return bool(chain.bring_up_to_date(config))
 
 
 def status(*overrides: str) -> "DataFrame":

@@ -52,25 +52,25 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     parser.add_argument("--cfg", "-c", choices=("job",), help=argparse.SUPPRESS)  # as Hydra's applications have it
     parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
     try:
-        known, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
+        parsed, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
     except argparse.ArgumentError as error:
         raise UserError(f"{error.argument_name}: {error.message}") from error
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
-    if known.multirun:
-        raise UserError(f"--multirun: sweeps have a command of their own: threefold sweep {' '.join(known.overrides)}")
-    if known.command is None and not known.cfg:
+    if parsed.multirun:
+        raise UserError(f"--multirun: sweeps have a command of their own: threefold sweep {' '.join(parsed.overrides)}")
+    if parsed.command is None and not parsed.cfg:
         parser.print_help()
         sys.exit(0)
-    if known.command not in COMMANDS and not (known.command is None and known.cfg):
+    if parsed.command not in COMMANDS and not (parsed.command is None and parsed.cfg):
         raise UserError(
-            f"{known.command}: no such command{nearest(known.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
+            f"{parsed.command}: no such command{nearest(parsed.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
-    options = {name: value for name in OPTIONS if (value := getattr(known, name)) is not None}
+    options = {name: value for name in OPTIONS if (value := getattr(parsed, name)) is not None}
     for name in options:
-        if known.command != OPTIONS[name]:
-            raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {known.command}")
-    return "config" if known.cfg else known.command, known.overrides, options
+        if parsed.command != OPTIONS[name]:
+            raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {parsed.command}")
+    return "config" if parsed.cfg else parsed.command, parsed.overrides, options
 
 
 def _run(overrides: list[str]) -> None:

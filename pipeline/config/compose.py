@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import shlex
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,15 @@ def make_command(target: str, overrides: list[str], without: str) -> str:
     return f'make {target} ARGS="{" ".join(map(shlex.quote, kept))}"' if kept else f"make {target}"
 
 
-def check(config: DictConfig, schema: type, prefix: str = "") -> None:
+def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
     """Hold every key and value below `config` to `schema` and its limits; raises `UserError` naming the key."""
-    known = {entry.name: entry for entry in fields(schema)}
-    for name in known:
+    entries: dict[Any, Field[Any]] = {entry.name: entry for entry in fields(schema)}
+    for name in entries:
         if name not in config:
             raise UserError(f"{prefix}{name} was deleted, but is needed; give it a value instead")
     for name in config:
         key = f"{prefix}{name}"
-        if name not in known:
+        if name not in entries:
             raise UserError(f"{key} is not a configuration key{nearest(key, keys())}")
         value = config[name]
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
@@ -105,7 +105,7 @@ def check(config: DictConfig, schema: type, prefix: str = "") -> None:
             for entry in value:
                 check(value[entry], NAMED[name], f"{key}.{entry}.")
         elif value is not None:
-            _check_value(key, value, known[name].metadata)
+            _check_value(key, value, entries[name].metadata)
 
 
 def _check_value(key: str, value: Any, limits: Any) -> None:
@@ -127,28 +127,27 @@ def _addable(override: str) -> str:
 
 
 MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
-NAMED = {"parts": RewardPartConfig, "tasks": TaskConfig}  # mappings from names to sections, and what each holds
+NAMED: dict[Any, type] = {
+    "parts": RewardPartConfig,
+    "tasks": TaskConfig,
+}  # mappings from names to sections, and what each holds
 
 
-def keys(schema: type = Config, prefix: str = "") -> list[str]:
+def keys(schema: Any = Config, prefix: str = "") -> list[str]:
     """Every key of the configuration with its dots, as overrides spell it."""
-    found = []
+    dotted: list[str] = []
     for entry in fields(schema):
-        nested = _dataclass_of(entry.type)
-        found += keys(nested, f"{prefix}{entry.name}.") if nested else [prefix + entry.name]
-    return found
-
-
-def _dataclass_of(kind: Any) -> type | None:
-    return kind if is_dataclass(kind) else None
+        nested = is_dataclass(entry.type)
+        dotted += keys(entry.type, f"{prefix}{entry.name}.") if nested else [prefix + entry.name]
+    return dotted
 
 
 def _keys_of_named(key: str) -> list[str]:
     """Keys that stand beside `key` in a section of a mapping, if that is one which such sections do not have."""
     section, _, name = key.rpartition(".")
     schema = NAMED.get(section.split(".")[-2:][0])
-    known = [entry.name for entry in fields(schema)] if schema else []
-    return [f"{section}.{entry}" for entry in known] if name not in known else []
+    entries = [entry.name for entry in fields(schema)] if schema else []
+    return [f"{section}.{entry}" for entry in entries] if name not in entries else []
 
 
 def _explain(error: BaseException, overrides: list[str]) -> str:
@@ -166,8 +165,8 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     if unknown_choice:
         group, choice, options = unknown_choice[1], unknown_choice[2], unknown_choice[3].split()
         return f"{group}={choice}: no such choice{nearest(choice, options)}; there are {', '.join(options)}"
-    if unknown_key or unknown_group:
-        name = (full_key or unknown_key or unknown_group)[1]
+    if unknown := unknown_key or unknown_group:
+        name = (full_key or unknown)[1]
         name = next(
             (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
         )

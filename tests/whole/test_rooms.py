@@ -48,7 +48,7 @@ def imported(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in modules() else node.module for name in names}
+            found |= {name if name in modules() else node.module for name in names if name != "threefold.conf"}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found & set(modules())
