@@ -10,9 +10,9 @@ run.sample("ppo", ["Hello there"], count=2)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from threefold.config.schema import Config
 from threefold.errors import UserError
 from threefold.fileio import read_json, read_lines
+from threefold.schema.config import Config
 from threefold.stages import STAGES
 
 if TYPE_CHECKING:  # these take seconds to import

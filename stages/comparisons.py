@@ -1,7 +1,7 @@
 """Stage `comparisons`: pairs of replies to one prompt, labelled by a judge; or the pairs of a given data set."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -212,7 +212,7 @@ def paired(
 
 def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
     """By group: the normalised scores [answers, members] of each member of the reward model `comparisons.scorer`."""
-    folder = Path(job.config.comparisons.scorer)
+    folder = Path(cast(str, job.config.comparisons.scorer))
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"], "comparisons.scorer": folder})
     scorer = ensemble.load(folder, job.device.type)
     if job.config.comparisons.pairing == "uncertain" and len(scorer.members) < 2:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def played_by_all(
     """What people and every player reply to the prompts, and to the `problems` of all tasks."""
     job, played = shared.job, {}
     bar = job.progress(replies_in_all(taking_part, len(shared.examples), problems), "replies")
-    if not is_task(job.config.data.replies.path):  # of a generated problem nobody has written the answer
+    if not is_task(cast(str, job.config.data.replies.path)):  # of a generated problem nobody has written the answer
         played["human"] = Played([example.reply for example in shared.examples], None, {})
     for model, players in taking_part.items():
         played |= measuring.of_model(shared, folders[model], players, bar)

@@ -8,12 +8,12 @@ import re
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
-from threefold.config.stage_schema import PROBES
 from threefold.data.preference_formats import PREFERENCE_FORMATS
 from threefold.errors import UserError, nearest
 from threefold.evaluation import judge_template
 from threefold.evaluation.players import MODELS, player, policy_name
-from threefold.execution.modes import SHARDED
+from threefold.schema.config import SHARDED
+from threefold.schema.stages import PROBES
 from threefold.stages import STAGES
 from threefold.tracking.backends import KINDS
 

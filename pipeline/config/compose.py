@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from threefold.config import limits
 from threefold.config.checks import REWARDS, check_together
-from threefold.config.schema import Config
-from threefold.config.stage_schema import RewardPartConfig, TaskConfig
 from threefold.errors import UserError, nearest
 from threefold.execution import interpolations
+from threefold.schema.config import Config
+from threefold.schema.stages import RewardPartConfig, TaskConfig
 
 GROUPS = ["model", "data", "tasks", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
 GROUPS += [f"reward@{key}" for key in REWARDS]
@@ -127,7 +127,7 @@ def _addable(override: str) -> str:
 
 
 MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
-NAMED: dict[Any, type] = {
+NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,
 }  # mappings from names to sections, and what each holds

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from threefold.columns import Message, Row, UnusableRowError
 from threefold.data import raw_rows
@@ -44,7 +44,7 @@ class Rows:
     unusable: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def load(source: DictConfig, split: str) -> Rows:
+def load(source: Any, split: str) -> Rows:
     """The rows of one split of a source, or `all` of one without splits of its own.
 
     Raises `UserError` when too many rows are unusable, naming the first.
@@ -55,7 +55,7 @@ def load(source: DictConfig, split: str) -> Rows:
     return _parse(given, "train") if split == "all" else _load(given, split)
 
 
-def read_all(source: DictConfig) -> None:
+def read_all(source: Any) -> None:
     """Read all of a source, so that a bad one is refused before any work; what was read is kept for `load`."""
     given = json.loads(_as_json(source))
     for split in given["splits"] or ("train",):
@@ -65,7 +65,7 @@ def read_all(source: DictConfig) -> None:
         print(f"{source.path}: splits by the names of its files ({counts})", flush=True)
 
 
-def check(source: DictConfig) -> None:
+def check(source: Any) -> None:
     """Read all of a source as `read_all`. Raises `UserError` as `load` does, and where its splits cannot be used.
 
     They cannot where no preference is for training or none is held out, and where the hash leaves less than half of the
@@ -84,14 +84,14 @@ def check(source: DictConfig) -> None:
             raise UserError(f"{source.path}: none of its pairs falls into the {split} split{_how_split(source)}")
 
 
-def check_replies(source: DictConfig, dialogue: DictConfig, splits: set[str]) -> None:
+def check_replies(source: Any, dialogue: Any, splits: set[str]) -> None:
     """Raise `UserError` where one of `splits` holds no prompt with a reply within the limits of `dialogue`."""
     for split in sorted(splits):
         if not examples(source, split, dialogue):
             raise _without_prompt(source, split, dialogue)
 
 
-def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> UserError:
+def _without_prompt(source: Any, split: str, dialogue: Any) -> UserError:
     """The error where no prompt of a split is left: it names the limit that leaves out most, or how rows were split."""
     dropped = _unused(source, split, dialogue, once=False)
     if not dropped:
@@ -103,7 +103,7 @@ def _without_prompt(source: DictConfig, split: str, dialogue: DictConfig) -> Use
     )
 
 
-def _how_split(source: DictConfig) -> str:
+def _how_split(source: Any) -> str:
     """Why rows fall into few splits, where they begin alike, and what to do."""
     rows = _parse(_as_json(source), "train").rows
     openings = len({row["key"] for row in rows})
@@ -114,7 +114,7 @@ def _how_split(source: DictConfig) -> str:
     return (alike if openings < len(rows) else "") + remedy
 
 
-def _as_json(source: DictConfig) -> str:
+def _as_json(source: Any) -> str:
     """A source as JSON: with the `files` of each split where it is local, and in `splits` those that its files name."""
     given = cast(dict[str, Any], OmegaConf.to_container(source, resolve=True))
     if is_package(source.path):
@@ -176,7 +176,7 @@ def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
     return [row | {"split": split} for row in rows] if split else rows
 
 
-def place_of(source: DictConfig, prompt: list[Message], dialogue: DictConfig) -> str:
+def place_of(source: Any, prompt: list[Message], dialogue: Any) -> str:
     """File and line of the first row that has `prompt`, or a reply to it, for an error message."""
     given, most = SimpleNamespace(**json.loads(_as_json(source))), dialogue.context_turns
     for where, line, raw in raw_rows.read(given, "train"):
@@ -226,12 +226,12 @@ def _text(row: Row) -> str:
     return "\n".join(turn["content"] for turn in _turns(row) if turn["role"] != "system")
 
 
-def examples(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
+def examples(source: Any, split: str, dialogue: Any) -> list[Example]:
     """Every reply of a split within the limits of `dialogue`, with the turns before it."""
     return _examples(_as_json(source), split, _limits(dialogue))[0]
 
 
-def left_out(source: DictConfig, split: str, dialogue: DictConfig, once: bool = False) -> dict[str, dict[str, Any]]:
+def left_out(source: Any, split: str, dialogue: Any, once: bool = False) -> dict[str, dict[str, Any]]:
     """What a split has that is not used: reason → {"count"}, for unusable rows with the first line.
 
     With `once` the replies to a prompt after the first count as well: a stage that asks each prompt once does not use
@@ -241,7 +241,7 @@ def left_out(source: DictConfig, split: str, dialogue: DictConfig, once: bool = 
     return load(source, split).unusable | {why: {"count": count} for why, count in unused.items()}
 
 
-def _unused(source: DictConfig, split: str, dialogue: DictConfig, once: bool) -> dict[str, int]:
+def _unused(source: Any, split: str, dialogue: Any, once: bool) -> dict[str, int]:
     kept, counts = _examples(_as_json(source), split, _limits(dialogue))
     held_out = _held_out(source, split, dialogue)
     keys = [prompt_key(example.prompt) for example in kept]
@@ -252,7 +252,7 @@ def _unused(source: DictConfig, split: str, dialogue: DictConfig, once: bool) ->
     return counts | {why: count for why, count in more.items() if count}
 
 
-def _limits(dialogue: DictConfig) -> tuple[tuple[str, int | None], ...]:
+def _limits(dialogue: Any) -> tuple[tuple[str, int | None], ...]:
     return tuple(sorted(cast(dict[str, Any], OmegaConf.to_container(dialogue, resolve=True)).items()))
 
 
@@ -327,7 +327,7 @@ def _context(turns: list[Message], i: int, row: Row, most: int) -> list[Message]
     return [m for m in turns[:first] if m["role"] == "system"] + turns[first:i]
 
 
-def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Example]:
+def prompts(source: Any, split: str, dialogue: Any) -> list[Example]:
     """Distinct prompts of a split, each with the first person's reply to it, in order of appearance.
 
     A prompt that also occurs in a split held out from this one is left out, so that splits have no prompt in common.
@@ -342,7 +342,7 @@ def prompts(source: DictConfig, split: str, dialogue: DictConfig) -> list[Exampl
     return distinct
 
 
-def training_examples(source: DictConfig, dialogue: DictConfig) -> list[Example]:
+def training_examples(source: Any, dialogue: Any) -> list[Example]:
     """Every example of the training split whose prompt occurs in no held-out split. Raises `UserError` for none."""
     held_out = _held_out(source, "train", dialogue)
     usable = [e for e in examples(source, "train", dialogue) if prompt_key(e.prompt) not in held_out]
@@ -351,7 +351,7 @@ def training_examples(source: DictConfig, dialogue: DictConfig) -> list[Example]
     return usable
 
 
-def _held_out(source: DictConfig, split: str, dialogue: DictConfig) -> set[str]:
+def _held_out(source: Any, split: str, dialogue: Any) -> set[str]:
     """The keys of the prompts that a split leaves to the splits held out from it."""
     others = {"train": ("validation", "test"), "validation": ("test",), "test": ()}[split]
     return {prompt_key(e.prompt) for other in others for e in examples(source, other, dialogue)}

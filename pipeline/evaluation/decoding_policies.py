@@ -8,7 +8,6 @@ from collections.abc import Hashable
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import DictConfig
 from torch import nn
 
 from threefold.columns import Message
@@ -18,10 +17,11 @@ from threefold.rewards import RewardFunction
 from threefold.rewards.numeric import number_of
 from threefold.sampling import sampler
 from threefold.sampling.sampler import Reply
+from threefold.schema.stages import SamplingConfig
 
 
 def samples(
-    policy: nn.Module, prompts: list[list[int]], count: int, settings: DictConfig, tokenizer: Any, seed: int,
+    policy: nn.Module, prompts: list[list[int]], count: int, settings: SamplingConfig, tokenizer: Any, seed: int,
     bar: Any = None,
 ) -> list[list[Reply]]:  # fmt: skip
     """`count` samples [N][n] of each prompt (token ids), under the sampling `settings`.

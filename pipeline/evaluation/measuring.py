@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from threefold.data.reading import Example
 from threefold.evaluation import best_of, decoding_policies, held_out, task_answers
@@ -15,6 +15,7 @@ from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.rewards import RewardFunction
 from threefold.sampling.sampler import Reply
+from threefold.schema.stages import SamplingConfig
 
 GREEDY = {"temperature": 1e-4}  # at which the most likely token is all but certain
 
@@ -76,7 +77,7 @@ def of_model(shared: Shared, folder: Path, players: dict[str, Player], bar: Any)
     return by_player
 
 
-def drawn(shared: Shared, policy: Any, count: int, settings: DictConfig, bar: Any = None) -> list[list[Reply]]:
+def drawn(shared: Shared, policy: Any, count: int, settings: SamplingConfig, bar: Any = None) -> list[list[Reply]]:
     """`count` samples [N][n] of each of N prompts, drawn with the numbers of this evaluation."""
     seed = shared.job.config.evaluate.seed
     return decoding_policies.samples(policy, shared.prompts, count, settings, shared.tokenizer, seed, bar)
@@ -116,11 +117,11 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
     return metrics
 
 
-def sampling_settings(config: Any) -> dict[str, DictConfig]:
+def sampling_settings(config: Any) -> dict[str, SamplingConfig]:
     """How replies are sampled, by the prefix of their metrics: as in all stages, and greedily where asked for."""
     settings = {"": config.sampling}
     if config.evaluate.greedy:
-        settings["greedy_"] = cast(DictConfig, OmegaConf.merge(config.sampling, GREEDY))
+        settings["greedy_"] = cast(SamplingConfig, OmegaConf.merge(config.sampling, GREEDY))
     return settings
 
 

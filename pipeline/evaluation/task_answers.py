@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from threefold.data import reading
 from threefold.errors import UserError
@@ -17,7 +17,7 @@ from threefold.rewards import RewardFunction
 Answers = tuple[dict[str, Any], list[dict[str, Any]]]  # what is measured of a player, its replies with verdicts
 
 
-def prepared(job: Job, tokenizer: Any, model: Any, sampling_settings: dict[str, DictConfig]) -> dict[str, Task]:
+def prepared(job: Job, tokenizer: Any, model: Any, sampling_settings: dict[str, Any]) -> dict[str, Task]:
     """The tasks of `evaluate.tasks` by name, each with at most as many problems as it asks for, drawn by the seed.
 
     Problems that leave no room for a reply in `model`'s context are left out.
@@ -29,14 +29,12 @@ def prepared(job: Job, tokenizer: Any, model: Any, sampling_settings: dict[str, 
     }
 
 
-def _prepared(
-    name: str, config: DictConfig, seed: int, tokenizer: Any, model: Any, sampling_settings: dict[str, DictConfig]
-) -> Task:
+def _prepared(name: str, config: Any, seed: int, tokenizer: Any, model: Any, sampling_settings: dict[str, Any]) -> Task:
     problems, unusable = tasks.load(f"evaluate.tasks.{name}", config)
     if config.max_new_tokens:
         limit = {"max_new_tokens": config.max_new_tokens}
         sampling_settings = {
-            prefix: cast(DictConfig, OmegaConf.merge(settings, limit)) for prefix, settings in sampling_settings.items()
+            prefix: cast(Any, OmegaConf.merge(settings, limit)) for prefix, settings in sampling_settings.items()
         }
     room = loading.context_length(model.config) - sampling_settings[""].max_new_tokens
     fitting = [problem for problem in problems if len(chat.prompt_ids(tokenizer, problem.prompt)) <= room]
@@ -81,7 +79,7 @@ def answered(
 
 
 def _replies(
-    task: Task, policy: Any, players: dict[str, Player], settings: DictConfig, proxy: RewardFunction | None,
+    task: Task, policy: Any, players: dict[str, Player], settings: Any, proxy: RewardFunction | None,
     tokenizer: Any, bar: Any,
 ) -> dict[str, list[str]]:  # fmt: skip
     """Each player's reply to each problem, chosen among samples drawn under `settings`."""

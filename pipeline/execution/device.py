@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig
 
 from threefold.errors import UserError
-from threefold.execution.modes import SHARDED
 from threefold.execution.precision import of_device
+from threefold.schema.config import SHARDED
 
 # parameters of glibc's mallopt(3), from malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

@@ -19,6 +19,7 @@ from threefold.artifacts.imports import VERSIONED
 from threefold.errors import UserError, queued_again
 from threefold.execution import device
 from threefold.fileio import read_json, write_json
+from threefold.schema.config import Config
 from threefold.tracking.trackers import StepLog, Trackers
 from threefold.tracking.values import OPTIMISER_STEP, About
 
@@ -39,7 +40,8 @@ class Job:
         self, stage: str, config: DictConfig, inputs: dict[str, Path], out: Path, checkpoints: Path,
         group: device.Group = device.ALONE,
     ):  # fmt: skip
-        self.stage, self.config, self.inputs = stage, config, inputs
+        self.stage, self.inputs = stage, inputs
+        self.config = cast(Config, config)  # typed, so that editors complete job.config.ppo.kl_coef
         self.out, self.checkpoints, self.main = out, checkpoints, group.rank == 0
         self.steps = StepLog(out / "log.jsonl" if self.main else Path(os.devnull))
         self.trackers: Trackers | None = None

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, cast
 from omegaconf import DictConfig
 
 from threefold.errors import UserError, public, public_traceback
-from threefold.execution.modes import SHARDED
 from threefold.execution.nodes import Nodes, address
 from threefold.fileio import read_json, write_json
+from threefold.schema.config import SHARDED
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # before a stage in this process narrows it to one GPU (device.set_up)
 PATIENCE = 20  # seconds in which the launcher ends by itself once its processes have

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
 from threefold.errors import UserError
 from threefold.models import Model, checkpoints
 
 
-def check(model: DictConfig) -> None:
+def check(model: Any) -> None:
     """Raise `UserError` where the file is not in its folder, or cannot be read here."""
     folder, file = Path(model.checkpoint), Path(model.gguf_file)
     checkpoints.check_place(model.checkpoint, f"model.checkpoint={model.checkpoint}")
@@ -25,12 +24,12 @@ def check(model: DictConfig) -> None:
         raise UserError(f"{name_of(model)}: needs the package gguf; install it with `pip install 'threefold[gguf]'`")
 
 
-def name_of(model: DictConfig) -> str:
+def name_of(model: Any) -> str:
     """How messages about the file begin."""
     return f"model.gguf_file={model.gguf_file}"
 
 
-def place(model: DictConfig) -> str:
+def place(model: Any) -> str:
     """The file as transformers gets it: by its path, as one of that name in the working directory would come first."""
     return (
         str((Path(model.checkpoint) / model.gguf_file).absolute())
@@ -39,7 +38,7 @@ def place(model: DictConfig) -> str:
     )
 
 
-def load(model: DictConfig) -> Model:
+def load(model: Any) -> Model:
     """The causal language model in the file, unpacked into fp32."""
     from transformers import GgufConfig
 
@@ -61,7 +60,7 @@ def load(model: DictConfig) -> Model:
     return loaded
 
 
-def tensors_left_out(model: DictConfig, loaded: Model) -> set[str]:
+def tensors_left_out(model: Any, loaded: Model) -> set[str]:
     """Tensors of the file that transformers has no place for and skips silently.
 
     Examples are biases and rope_freqs.weight, the frequencies of Llama 3's long context. Tensors of experts do not

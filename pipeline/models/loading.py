@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,7 +18,7 @@ from threefold.errors import UserError, first_line
 from threefold.models import Model, checkpoints, gguf_checkpoint
 
 
-def from_scratch(model: DictConfig, tokenizer: Any, seed: int) -> Model:
+def from_scratch(model: Any, tokenizer: Any, seed: int) -> Model:
     """A new causal language model, fp32, of the shape that the config group `model` gives.
 
     Output projections of blocks and the output layer start at zero, so that the model starts as the uniform
@@ -50,7 +49,7 @@ SHAPE = (
 )  # fmt: skip
 
 
-def check_checkpoint(model: DictConfig) -> bool:
+def check_checkpoint(model: Any) -> bool:
     """Whether the checkpoint of `model=hf` needs code of its own; raises `UserError` where it cannot be taken.
 
     Reads no weights.
@@ -62,7 +61,7 @@ def check_checkpoint(model: DictConfig) -> bool:
     return checkpoints.check(model.checkpoint, name, model.revision, model.trust_remote_code)
 
 
-def from_checkpoint(model: DictConfig, tokenizer: Any) -> Model:
+def from_checkpoint(model: Any, tokenizer: Any) -> Model:
     """The checkpoint of `model=hf`, with rows for the tokens that the tokenizer stage added."""
     if model.gguf_file:
         loaded = gguf_checkpoint.load(model)

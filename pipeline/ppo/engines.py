@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from threefold.errors import UserError
 from threefold.execution.job import Job
 from threefold.models import lora
 from threefold.sampling.sampler import Reply
+from threefold.schema.stages import SamplingConfig
 
 
 class Engine:
@@ -24,7 +24,7 @@ class Engine:
     keeps its weights in bf16 where `bf16` says that the policy computes in it, and in fp32 otherwise.
     """
 
-    def __init__(self, folder: Path, sampling: DictConfig, memory_share: float, bf16: bool, end: int):
+    def __init__(self, folder: Path, sampling: SamplingConfig, memory_share: float, bf16: bool, end: int):
         # in this process the policy's tensors are handed over as they are, and the schedule is the same every time
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM then sends nothing about its use

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from threefold.errors import UserError
@@ -16,6 +15,7 @@ from threefold.models.likelihood import left_padded
 from threefold.sampling import decoding
 from threefold.sampling.decoding import Decoder, FusedDecoder
 from threefold.sampling.static_decoding import StaticDecoder
+from threefold.schema.stages import SamplingConfig
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Reply:
 def sample(
     model: Model,
     prompts: list[list[int]],
-    sampling: DictConfig,
+    sampling: SamplingConfig,
     tokenizer: Any,
     uniforms: Tensor,
     bar: Any = None,
@@ -63,7 +63,7 @@ def sample(
     return [replies[i] for i in range(len(prompts))]
 
 
-def decoder_for(model: Model, sampling: DictConfig) -> Decoder:
+def decoder_for(model: Model, sampling: SamplingConfig) -> Decoder:
     """The fastest decoder that is right for the model, or the one with a static cache where that is asked for."""
     if sampling.static_cache:
         require_static(model)
@@ -80,7 +80,7 @@ def require_static(model: Model) -> None:
         )
 
 
-def with_room(prompts: list[list[int]], model: Model, sampling: DictConfig) -> list[int]:
+def with_room(prompts: list[list[int]], model: Model, sampling: SamplingConfig) -> list[int]:
     """Numbers of the prompts (token ids) that leave room for a reply. Raises `UserError` when none does."""
     room = loading.context_length(model.config) - sampling.max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
@@ -135,7 +135,7 @@ def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, 
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def random_numbers(seed: int, replies: int, sampling: DictConfig) -> Tensor:
+def random_numbers(seed: int, replies: int, sampling: SamplingConfig) -> Tensor:
     """Uniform random numbers [N, R] for `sample`; the CPU draws them, so that they are the same for all devices."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(replies, sampling.max_new_tokens, dtype=torch.float64, generator=generator)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from threefold.config.checks import check_shares
 from threefold.errors import UserError
-from threefold.execution.modes import SHARDED
+from threefold.schema.config import SHARDED
 from threefold.stages import STAGES
 
 # Slurm's words for a job (squeue(1), JOB STATE CODES) in ours; any other says that it has failed

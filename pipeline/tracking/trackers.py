@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from omegaconf import DictConfig
-
 from threefold.errors import first_line
 from threefold.tracking.backends import KINDS
 from threefold.tracking.values import About
@@ -119,7 +117,7 @@ class Background:
 class Trackers:
     """The trackers of one execution of a stage. Metrics are told apart by stage: `ppo/kl`."""
 
-    def __init__(self, config: DictConfig, about: About, last_tracked: int = -1):
+    def __init__(self, config: Any, about: About, last_tracked: int = -1):
         """Start the trackers of `config.kinds`; what was tracked before a kill is left out."""
         self.about, self.last_tracked, self.step, self.axes = about, last_tracked, 0, {}
         self.running = [tracker for kind in config.kinds if (tracker := _start(kind, config, about))]
@@ -154,7 +152,7 @@ class Trackers:
             tracker.call(method, *arguments)
 
 
-def _start(kind: str, config: DictConfig, about: About) -> Background | None:
+def _start(kind: str, config: Any, about: About) -> Background | None:
     name, module, made, _ = KINDS[kind]
     try:
         # here and not in its thread: the stage's own imports come next, and two threads importing can meet half-made

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from threefold.errors import UserError
 from threefold.execution import ranks
 from threefold.execution.job import Job
-from threefold.execution.modes import SHARDED
+from threefold.schema.config import SHARDED
 from threefold.tracking.values import OPTIMISER_STEP
 from threefold.training import guards
 
@@ -210,7 +210,7 @@ class Reports(TrainerCallback):
         metrics = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         if names := guards.broken(metrics):
             stage = self.job.stage
-            rates = [f"{stage}.{key}" for key in self.job.config[stage] if key.endswith("learning_rate")]
+            rates = [f"{stage}.{key}" for key in getattr(self.job.config, stage) if key.endswith("learning_rate")]
             raise UserError(f"{stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower {' or '.join(rates)}")
         if "train_runtime" not in metrics:
             self.job.log(step, metrics, {OPTIMISER_STEP: step, self.unit: step * self.per_step})

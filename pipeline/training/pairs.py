@@ -14,7 +14,7 @@ def load_pairs(job: Job, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs
 
     Raises `UserError` when none of either fits, or more than the share that data.preferences allows do not.
     """
-    config, share = job.config[job.stage], job.config.data.preferences.max_unusable_share
+    config, share = getattr(job.config, job.stage), job.config.data.preferences.max_unusable_share
     counts = {"train": config.pairs, "test": config.eval_pairs}
     pairs = {split: drawn(read(job.inputs["comparisons"], split), n, config.seed) for split, n in counts.items()}
     total = sum(len(pairs[split][:n]) for split, n in counts.items())

@@ -99,7 +99,7 @@ SOURCES = [
     f
     for room in ("pipeline", "stages", "rewards")
     for f in (ROOT / room).rglob("*.py")
-    if f.name not in ("compose.py", "checks.py", "schema.py", "stage_schema.py")
+    if f.name not in ("compose.py", "checks.py") and f.parent.name != "schema"
 ]
 
 

@@ -5,10 +5,10 @@ from data_helpers import A, Q, bucket, conversations, everything, lines, said, s
 from omegaconf import OmegaConf
 
 from threefold.config.compose import compose
-from threefold.config.stage_schema import DialogueConfig
 from threefold.data import reading
 from threefold.data.formats import alternating
 from threefold.errors import UserError
+from threefold.schema.stages import DialogueConfig
 
 DIALOGUE = OmegaConf.structured(
     DialogueConfig(context_turns=3, prompt_max_chars=240, reply_min_chars=8, reply_max_chars=200)

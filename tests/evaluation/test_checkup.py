@@ -9,11 +9,11 @@ from helpers import GATE_METRICS, PAIRS, tiny_tokenizer
 from omegaconf import OmegaConf
 
 from threefold.config.compose import compose
-from threefold.config.stage_schema import PROBES
 from threefold.data.preferences import Pair
 from threefold.errors import UserError
 from threefold.evaluation import checkup
 from threefold.models import chat
+from threefold.schema.stages import PROBES
 
 GATE = compose(["experiment=smoke"]).reward.gate
 

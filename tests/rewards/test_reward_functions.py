@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from threefold import rewards
 from threefold.artifacts import imports
-from threefold.config.stage_schema import RewardFunctionConfig
 from threefold.errors import UserError
+from threefold.schema.stages import RewardFunctionConfig
 
 REPLIES = ["a", "b\nb", "c" * 50]
 

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from threefold import conf, rewards
 from threefold.config.compose import compose
-from threefold.config.stage_schema import RewardFunctionConfig
 from threefold.errors import UserError
 from threefold.models import chat
 from threefold.models.ensemble import Ensemble
@@ -26,6 +25,7 @@ from threefold.rewards.pattern import matches
 from threefold.rewards.repetition import repetition_penalty
 from threefold.rewards.script import script_share
 from threefold.rewards.sentiment import textblob, vader
+from threefold.schema.stages import RewardFunctionConfig
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 TEXTS = ["I love this, it is wonderful!", "I hate this, it is terrible.", "The table has four legs.", "", "x" * 1000]

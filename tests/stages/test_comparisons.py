@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from threefold.config.compose import compose
-from threefold.config.stage_schema import SourceConfig
 from threefold.data import preferences
 from threefold.data.preferences import Pair
 from threefold.errors import UserError
 from threefold.fileio import read_lines
+from threefold.schema.stages import SourceConfig
 from threefold.stages import comparisons
 from threefold.stages.comparisons import given
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from threefold.config.stage_schema import SourceConfig
 from threefold.data import reading
+from threefold.schema.stages import SourceConfig
 
 DATA = Path(os.environ.get("THREEFOLD_DATA", Path(__file__).parents[3] / "shared/data"))
 

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from threefold.config.compose import compose
-from threefold.config.stage_schema import PROBES
 from threefold.data import preferences
 from threefold.data.preferences import Pair
 from threefold.execution.job import Job
@@ -20,6 +19,7 @@ from threefold.models.ensemble import Ensemble
 from threefold.ppo.actors import Actors
 from threefold.ppo.rollouts import Prompt
 from threefold.rewards.learned import learned
+from threefold.schema.stages import PROBES
 from threefold.stages import ppo
 from threefold.stages import tokenizer as tokenizer_stage
 

@@ -14,10 +14,10 @@ from threefold import chain
 from threefold.artifacts.artifact import asked_to_stop
 from threefold.chain import making
 from threefold.config.compose import check
-from threefold.config.schema import Config
 from threefold.errors import UserError
 from threefold.fileio import write_json
 from threefold.runs import local, sweep, sweep_space, variants
+from threefold.schema.config import Config
 
 
 def quality(config) -> float:

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 PLACES = {"threefold": "pipeline", "threefold.stages": "stages", "threefold.rewards": "rewards"}
 # from the ground up; what stands in `pipeline/` itself is the ground, but for the door
 FLOORS = (
-    "ground", "display", "models", "data", "sampling", "artifacts", "rewards", "tracking", "execution", "training",
-    "ppo", "evaluation", "stages", "config", "chain", "labelling", "slurm", "runs", "report", "talk", "door",
+    "ground", "display", "models", "data", "schema", "sampling", "artifacts", "rewards", "tracking", "execution",
+    "training", "ppo", "evaluation", "stages", "config", "chain", "labelling", "slurm", "runs", "report", "talk",
+    "door",
 )  # fmt: skip
 DOOR = ("threefold", "threefold.api", "threefold.cli", "threefold.__main__")
 # rooms, files and modules that are answered from within a second, so they load no torch

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from threefold.config.stage_schema import (
+from threefold.schema.stages import (
     ComparisonsConfig,
     DataConfig,
     DpoConfig,
@@ -22,7 +22,8 @@ from threefold.config.stage_schema import (
     number_or_null,
     one_of,
 )
-from threefold.execution.modes import SHARDED
+
+SHARDED = ("fsdp2", "deepspeed_zero3")  # modes of `launch` in which each process holds a share of the model
 
 
 @dataclass
