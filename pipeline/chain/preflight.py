@@ -92,7 +92,7 @@ def start(config: DictConfig, template_date: str) -> tuple[Any, nn.Module]:
     return tokenizer, model
 
 
-def check_model(model: nn.Module, tokenizer: Any, settings: DictConfig, scored: bool) -> None:
+def check_model(model: nn.Module, tokenizer: Any, settings: Any, scored: bool) -> None:
     """Hold a causal language model to what stages do with it; `scored`: a reward model or critic is made of it."""
     ids = chat.prompt_ids(tokenizer, CONVERSATION)
     if not 0 < len(ids) <= loading.context_length(model.config) - settings.max_new_tokens:
