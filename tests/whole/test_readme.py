@@ -74,6 +74,17 @@ def test_every_path_of_the_tree_exists():
             assert (parent / name).exists(), f"{name} in: {line}"
 
 
+FOLDERS = ("conf", "pipeline", "stages", "rewards")
+TEXTS = [*PAGES, *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.*"))]
+NAMED = r"(?<![\w/.])((?:pipeline|stages|rewards|tests|conf|docs)/[\w/.-]+\.(?:py|md|yaml|html))"
+
+
+def test_every_file_that_texts_name_exists():
+    texts = {file: file.read_text() for file in TEXTS if file.suffix in (".md", ".py", ".yaml") and file.stem != "log"}
+    missing = [(file.name, name) for file, text in texts.items() for name in re.findall(NAMED, text)]
+    assert [(file, name) for file, name in missing if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_every_link_of_the_readme_exists(link):
     assert (ROOT / link).exists()
