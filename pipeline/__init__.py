@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 __all__ = ["Run", "UserError", "compose", "make", "open_run", "status"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for only then, so that the command line answers at once."""
     if name in __all__:

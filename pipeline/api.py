@@ -76,7 +76,7 @@ def open_run(folder: str | Path) -> "Run":
     """The run in a folder, for example runs/demo. Raises `UserError` where no stage of it is finished."""
     run = Run(Path(folder))
     if not run.stages:
-        raise UserError(f"{folder}: this run has no finished stage; make one with: threefold run run={run.name}")
+        raise UserError(f"{folder}: has no finished stage; name the folder of a run, for example runs/demo")
     return run
 
 
@@ -108,7 +108,10 @@ class Run:
         return OmegaConf.load(self.place(stage) / "config.yaml")
 
     def metrics(self) -> "DataFrame":
-        """The numbers that docs/metrics.md lists: columns stage, metric (with dots for what is nested) and value."""
+        """The results that docs/metrics.md lists, without time and memory: columns stage, metric and value.
+
+        Numbers within numbers have names with dots.
+        """
         import pandas
 
         from threefold.runs.seeds import numbers

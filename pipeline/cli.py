@@ -1,6 +1,7 @@
 """The command line: `threefold COMMAND [overrides]`. It answers help, status and mistakes without importing torch."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,11 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
         raise UserError(f"{error.argument_name}: {error.message}") from error
     if unknown:
         raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
+    if "=" in (parsed.command or "") and (parsed.cfg or parsed.multirun):  # these need no command
+        parsed.command, parsed.overrides = None, [parsed.command, *parsed.overrides]
     if parsed.multirun:
-        raise UserError(f"--multirun: sweeps have a command of their own: threefold sweep {' '.join(parsed.overrides)}")
+        sweep = shlex.join(["threefold", "sweep", *parsed.overrides])
+        raise UserError(f"--multirun: sweeps have a command of their own: {sweep}")
     if parsed.command is None and not parsed.cfg:
         parser.print_help()
         sys.exit(0)
@@ -70,7 +74,7 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     for name in options:
         if parsed.command != OPTIONS[name]:
             raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {parsed.command}")
-    return "config" if parsed.cfg else parsed.command, parsed.overrides, options
+    return ("config", parsed.overrides, {}) if parsed.cfg else (parsed.command, parsed.overrides, options)
 
 
 def _run(overrides: list[str]) -> None:

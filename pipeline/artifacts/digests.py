@@ -79,13 +79,15 @@ def defined_in(path: str) -> tuple[str, Path]:
 def module_of(name: str) -> str:
     """The module that a configuration calls `name`: `rewards.length` is ours, imported as threefold.rewards.length.
 
-    A module of a user's own folder `rewards` keeps its name. Raises `UserError` where both have a module of this name.
+    A module of a user's own folder `rewards` keeps its name. Raises `UserError` where both have a module of this name,
+    unless the folder is a checkout of this project.
     """
     top, _, inner = name.partition(".")
     ours = _files("threefold.rewards", inner)
     if top != "rewards" or not ours:
         return name
-    if theirs := _files(top, inner) - ours:
+    theirs = {file for file in _files(top, inner) - ours if not (file.parent / "composition.py").is_file()}
+    if theirs:
         raise UserError(f"{name}: is a module of Threefold, and {theirs.pop()} has the same name; rename yours")
     return f"threefold.{name}"
 

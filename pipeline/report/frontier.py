@@ -20,7 +20,7 @@ LEAD = (
 )
 OLD = "frontier.json is of another SFT or reward model than this run has; to make it anew: make frontier."
 SHADES = {"best_of_n": "best", "dpo": "dpo", "ppo": "ppo"}  # method → its colour
-SAID = {"best_of_n": "d ({alpha:.3f} − {beta:.3f} d)", "rl": "d ({alpha:.3f} − {beta:.3f} log d)"}
+ADVICE = {"best_of_n": "d ({alpha:.3f} − {beta:.3f} d)", "rl": "d ({alpha:.3f} − {beta:.3f} log d)"}
 
 
 def section(run: Run) -> Section | None:
@@ -110,7 +110,7 @@ def laws(frontier: dict[str, Any]) -> Table:
     rows, data = [], []
     for method, fitted in frontier["laws"].items():
         gold = {key: value for key, value in fitted["gold"].items() if key != "curve"}
-        formula = SAID[FORMS[method]].format(**gold)
+        formula = ADVICE[FORMS[method]].format(**gold)
         rows.append((NAMES[method], formula, f"{gold['farthest_kl']:.1f}", peak(gold), f"{gold['trend_share']:.0%}"))
         data.append({"method": method, **gold})
     return Table("frontier_laws", "Laws of over-optimisation, gold judge", [heading, *rows], data, texts=2)

@@ -62,7 +62,9 @@ def test_models_and_tokenizers_are_those_of_their_stage(run):
 def test_what_is_not_there_is_said(run, tmp_path):
     with pytest.raises(threefold.UserError, match="has no finished stage frontier; finished: tokenizer, pretrain"):
         run.steps("frontier")
-    with pytest.raises(threefold.UserError, match="this run has no finished stage; make one with: threefold run run="):
+    with pytest.raises(
+        threefold.UserError, match="has no finished stage; name the folder of a run, for example runs/demo"
+    ):
         threefold.open_run(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute 'mak'"):
         threefold.mak  # noqa: B018

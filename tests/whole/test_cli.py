@@ -94,9 +94,13 @@ def test_help_names_every_command(capsys):
 
 
 def test_hydras_own_options_are_answered(capsys):
-    assert cli._parse(["run", "seed=7", "--cfg", "job"]) == ("config", ["seed=7"], {})
+    for line in (["run", "seed=7", "--cfg", "job"], ["seed=7", "-c", "job"], ["report", "seed=7", "-c", "job"]):
+        assert cli._parse(line) == ("config", ["seed=7"], {})
+    assert cli._parse(["report", "--compare", "x", "--cfg", "job"])[2] == {}
     with pytest.raises(UserError, match="--multirun: sweeps have a command of their own: threefold sweep seed=1,2"):
         cli._parse(["run", "-m", "seed=1,2"])
+    with pytest.raises(UserError, match=r"threefold sweep 'dpo.beta=interval\(0.1,1\)'"):
+        cli._parse(["-m", "dpo.beta=interval(0.1,1)"])
 
 
 def test_the_printed_configuration_is_the_composed_one(capsys):
@@ -139,7 +143,7 @@ def failing(error):
     ],
 )
 def test_errors_of_the_user_and_interruptions_have_their_own_status(error, status, line, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_run", failing(error))
+    monkeypatch.setitem(cli.COMMANDS, "run", (failing(error), ""))
     with pytest.raises(SystemExit) as ended:
         cli.main(["run"])
     assert ended.value.code == status
@@ -147,14 +151,14 @@ def test_errors_of_the_user_and_interruptions_have_their_own_status(error, statu
 
 
 def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_run", failing(ZeroDivisionError()))
+    monkeypatch.setitem(cli.COMMANDS, "run", (failing(ZeroDivisionError()), ""))
     with pytest.raises(ZeroDivisionError):
         cli.main(["run"])
 
 
 def test_overrides_reach_the_command_in_their_order(monkeypatch):
     got = []
-    monkeypatch.setattr(cli, "_run", got.extend)
+    monkeypatch.setitem(cli.COMMANDS, "run", (got.extend, ""))
     cli.main(["run", "experiment=smoke", "target=ppo", "ppo.missing_end_penalty=-2"])
     assert got == ["experiment=smoke", "target=ppo", "ppo.missing_end_penalty=-2"]
 

@@ -42,6 +42,7 @@ def test_an_own_reward_trains_ppo_and_chat_answers(folder, borrowed):
 
 def test_a_module_called_as_one_of_ours_is_refused(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "rewards", raising=False)  # of another test
     assert digests.module_of("rewards.length") == "threefold.rewards.length"
     (folder / "rewards" / "length.py").write_text("")
     with pytest.raises(UserError, match=r"rewards.length: is a module of Threefold, and .* has the same name; rename"):
