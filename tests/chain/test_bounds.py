@@ -60,6 +60,7 @@ def test_the_dpo_stage_has_bars_and_bounds(tmp_path, bars):
     assert all(bar.closed for bar in bars)
 
 
+@pytest.mark.slow
 def test_sft_and_pretraining_have_bars(tmp_path, bars, monkeypatch):
     examples = [Example(pair.prompt, pair.chosen) for pair in numbered_pairs(8)]
     monkeypatch.setattr(reading, "training_examples", lambda *_: examples)

@@ -183,6 +183,7 @@ def test_the_command_says_where_and_ends_cleanly(how, pool, votes):
     assert out.endswith("no torch\n")
 
 
+@pytest.mark.slow
 def test_a_mistake_is_answered_on_one_line(pool, votes, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -534,6 +534,7 @@ def test_the_learned_model_less_a_penalty_is_configuration_alone():
     assert scored(rewards.load(chosen, (), model), *texts) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_reward_has_a_name_and_says_whether_it_needs_the_model():
     names = {name: (rewards.name(choice(name)), rewards.uses_model(choice(name))) for name in CHOICES}
     assert {name for name, (_, uses) in names.items() if uses} == LEARNED

@@ -166,6 +166,7 @@ def test_pairs_for_people_have_no_label_and_training_on_them_is_refused_until_th
         preferences.read(out, "train")
 
 
+@pytest.mark.slow
 def test_a_scorer_chooses_the_pairs_and_uncertainty_needs_several_models(smoke, tmp_path):
     scorer = f"comparisons.scorer={smoke}/smoke/reward"
     out, _ = made(smoke, tmp_path / "best", scorer, "comparisons.pairs_per_prompt=1")

@@ -133,6 +133,7 @@ def test_base_text_is_measured_as_pretraining_measures_it(evaluated, smoke):
     assert all(0 <= model["repetition"] <= 1 for model in metrics["models"].values())
 
 
+@pytest.mark.slow
 def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, smoke, tmp_path):
     metrics, _ = evaluated
     counted = metrics["contamination"]
@@ -175,6 +176,7 @@ def test_ways_to_decode_stand_behind_the_model_that_they_sample_from_and_other_r
     assert in_order(names) == ["human", "base", "sft", "best_of_16", "dpo", "dpo_best_of_4", *of_ppo]
 
 
+@pytest.mark.slow
 def test_replies_that_the_judge_gives_no_score_are_counted_and_validation_prompts_are_others(
     smoke, tmp_path, monkeypatch, capsys
 ):

@@ -89,6 +89,7 @@ print(kl_per_token(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -1.0]), "abs"
     assert json.loads(changed("-c", code)) == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_the_stage_is_made_and_reported(changed, tmp_path):
     changed("-m", "threefold", "run", "experiment=smoke", "tracker=none", f"runs={tmp_path}", "target=lengths")
     metrics = json.loads((tmp_path / "smoke" / "lengths" / "metrics.json").read_text())

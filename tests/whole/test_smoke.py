@@ -74,6 +74,7 @@ def test_a_second_run_does_nothing(smoke, monkeypatch):
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.slow
 def test_a_changed_key_runs_its_stage_and_what_depends_on_it(smoke, monkeypatch, tmp_path):
     overrides = ["experiment=smoke", f"runs={smoke}", "run=changed"]
     stages_that_run(overrides, monkeypatch)
