@@ -130,6 +130,7 @@ def test_its_tokenizer_and_template_are_those_of_the_file(tmp_path, model):
     assert (tokenizer.eos_token, tokenizer.pad_token) == (chat.END, chat.PAD)
 
 
+@pytest.mark.slow
 def test_a_gguf_checkpoint_goes_through_the_chain(tmp_path, model):
     folder = tmp_path / "checkpoint"
     folder.mkdir()

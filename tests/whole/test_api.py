@@ -70,6 +70,7 @@ def test_what_is_not_there_is_said(run, tmp_path):
         threefold.mak  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_documented_program_runs(smoke, tmp_path):
     [program] = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
     program = program.replace('"run=tiny"', f'"run=smoke", "tracker=none", "runs={smoke}"')

@@ -29,6 +29,7 @@ def threefold(*arguments, typed=""):
     return subprocess.run(command, input=typed, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_own_reward_trains_ppo_and_chat_answers(folder, borrowed):
     common = ["experiment=smoke", "tracker=none", f"runs={borrowed}", "ppo.reward.function=rewards.mine:letters"]
     done = threefold("run", *common, "target=ppo")
