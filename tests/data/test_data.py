@@ -219,6 +219,7 @@ def test_alternating_turns_end_with_the_assistant():
     assert [m["role"] for m in alternating(["a", "b", "c"])] == ["assistant", "user", "assistant"]
 
 
+@pytest.mark.slow
 def test_the_package_of_real_conversations_gives_disjoint_prompts_in_every_split():
     config = compose(["experiment=smoke"]).data
     # an independent count of its 7,168 conversations: 104,204 replies are in the limits with one turn of context,

@@ -110,7 +110,8 @@ def moved(folder: Path, stage: str, start: Path) -> torch.Tensor:
     return torch.cat([(trained[name] - before.get(name, 0)).flatten() for name in sorted(trained)])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=[] if s == "dpo" else pytest.mark.slow) for s in STAGES])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_as_one(stage, smoke, tmp_path, monkeypatch):
     one = alone(smoke, tmp_path / "one", [stage], [], monkeypatch)
     agree(one, together(smoke, tmp_path / "two", [stage], [], monkeypatch), stage)

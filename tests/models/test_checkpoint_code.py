@@ -116,6 +116,7 @@ def test_the_command_ends_with_one_line_and_status_2_before_any_stage(folder, tm
     assert not (folder / "ran").exists() and not list(tmp_path.glob("runs/artifacts/*.work"))
 
 
+@pytest.mark.slow
 def test_chat_does_not_run_code_planted_in_an_artifact(folder, tmp_path):
     artifact = tmp_path / "runs/smoke/ppo"
     shutil.copytree(folder, artifact)

@@ -130,6 +130,7 @@ def judges(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder)
 
 
+@pytest.mark.slow
 def test_replies_without_a_score_are_counted_and_take_no_part(smoke, tmp_path, judges):
     out, metrics = made(smoke, tmp_path / "shorter", "comparisons.judge.function=few_scores:shorter")
     _, by_length = made(smoke, tmp_path / "all")
@@ -145,6 +146,7 @@ def test_a_judge_without_any_score_is_refused(smoke, tmp_path, judges):
         made(smoke, tmp_path, "comparisons.judge.function=few_scores:never")
 
 
+@pytest.mark.slow
 def test_earlier_comparisons_are_added_but_for_prompts_that_are_held_out_now(smoke, tmp_path):
     earlier = tmp_path / "earlier"
     earlier.mkdir()
