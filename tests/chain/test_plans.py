@@ -1,6 +1,7 @@
 """The fingerprints of the experiments are the stored ones: artifacts that people have stay fresh.
 
-A commit that changes a stage's numerics raises its version, and stores the fingerprints anew: python FILE, from here.
+A commit that changes a stage's numerics raises its version, and stores the fingerprints anew:
+PYTHONPATH=tests/support python tests/chain/test_plans.py
 """
 
 import json

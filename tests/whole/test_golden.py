@@ -1,7 +1,8 @@
 """Ten steps of every training stage on inputs that are written here: no sample and no earlier stage decides them.
 
 Weights come from NumPy's generator, which gives the same bits on every processor; torch's own differ in the last bits.
-`python tests/whole/test_golden.py` writes the figures anew, after a change that is meant to move them.
+To write the figures anew, after a change that is meant to move them:
+PYTHONPATH=tests/support python tests/whole/test_golden.py
 """
 
 import itertools
@@ -214,7 +215,8 @@ def test_losses_are_the_golden_ones_on_every_kind_of_processor(tmp_path, setting
     if precision == "bf16" and len(setting) != 1:
         pytest.skip("bf16 is slow on such processors; other cases have it")
     unset = {name: value for name, value in os.environ.items() if name not in {n for s in SETTINGS for n in s}}
-    environment = unset | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"} | setting
+    support = str(Path(__file__).parents[1] / "support")  # which pytest alone has on its path
+    environment = unset | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": support} | setting
     threads = f"runtime.threads={environment['OMP_NUM_THREADS']}"
     command = [sys.executable, __file__, str(tmp_path / "losses.json"), f"precision={precision}", threads]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
