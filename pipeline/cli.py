@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from threefold.display.parts import print_rows
 from threefold.errors import UserError, nearest, public, public_traceback
 from threefold.execution.surroundings import leave_launchers
 
@@ -98,6 +97,7 @@ def _run(overrides: list[str]) -> None:
 def _submit(overrides: list[str]) -> None:
     from threefold.chain.member import Member
     from threefold.config.compose import compose
+    from threefold.display.parts import print_rows
     from threefold.slurm import submission
 
     config = compose(overrides)
@@ -116,6 +116,7 @@ def _submit(overrides: list[str]) -> None:
 def _status(overrides: list[str]) -> None:
     from threefold.chain import status
     from threefold.config.compose import compose
+    from threefold.display.parts import print_rows
     from threefold.slurm import queued
 
     config = compose(overrides)
@@ -126,6 +127,7 @@ def _status(overrides: list[str]) -> None:
 
 def _cancel(overrides: list[str]) -> None:
     from threefold.config.compose import compose
+    from threefold.display.parts import print_rows
     from threefold.slurm import queued
 
     config = compose(overrides)
