@@ -54,9 +54,9 @@ def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
         seeds.run(config, overrides)
         return True
     if config.launcher.kind == "slurm":
-        from threefold.slurm import waiting
+        from threefold.slurm import submission
 
-        waiting.run(config, overrides)
+        submission.run_in_slurm(config, overrides)
         return True
     from threefold import chain
 
@@ -152,7 +152,7 @@ class Run:
         """
         from omegaconf import OmegaConf
 
-        from threefold.evaluation import decoding_policies
+        from threefold.evaluation import measuring
         from threefold.models import chat
 
         sampling = self.config("sft").sampling
@@ -162,5 +162,5 @@ class Run:
         tokenizer = self.tokenizer(stage)
         prompt_ids = [chat.prompt_ids(tokenizer, messages) for messages in conversations]
         with_settings = cast(Any, OmegaConf.merge(sampling, settings))
-        sampled = decoding_policies.samples(self.model(stage), prompt_ids, count, with_settings, tokenizer, seed)
-        return decoding_policies.texts_of(tokenizer, sampled)
+        sampled = measuring.samples(self.model(stage), prompt_ids, count, with_settings, tokenizer, seed)
+        return measuring.texts_of(tokenizer, sampled)

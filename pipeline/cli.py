@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from threefold.errors import UserError, nearest, public, public_traceback
-from threefold.execution.surroundings import leave_launchers
+from threefold.execution.launch import leave_launchers
 
 WORKING = ("run", "submit", "frontier", "sweep", "chat")  # commands that use models, or send jobs that do
 
@@ -95,7 +95,7 @@ def _run(overrides: list[str]) -> None:
 
 
 def _submit(overrides: list[str]) -> None:
-    from threefold.chain.member import Member
+    from threefold.chain.plans import Member
     from threefold.config.compose import compose
     from threefold.display.parts import print_rows
     from threefold.slurm import submission
@@ -117,21 +117,21 @@ def _status(overrides: list[str]) -> None:
     from threefold.chain import status
     from threefold.config.compose import compose
     from threefold.display.parts import print_rows
-    from threefold.slurm import queued
+    from threefold.slurm import job_records
 
     config = compose(overrides)
     columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
-    rows = [[row[name] for name in columns] for row in queued.tell(config, status(config))]
+    rows = [[row[name] for name in columns] for row in job_records.with_jobs(config, status(config))]
     print_rows([(*columns[:-1], "main metric"), *rows])
 
 
 def _cancel(overrides: list[str]) -> None:
     from threefold.config.compose import compose
     from threefold.display.parts import print_rows
-    from threefold.slurm import queued
+    from threefold.slurm import job_records
 
     config = compose(overrides)
-    rows = [(row["stage"], row["job"], row["state"]) for row in queued.cancel(config)]
+    rows = [(row["stage"], row["job"], row["state"]) for row in job_records.cancel_jobs(config)]
     if not rows:
         print(f"nothing to cancel: run {config.run} has no jobs in Slurm")
     else:

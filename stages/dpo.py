@@ -9,12 +9,12 @@ from trl import DPOConfig, DPOTrainer
 
 from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
-from threefold.evaluation import side_effects, statistics
+from threefold.evaluation import statistics
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.training import hf_trainer
-from threefold.training.pairs import load_pairs
+from threefold.training.hf_trainer import load_pairs
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def metrics(
     return {
         "accuracy": right.mean().item(),
         "accuracy_ci95": statistics.share_interval(right.tolist(), prompts),
-        **side_effects.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
+        **statistics.drift({side: moved.tolist() for side, moved in change.items()}, prompts),
         "chosen_tokens": float(np.mean([len(row["chosen_ids"]) for row in rows])),
         "rejected_tokens": float(np.mean([len(row["rejected_ids"]) for row in rows])),
         "reward_margin": beta * (change["chosen"] - change["rejected"]).mean().item(),

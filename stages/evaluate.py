@@ -8,19 +8,10 @@ import numpy as np
 
 from threefold import rewards
 from threefold.data import reading
-from threefold.data.folders import is_task
+from threefold.data.files import is_task
 from threefold.data.reading import Example
 from threefold.errors import UserError
-from threefold.evaluation import (
-    arena,
-    contamination,
-    held_out,
-    judge_model,
-    measuring,
-    side_effects,
-    statistics,
-    task_answers,
-)
+from threefold.evaluation import arena, contamination, held_out, judge_model, measuring, statistics
 from threefold.evaluation.measuring import Played, Shared
 from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
 from threefold.evaluation.tasks import Task
@@ -43,7 +34,7 @@ def run(job: Job) -> dict[str, Any]:
     reference = loading.load_policy(job.inputs["sft"], job.device.type)
     smallest = narrowest(reference, earlier)
     drawn, unusable = prompts_of_splits(job, tokenizer, smallest)
-    tasks = task_answers.prepared(job, tokenizer, smallest, measuring.sampling_settings(job.config))
+    tasks = measuring.prepared_tasks(job, tokenizer, smallest, measuring.sampling_settings(job.config))
     texts = reading.texts(reading.load(job.config.data.text, "test").rows)
     texts = held_out.first_texts(texts, tokenizer, config.text_tokens)
     drawn, texts, contaminated = checked_for_copies(job, drawn, texts, tasks)
@@ -73,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
         "models": models,
         "contamination": contaminated,
         "unusable": unusable["prompts"],
-        "tasks": {name: task_answers.described(task) for name, task in tasks.items()},
+        "tasks": {name: measuring.described(task) for name, task in tasks.items()},
         **further,
         "paired": statistics.paired_tests({judge: by_judge[judge] for judge in ("gold", "second")}, config.seed),
         "arena": {judge: in_arena(counted, players, replies) for judge, (counted, players) in wins.items()},
@@ -193,7 +184,7 @@ def write_replies(
     replies = {name: one.replies for name, one in played.items()}
     answers = {name: one.answers for name, one in played.items() if one.answers}
     write_lines(shared.job.out / "samples.jsonl", sample_rows(shared.examples, replies, by_judge))
-    write_lines(shared.job.out / "tasks.jsonl", task_answers.rows(shared.tasks, answers))
+    write_lines(shared.job.out / "tasks.jsonl", measuring.task_rows(shared.tasks, answers))
 
 
 def sample_rows(
@@ -237,8 +228,8 @@ def by_judge_model(
 def dpo_drift(job: Job, replies: dict[str, list[str]]) -> dict[str, Any]:
     """What became of chosen replies and of length under DPO, with its alarm; says so in one line."""
     of_stage = read_json(job.inputs["dpo"] / "metrics.json")
-    metrics = side_effects.alarm(of_stage, replies["dpo"], replies["sft"])
-    job.say(side_effects.alarm_in_words(metrics))
+    metrics = statistics.alarm(of_stage, replies["dpo"], replies["sft"])
+    job.say(statistics.alarm_in_words(metrics))
     return metrics
 
 
@@ -251,8 +242,8 @@ def judged(
         "second_judge_mean": float(np.mean(applicable(second, "second_judge"))),
         "second_judge_unscored": second.count(None),
         "length": float(np.mean([len(text) for text in replies])),
-        **{f"distinct_{n}": side_effects.distinct_n(replies, n) for n in (1, 2, 3)},
-        "self_bleu": side_effects.self_bleu(replies, job.config.evaluate.seed),
+        **{f"distinct_{n}": statistics.distinct_n(replies, n) for n in (1, 2, 3)},
+        "self_bleu": statistics.self_bleu(replies, job.config.evaluate.seed),
         "repetition": float(np.mean([repeated_share(text, 3) for text in replies])),
     }
 
@@ -287,7 +278,7 @@ def checked_for_copies(
     """
     sought = {name: [spoken(e.prompt, e.reply) for e in examples] for name, examples in drawn.items()}
     sought["base_text"] = texts
-    sought |= {f"tasks.{name}": [task_answers.sought(p) for p in task.problems] for name, task in tasks.items()}
+    sought |= {f"tasks.{name}": [measuring.sought(p) for p in task.problems] for name, task in tasks.items()}
     asked = {name: [spoken(e.prompt) for e in examples] for name, examples in drawn.items()}
     asked |= {f"tasks.{name}": [spoken(p.prompt) for p in task.problems] for name, task in tasks.items()}
     if "comparisons" in job.inputs:

@@ -35,12 +35,11 @@ from threefold.evaluation import checkup
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
-from threefold.ppo import actors, engines, rollouts, safety
+from threefold.ppo import actors, rollouts, safety
 from threefold.ppo import advantages as estimators
 from threefold.ppo.actors import Actors
 from threefold.ppo.advantages import estimate
-from threefold.ppo.rollout_views import views
-from threefold.ppo.rollouts import Prompt, Rollout
+from threefold.ppo.rollouts import Prompt, Rollout, views
 from threefold.rewards.learned import learned
 from threefold.sampling import sampler
 from threefold.training import guards, packing
@@ -62,7 +61,7 @@ class Ppo:
     text: packing.PackedRows | None  # pretraining text, with ppo.ptx_coef
     micro_batch_size: int  # replies per forward pass
     kl_coef: float = 0.0  # of the current rollout
-    engine: engines.Engine | None = None  # that samples instead of our own sampler
+    engine: actors.Engine | None = None  # that samples instead of our own sampler
     ratios: list[Tensor] = field(default_factory=list)  # of this rollout's update, per token, where they are tracked
 
 
@@ -182,7 +181,7 @@ def load(job: Job) -> Ppo:
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     micro = micro_batch_size(job)
-    engine = engines.load(job, accelerator.num_processes, tokenizer.eos_token_id)
+    engine = actors.load_engine(job, accelerator.num_processes, tokenizer.eos_token_id)
     loaded = actors.load(config, job.inputs, str(accelerator.device))
     trained = {"policy": loaded.policy, "critic": loaded.critic}
     optimizers = {name: adam(model, config) for name, model in trained.items() if model is not None}

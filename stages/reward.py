@@ -14,13 +14,13 @@ from threefold.columns import Message
 from threefold.data import preferences
 from threefold.data.preferences import Pair, TokenisedPairs
 from threefold.errors import UserError
-from threefold.evaluation import checkup, checkup_views
+from threefold.evaluation import checkup
 from threefold.execution.job import Job
 from threefold.models import chat, ensemble, likelihood, loading, lora
 from threefold.models.ensemble import Ensemble
 from threefold.sampling import sampler
 from threefold.training import hf_trainer
-from threefold.training.pairs import load_pairs
+from threefold.training.hf_trainer import load_pairs
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.bf16):  # as PPO will score
         checked = check_up(job, model, tokenizer, train.pairs, test)
     if job.tracked:
-        job.show(checkup_views.views(checked))
+        job.show(checkup.views(checked))
     checked |= counted
     return checked | {
         "score_mean": members[0].config.score_mean,

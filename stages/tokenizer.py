@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from threefold.data import reading
 from threefold.errors import UserError
 from threefold.execution.job import Job
-from threefold.models import chat, gguf_checkpoint, template
-from threefold.models.adapters import adapter_base, adapter_revision
+from threefold.models import chat, checkpoints, template
+from threefold.models.__init__ import adapter_base, adapter_revision
 from threefold.models.loading import check_checkpoint
 
 ROUND_TRIPS = 2000  # held-out texts, at most, that are encoded and decoded again
@@ -110,7 +110,7 @@ def own_tokenizer(model: Any) -> Any:
     options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     check_checkpoint(model)
     if model.gguf_file:
-        name, options["gguf_file"] = gguf_checkpoint.name_of(model), gguf_checkpoint.place(model)
+        name, options["gguf_file"] = checkpoints.gguf_name(model), checkpoints.gguf_place(model)
     elif not (Path(place) / "tokenizer_config.json").is_file() and (base := adapter_base(Path(place))):
         place, options["revision"] = base, adapter_revision(Path(place))
     tokenizer = chat.load_tokenizer(place, name, **options)

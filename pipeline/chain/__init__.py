@@ -2,8 +2,19 @@
 
 from threefold.chain.checks import check, check_processes, check_rewards, check_sources
 from threefold.chain.making import bring_up_to_date, make
-from threefold.chain.plans import Planned, fingerprint_parts, plan, view, wanted
-from threefold.chain.states import State, made_with, require_finished, stale_reason, state_in_run, status
+from threefold.chain.plans import (
+    Planned,
+    State,
+    fingerprint_parts,
+    made_with,
+    plan,
+    require_finished,
+    stale_reason,
+    state_in_run,
+    status,
+    view,
+    wanted,
+)
 
 __all__ = [
     "Planned",

@@ -8,14 +8,14 @@ import re
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
-from threefold.data.preference_formats import PREFERENCE_FORMATS
+from threefold.data.preferences import PREFERENCE_FORMATS
 from threefold.errors import UserError, nearest
 from threefold.evaluation import judge_template
 from threefold.evaluation.players import MODELS, player, policy_name
 from threefold.schema.config import SHARDED
 from threefold.schema.stages import PROBES
 from threefold.stages import STAGES
-from threefold.tracking.backends import KINDS
+from threefold.tracking.trackers import KINDS
 
 JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
 REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`

@@ -1,20 +1,26 @@
 """How overrides become one checked configuration.
 
 Nothing in this module imports torch, so that a wrong key is answered in a second.
+
+Limits of `data.dialogue` that a data set of `conf/data` brings: they hold for its own path, and for no other.
+
+Texts in the files of `conf/`: YAML reads `run: 2026_11_28` as a number, which would be written back otherwise.
 """
 
 import functools
 import math
 import re
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from threefold.config import limits
+import threefold.conf
 from threefold.config.checks import REWARDS, check_together
+from threefold.config.overrides import kind_of
 from threefold.errors import UserError, nearest
 from threefold.execution import interpolations
 from threefold.schema.config import Config
@@ -33,7 +39,6 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    from threefold.config import file_texts
     from threefold.config.overrides import as_typed
 
     _register()
@@ -41,7 +46,7 @@ def compose(overrides: list[str]) -> DictConfig:
         with initialize_config_module("threefold.conf", version_base="1.3"):
             typed = [_addable(as_typed(override)) for override in overrides]
             config = hydra_compose("config", overrides=typed, return_hydra_config=True)
-        file_texts.check(config.hydra.runtime.choices)
+        check_file_texts(config.hydra.runtime.choices)
         with open_dict(config):
             del config["hydra"]
         interpolations.note_variables(OmegaConf.to_container(config))
@@ -66,7 +71,7 @@ def _register() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
-    limits.register()
+    register_own_limit()
 
 
 PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
@@ -179,3 +184,45 @@ def _explain(error: BaseException, overrides: list[str]) -> str:
     return (
         f"{' '.join(overrides)}: {message}" if not any(o.partition("=")[0] in message for o in overrides) else message
     )
+
+
+PACKAGE = re.compile(r"^# @package (\S+)$", re.MULTILINE)  # Hydra's: the section that a file fills
+
+
+def check_file_texts(choices: Mapping[str, Any]) -> None:
+    """Hold the texts in the files that are chosen, by group, to be no numbers for YAML; raises `UserError`."""
+    for group, names in choices.items():
+        if group.startswith(("hydra/", "section", "stage")):
+            continue
+        folder, _, section = group.partition("@")
+        for name in [names] if isinstance(names, str) else names or ():
+            file = Path(threefold.conf.__file__).parent / folder / f"{name}.yaml"
+            if file.is_file():
+                _check_file(file, section or folder)
+
+
+def _check_file(file: Path, section: str) -> None:
+    content = file.read_text()
+    header = PACKAGE.search(content)
+    package = header[1].replace("_global_", "") if header else section
+    for key, value in _leaves(OmegaConf.to_container(OmegaConf.create(content)), package):
+        if isinstance(value, int | float) and kind_of(key) is str:
+            raise UserError(f"{file}: {key} is a text, and YAML reads it as the number {value}; put it in quotes")
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every value below `node` with its dotted key."""
+    if not isinstance(node, dict | list):
+        yield key, node
+        return
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _leaves(value, f"{key}.{name}".lstrip("."))
+
+
+def register_own_limit() -> None:
+    """Let `conf/` write ${own_limit:N} for such a limit."""
+    OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
+
+
+def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
+    return limit if _root_.data.replies.path == _root_.data.limits_for else None

@@ -18,8 +18,8 @@ from typing import Any
 
 from threefold.columns import Message, Row, UnusableRowError, dialogue_of, key_of, messages_of, text_of
 from threefold.data import instructions
-from threefold.data.folders import WORD_LIST, package_file
-from threefold.data.preference_formats import PREFERENCE_FORMATS
+from threefold.data.files import WORD_LIST, package_file
+from threefold.data.preferences import PREFERENCE_FORMATS
 
 
 def text(raw: Row, dropped: Counter) -> list[Row]:

@@ -19,10 +19,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from threefold.columns import Message, Row, UnusableRowError
-from threefold.data import raw_rows
-from threefold.data.folders import ALL, is_local, is_package, is_task, package_file, split_files
+from threefold.data import files
+from threefold.data.files import ALL, is_local, is_package, is_task, package_file, split_files
 from threefold.data.formats import FORMATS, alternating
-from threefold.data.preference_formats import PREFERENCE_FORMATS
+from threefold.data.preferences import PREFERENCE_FORMATS
 from threefold.errors import UserError
 
 BUCKETS = {"test": range(0, 5), "validation": range(5, 10), "train": range(10, 100)}
@@ -152,7 +152,7 @@ def _parse(source_json: str, given_split: str) -> Rows:
     source, rows = SimpleNamespace(**json.loads(source_json)), []  # a DictConfig costs seconds in a loop over rows
     unusable: dict[str, dict[str, Any]] = {}
     dropped: Counter = Counter()
-    raws = raw_rows.read(source, given_split)
+    raws = files.read_rows(source, given_split)
     for where, line, raw in raws:
         try:
             rows += _rows_of(raw, source, dropped)
@@ -179,7 +179,7 @@ def _rows_of(raw: Row, source: SimpleNamespace, dropped: Counter) -> list[Row]:
 def place_of(source: Any, prompt: list[Message], dialogue: Any) -> str:
     """File and line of the first row that has `prompt`, or a reply to it, for an error message."""
     given, most = SimpleNamespace(**json.loads(_as_json(source))), dialogue.context_turns
-    for where, line, raw in raw_rows.read(given, "train"):
+    for where, line, raw in files.read_rows(given, "train"):
         with contextlib.suppress(UnusableRowError):
             if any(prompt in _prompts(row, most) for row in _rows_of(raw, given, Counter())):
                 return f"the row in {where}, line {line}"

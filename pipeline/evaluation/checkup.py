@@ -2,6 +2,8 @@
 
 Scores are normalised: 0 ± 1 on the SFT model's own samples. Probabilities are those of the Bradley-Terry model, from
 raw scores. H: held-out pairs.
+
+The reward model's check-up as trackers see it: figures, and tables of what is in them and of the probes.
 """
 
 from collections.abc import Callable
@@ -9,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plotly import graph_objects
 from scipy import stats
 
 from threefold.columns import Message
 from threefold.data.pairing import overlapping
 from threefold.data.preferences import Pair
+from threefold.display import figures
 from threefold.errors import UserError
 from threefold.evaluation import baselines, statistics
 from threefold.fileio import read_json
 from threefold.models import chat
+from threefold.tracking.trackers import Table
 
 Score = Callable[[list[list[int]]], np.ndarray]  # token sequences → normalised scores [N]
 BINS = 10  # of the calibration, with the same number of pairs each
@@ -293,3 +298,49 @@ def verdict(metrics: dict[str, Any], gate: Any) -> list[str]:
     pays = [f"{probe} ({share:.0%})" for probe, share in shares.items() if share > 0.5]
     lines.append(f"Scores above the chosen reply on more than half of the prompts: {', '.join(pays) or 'no probe'}.")
     return lines
+
+
+def reliability(rows: list[dict[str, Any]]) -> graph_objects.Figure:
+    """How often the model is right against how sure it is, on held-out pairs."""
+    data = [row | dict(zip(("low", "high"), statistics.ends(row["ci95"]), strict=True)) for row in rows]
+    return graph_objects.Figure(**figures.reliability("reliability", "", "", data).drawing)
+
+
+def accuracy_by_gap(metrics: dict[str, Any]) -> Any:
+    """Accuracy by quarters of the score gap, and of the labels' gap where each pair has one, as a figure."""
+    figure = graph_objects.Figure()
+    labels = {"accuracy_by_score_gap": "the model's score gap", "accuracy_by_gap": "the gap of the labels"}
+    for key, label in labels.items():
+        if rows := metrics.get(key):
+            bars = {"type": "data", "symmetric": False}
+            ends = [statistics.ends(row["ci95"]) for row in rows]
+            bars["array"] = [figures.reach(high, row["accuracy"]) for (_, high), row in zip(ends, rows, strict=True)]
+            bars["arrayminus"] = [figures.reach(low, row["accuracy"]) for (low, _), row in zip(ends, rows, strict=True)]
+            quarters, shares = list(range(1, len(rows) + 1)), [row["accuracy"] for row in rows]
+            figure.add_bar(x=quarters, y=shares, error_y=bars, name=label)
+    title = {"text": "reward: share right by quarters of the gap, held-out pairs", "font": {"size": 14}}
+    figure.update_layout(title=title, xaxis_title="quarter, from the smallest gaps to the largest")
+    return figure
+
+
+def views(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What trackers see of the check-up: both figures, and tables of what is in them and of the probes."""
+    probes = [(PROBE_NAMES[name], *probe.values()) for name, probe in metrics["probes"].items()]
+    heading = ("probe", "prompts", "score_mean", "below_chosen", "preferred_share")
+    parts = {"accuracy_by_score_gap": "score gap", "accuracy_by_gap": "label gap"}
+    quarters = [(parts[key], *_numbers(row)) for key in parts for row in metrics.get(key, ())]
+    bins = [_numbers(row) for row in metrics["reliability"]]
+    interval = ("pairs", "accuracy", "from", "to")
+    return {
+        "reliability": reliability(metrics["reliability"]),
+        "accuracy_by_gap": accuracy_by_gap(metrics),
+        "probes": Table(heading, probes),
+        "accuracy_by_gap_table": Table(("gap", "gap_from", "gap_to", *interval), quarters),
+        "reliability_table": Table(("pairs", "confidence", *interval[1:]), bins),
+    }
+
+
+def _numbers(row: dict[str, Any]) -> tuple[float | None, ...]:
+    """The numbers of a row, an interval being two of them; neither is known where there is none."""
+    spread = [statistics.ends(value) if name == "ci95" else (value,) for name, value in row.items()]
+    return tuple(number for values in spread for number in values)

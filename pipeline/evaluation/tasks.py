@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from threefold.artifacts.imports import function_parts
+from threefold.artifacts.digests import function_parts
 from threefold.columns import Message
 from threefold.data import instructions, reading
 from threefold.errors import UserError

@@ -15,13 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from threefold.artifacts.artifact import asked_to_stop
-from threefold.artifacts.imports import VERSIONED
+from threefold.artifacts.digests import VERSIONED
 from threefold.errors import UserError, queued_again
 from threefold.execution import device
 from threefold.fileio import read_json, write_json
 from threefold.schema.config import Config
-from threefold.tracking.trackers import StepLog, Trackers
-from threefold.tracking.values import OPTIMISER_STEP, About
+from threefold.tracking.trackers import OPTIMISER_STEP, About, StepLog, Trackers
 
 # TRL, transformers and datasets then send nothing about their use
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -20,9 +20,9 @@ from werkzeug.serving import make_server
 
 from threefold.config.compose import make_command
 from threefold.errors import UserError
-from threefold.labelling import agreement, votes_arena
+from threefold.labelling import votes_arena
 from threefold.labelling.queue import CHOICES, Labelling
-from threefold.labelling.votes import only_writer, read_pool
+from threefold.labelling.votes import in_words, kappa_in_words, only_writer, read_pool, summary
 
 ADDRESS = "127.0.0.1"
 LONGEST_NAME, LONGEST_REASON = 40, 1000  # characters
@@ -115,8 +115,8 @@ def _announce(labelling: Labelling, pairs: Path, votes: Path, port: int) -> None
 def _say_goodbye(labelling: Labelling, votes: Path, given: int) -> None:
     total = len(labelling.votes.rows)
     print(f"\n{total:,} vote{'' if total == 1 else 's'} in {votes}, {given:+,} in this session")
-    for line in agreement.summary(labelling.votes.rows)[:1]:
-        print(agreement.in_words(line))
+    for line in summary(labelling.votes.rows)[:1]:
+        print(in_words(line))
 
 
 def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
@@ -124,7 +124,7 @@ def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
     page = Flask(__name__, static_folder=None, template_folder=".")
     page.config["MAX_CONTENT_LENGTH"] = 1 << 16
     page.jinja_options = {"trim_blocks": True, "lstrip_blocks": True}
-    page.jinja_env.filters |= {"in_words": agreement.in_words, "kappa": agreement.kappa_in_words}
+    page.jinja_env.filters |= {"in_words": in_words, "kappa": kappa_in_words}
     notices: dict[str, str] = {}  # labeller → what the next page says first
 
     def render(**values: Any) -> str:
@@ -145,7 +145,7 @@ def make_page(labelling: Labelling, votes: Path, command: str) -> Flask:
             progress=progress,
             notice=notices.pop(labeller, ""),
             labellers={labeller: progress.done} | labelling.labellers(),
-            agreements=agreement.summary(labelling.all_votes()),
+            agreements=summary(labelling.all_votes()),
             votes=votes,
             command=command,
         )

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from threefold.errors import UserError, first_line
-from threefold.models import Model, checkpoints, gguf_checkpoint
+from threefold.models import Model, checkpoints
 
 
 def from_scratch(model: Any, tokenizer: Any, seed: int) -> Model:
@@ -55,7 +55,7 @@ def check_checkpoint(model: Any) -> bool:
     Reads no weights.
     """
     if model.gguf_file:
-        gguf_checkpoint.check(model)
+        checkpoints.check_gguf(model)
         return False
     name = f"model.checkpoint={model.checkpoint}"
     return checkpoints.check(model.checkpoint, name, model.revision, model.trust_remote_code)
@@ -64,7 +64,7 @@ def check_checkpoint(model: Any) -> bool:
 def from_checkpoint(model: Any, tokenizer: Any) -> Model:
     """The checkpoint of `model=hf`, with rows for the tokens that the tokenizer stage added."""
     if model.gguf_file:
-        loaded = gguf_checkpoint.load(model)
+        loaded = checkpoints.load_gguf(model)
     else:
         options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
         loaded = checkpoints.load_causal(model.checkpoint, f"model.checkpoint={model.checkpoint}", **options)

@@ -6,22 +6,9 @@ from omegaconf import DictConfig
 
 from threefold.display.parts import write_csv
 from threefold.fileio import write_json, write_text
-from threefold.report import (
-    arena,
-    compare,
-    evaluation,
-    frontier,
-    models,
-    page,
-    seeds,
-    stages,
-    summary,
-    sweep,
-    text,
-    training,
-)
+from threefold.report import compare, evaluation, models, page, stages, studies, summary
+from threefold.report.page import print_table
 from threefold.report.run import configured, in_order
-from threefold.report.text import print_table
 
 __all__ = ["in_order", "print_table", "write_report"]
 
@@ -30,15 +17,15 @@ SECTIONS = (
     stages.section,
     compare.section,
     models.section,
-    seeds.section,
+    studies.seeds_section,
     evaluation.paired_section,
-    arena.section,
-    frontier.section,
-    sweep.section,
+    evaluation.arena_section,
+    studies.frontier_section,
+    studies.sweep_section,
     evaluation.tasks_section,
     evaluation.contamination_section,
-    training.reward_section,
-    training.curves_section,
+    stages.reward_section,
+    stages.curves_section,
     page.samples_section,
     stages.environment_section,
 )
@@ -55,8 +42,8 @@ def write_report(config: DictConfig, compare: str | None = None) -> Path:
     sections = [section for section in (make(run) for make in SECTIONS) if section is not None]
     told = summary.groups(run)
     write_csv(folder / "report", sections)
-    write_text(folder / "report.md", text.markdown(run, told, sections))
-    if training.checked(run):
-        write_text(folder / "reward_model.md", text.reward_model_markdown(run))
+    write_text(folder / "report.md", page.markdown(run, told, sections))
+    if stages.checked(run):
+        write_text(folder / "reward_model.md", page.reward_model_markdown(run))
     write_text(folder / "report.html", page.html(run, told, sections))
     return folder

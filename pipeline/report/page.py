@@ -1,19 +1,25 @@
-"""The report as one HTML file that asks no host for anything: its policy lets only its own two scripts run."""
+"""The report as a page, as Markdown for a pull request, and as tables on the terminal.
+
+The page is one HTML file that asks no host for anything: its policy lets only its own two scripts run.
+"""
 
 import base64
 import functools
 import hashlib
 import time
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from markupsafe import Markup
 
 from threefold.display.figures import PALETTE
-from threefold.display.parts import Figure, Section, Table
-from threefold.report import summary
-from threefold.report.run import Run, in_order, notices
+from threefold.display.parts import Figure, Section, Table, markdown_lines, print_rows, terminal
+from threefold.evaluation import checkup
+from threefold.report import evaluation, models, stages, studies, summary
+from threefold.report.run import Run, in_order, notices, read
+from threefold.report.summary import Group
 
 
 @functools.cache
@@ -86,3 +92,49 @@ def reply_cards(run: Run, rows: list[dict[str, Any]]) -> Markup:
     judge_names = judges(run, rows)
     scores = [{model: {j: row[model].get(j) for j in judge_names} for model in models if model in row} for row in rows]
     return Markup(template("samples.html").render(rows=rows, models=models, judges=judge_names, scores=scores))
+
+
+# names of tables that a pull request is to see begin with these
+SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "sweep", "tasks", "compare")
+
+
+def markdown(run: Run, summary: list[Group], sections: list[Section]) -> str:
+    """The whole of `report.md`; of the sections it takes the tables that fit a pull request."""
+    lines = [f"# Run {run.name}", *(f"\n> {notice}." for notice in notices(run))]
+    for group in summary:
+        lines += ["", f"## {group.title}", "", *(f"- {line}" for line in group.sentences)]
+    for table in (part for section in sections for part in section.parts if isinstance(part, Table)):
+        if not table.folded and table.name.startswith(SHOWN):
+            lines += ["", f"## {table.title}", "", *table_lines(table)]
+    last = "Everything else: `report.html` beside this file, its numbers in `report/*.csv`."
+    return "\n".join([*lines, "", last, ""])
+
+
+def reward_model_markdown(run: Run) -> str:
+    """The reward model's check-up as a page of its own, `reward_model.md`."""
+    metrics = run.stages["reward"]
+    lines = [f"# Reward model of run {run.name}", ""]
+    lines += [f"- {line}" for line in checkup.verdict(metrics, run.config.reward.gate)]
+    for table in stages.reward_tables(metrics):
+        lines += ["", f"## {table.title}", "", *table_lines(table)]
+    return "\n".join([*lines, ""])
+
+
+def table_lines(table: Table) -> list[str]:
+    """A table as lines of Markdown; its columns of numbers are flush right."""
+    rule = [":--" if place < table.texts else "--:" for place in range(len(table.rows[0]))]
+    return markdown_lines(table.rows, rule)
+
+
+def print_table(folder: Path) -> None:
+    """The stages and the models of a run as tables on the terminal, and where the report is."""
+    run, console = read(folder), terminal(200)
+    judged = models.table(run, models.JUDGED | models.TEXT, "models", "") if run.models else None
+    over_seeds = studies.seeds_section(run)
+    shown = (stages.table(run), judged, evaluation.task_table(run), *(over_seeds.parts if over_seeds else ()))
+    for table in shown:
+        if isinstance(table, Table):
+            print_rows(table.rows, console)
+    for line in over_seeds.points if over_seeds else ():
+        console.print(line, highlight=False)
+    console.print(f"report: {folder / 'report.html'}   numbers: {folder / 'summary.json'}", highlight=False)

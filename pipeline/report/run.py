@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from threefold import chain
-from threefold.chain.states import FRESH, State, state_in_run
+from threefold.chain.plans import FRESH, State, state_in_run
 from threefold.errors import UserError, nearest
 from threefold.evaluation.players import player
 from threefold.fileio import read_json, read_lines

@@ -7,8 +7,8 @@ corrected for all its tests, agrees.
 from dataclasses import dataclass
 
 from threefold.evaluation import checkup, statistics
-from threefold.report import differences, evaluation, training
-from threefold.report.differences import Difference, Row
+from threefold.report import compare, evaluation, stages
+from threefold.report.compare import Difference, Row
 from threefold.report.models import roles
 from threefold.report.run import REFERENCE, Run, aligned, display_name, opening
 from threefold.runs import frontier, seeds
@@ -37,7 +37,7 @@ def groups(run: Run) -> list[Group]:
     rows = run.samples()
     summary = [
         Group("What training did", [*gains(run, rows), *contest(run, rows), *untrained(run, rows), *learnt(run)]),
-        Group("What it cost", differences.costs(run, rows, aligned(run))),
+        Group("What it cost", compare.costs(run, rows, aligned(run))),
         Group("How far it can be pushed", pushed(run)),
         Group("Over several seeds", over_seeds(run)),
         Group("How far to trust it", [*reward_model(run), *proxy(run, rows), *caveats(run)]),
@@ -68,11 +68,11 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
     """What each aligned model gained over SFT by both judges, and at what KL."""
     sentences = []
     for name in aligned(run):
-        gain = differences.tested(run.evaluation, rows, name, REFERENCE)
+        gain = compare.tested(run.evaluation, rows, name, REFERENCE)
         if gain is None:
             sentences.append(_alone(run, name))
             continue
-        second = differences.tested(run.evaluation, rows, name, REFERENCE, "second")
+        second = compare.tested(run.evaluation, rows, name, REFERENCE, "second")
         score = "the score of the gold judge"
         word = {1: f"raised {score}", -1: f"lowered {score}"}.get(
             gain.sign, "is not distinguishable from SFT by the gold judge"
@@ -115,7 +115,7 @@ def contest(run: Run, rows: list[Row]) -> list[str]:
     if best is None:
         return []
     for name in aligned(run):
-        if name != best and (gain := differences.tested(run.evaluation, rows, best, name)):
+        if name != best and (gain := compare.tested(run.evaluation, rows, best, name)):
             sentences.append(f"{opening(_beside(best, name, gain))}.")
     return sentences
 
@@ -133,7 +133,7 @@ def _beside(one: str, other: str, gain: Difference) -> str:
 def untrained(run: Run, rows: list[Row]) -> list[str]:
     """Where the base model is not below the best aligned one: a judge that it pleases may not ask for much."""
     best = leader(run)
-    if best is None or (gain := differences.between(rows, best, "base")) is None or gain.sign > 0:
+    if best is None or (gain := compare.between(rows, best, "base")) is None or gain.sign > 0:
         return []
     base = run.models["base"]
     return [
@@ -144,7 +144,7 @@ def untrained(run: Run, rows: list[Row]) -> list[str]:
 
 def reward_model(run: Run) -> list[str]:
     """Whether the reward model passed its gate, and whether PPO used it all the same."""
-    if not training.checked(run):
+    if not stages.checked(run):
         return []
     metrics = run.stages["reward"]
     failed = checkup.failures(metrics, run.config.reward.gate)
@@ -160,9 +160,7 @@ def proxy(run: Run, rows: list[Row]) -> list[str]:
     """Whether PPO pleased its reward model without pleasing the gold judge."""
     if "ppo" not in run.models or REFERENCE not in run.models:
         return []
-    paid, gold = (
-        differences.tested(run.evaluation, rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold")
-    )
+    paid, gold = (compare.tested(run.evaluation, rows, "ppo", REFERENCE, judge) for judge in ("reward_model", "gold"))
     if paid is None or gold is None or paid.sign <= 0:
         return []
     ends = {
@@ -215,7 +213,7 @@ def cards(run: Run) -> list[Card]:
     """The numbers that the page begins with."""
     rows, shown, stages = run.samples(), [], run.stages
     for name in aligned(run):
-        if gain := differences.between(rows, name, REFERENCE):
+        if gain := compare.between(rows, name, REFERENCE):
             note = f"{run.evaluation['judge']} over SFT, {statistics.shown(gain.interval, '+.3f')}"
             shown.append(Card(f"{opening(display_name(name))}, gain", f"{gain.mean:+.3f}", note, name))
     if "kl" in run.models.get("ppo", {}):

@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
-from threefold.chain.member import Member
+from threefold.chain.plans import Member
 from threefold.errors import UserError
 from threefold.evaluation import statistics
 from threefold.fileio import read_json, write_json

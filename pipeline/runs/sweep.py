@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from threefold.errors import UserError
 from threefold.runs import sweep_table, trials
 from threefold.runs.sweep_space import Dimension, combinations
-from threefold.tracking.backends import installed
+from threefold.tracking.trackers import installed
 
 
 def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dict[str, Any]:

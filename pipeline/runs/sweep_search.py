@@ -26,9 +26,9 @@ from threefold import chain
 from threefold.artifacts.artifact import fingerprint_of
 from threefold.errors import UserError
 from threefold.runs import trials
-from threefold.runs.sweep_pruning import Watch, watched
 from threefold.runs.sweep_space import Dimension, direction, kl_metric, objective, target_fingerprint
 from threefold.runs.sweep_table import setting
+from threefold.runs.trials import Watch, watched
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 

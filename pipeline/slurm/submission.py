@@ -1,7 +1,9 @@
-"""Runs sent to Slurm: one job for every artifact that is not made, whichever runs want it, after those it needs."""
+"""Runs sent to Slurm, one job for every artifact that is not made, after those it needs; and waiting for them."""
 
 import contextlib
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +12,12 @@ from omegaconf import DictConfig
 from threefold import chain
 from threefold.artifacts.artifact import Artifact
 from threefold.chain import Planned
-from threefold.chain.member import Member
+from threefold.chain.plans import Member
 from threefold.errors import UserError, public
 from threefold.slurm import client, job_records
-from threefold.slurm.job_records import Record
-from threefold.slurm.stage_job import StageJob
+from threefold.slurm.job_records import VISIBLE, Record, StageJob
 from threefold.stages import parents
-from threefold.tracking import backends
+from threefold.tracking import trackers
 
 
 @dataclass
@@ -78,7 +79,7 @@ def check(members: Sequence[Member], wanted: dict[str, Wanted]) -> None:
         if literal := next((text for text in member.overrides if public(text) != text), None):
             key = literal.partition("=")[0]
             raise UserError(f"{key}: files of jobs would hold its password; give it as {key}=${{oc.env:NAME}}")
-        backends.require(member.config.tracker)
+        trackers.require(member.config.tracker)
         chain.check_sources(member.config, member.planned)
         chain.check_rewards(member.config, member.planned)
     for entry in wanted.values():
@@ -143,3 +144,86 @@ def rows(wanted: dict[str, Wanted]) -> list[tuple[str, ...]]:
         job = f"{record.job} (sent before)" if entry.sent_before else record.job
         table.append((entry.planned.stage, job, after, asked, ", ".join(entry.runs)))
     return table
+
+
+def run_in_slurm(config: DictConfig, overrides: list[str]) -> None:
+    """Have Slurm make one run, and wait for it; raises `UserError` where a stage was not made."""
+    if failed := make_jobs([Member(config, overrides)]):
+        raise UserError(failed[config.run])
+
+
+def make_jobs(members: Sequence[Member]) -> dict[str, str]:
+    """Have Slurm make what `members` lack and wait for it; run → why it is not complete, for those that are not.
+
+    An interrupt ends the waiting, and the command with status 130; the jobs go on.
+    """
+    wanted, config = submit(members), members[0].config
+    try:
+        failed = wait(wanted, config.launcher.poll_seconds) if wanted else {}
+    except KeyboardInterrupt:
+        run = f"run={config.run.partition('/variants/')[0]}" + f" runs={config.runs}" * (config.runs != "runs")
+        print(
+            f"the jobs go on: `threefold status {run}`, and to end them `threefold cancel {run}`",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    for member in members:
+        member.link()
+    failures: dict[str, str] = {}
+    for name, reason in failed.items():
+        for run in wanted[name].runs:
+            failures.setdefault(run, f"{wanted[name].planned.stage} {reason}")
+    return failures
+
+
+def wait(wanted: dict[str, Wanted], seconds: float) -> dict[str, str]:
+    """Wait for jobs and say on a line each how they end; artifact → why it was not made, the first to fail first."""
+    started, failed, waiting = time.monotonic(), {}, dict(wanted)
+    before = sum(entry.sent_before for entry in wanted.values())
+    print(f"{len(wanted)} jobs in Slurm" + (f", {before} of them sent before" if before else ""), flush=True)
+    for ended_now in looks(waiting, seconds):
+        for name, (word, reason) in ended_now.items():
+            runs, outcome = waiting.pop(name).runs, f"{word}: {reason}" if reason else word
+            if word != "made":
+                failed[name] = outcome
+            whom = f"{len(runs)} runs" if len(runs) > 1 else runs[0]
+            done = f"{len(wanted) - len(waiting)} of {len(wanted)}"
+            print(f"{done}  {name} for {whom}: {outcome}  ({time.monotonic() - started:.0f} s)", flush=True)
+    return failed
+
+
+def looks(waiting: dict[str, Wanted], seconds: float) -> Iterator[dict[str, tuple[str, str]]]:
+    """What has ended at every look, until nothing waits; a Slurm that does not answer is asked again."""
+    unseen: dict[str, float] = {}
+    answers = True
+    while waiting:
+        try:
+            yield ended(waiting, unseen)
+            answers = True
+        except UserError as error:
+            if answers:
+                print(f"{error}; asks again", file=sys.stderr, flush=True)
+            answers = False
+        if waiting:
+            time.sleep(seconds)
+
+
+def ended(waiting: dict[str, Wanted], unseen: dict[str, float]) -> dict[str, tuple[str, str]]:
+    """Jobs that have ended: made, failed, cancelled or not started, and why.
+
+    `unseen` holds when a job was first unknown to Slurm, or done without its artifact. Either may pass by itself, so
+    the job has failed only if it lasts longer than `VISIBLE`.
+    """
+    states, outcomes = job_records.ask({name: entry.sent for name, entry in waiting.items()}), {}
+    for name, entry in waiting.items():
+        record, artifact = entry.sent, entry.artifact
+        word, reason = job_records.outcome(artifact, record, states) or ("unknown to Slurm", record.job)
+        if artifact.finished:
+            outcomes[name] = "made", ""
+        elif word in ("failed", "cancelled", "not started"):
+            outcomes[name] = word, reason
+        elif word in client.LIVE:
+            unseen.pop(name, None)
+        elif time.monotonic() - unseen.setdefault(name, time.monotonic()) > VISIBLE:
+            outcomes[name] = "failed", f"job {record.job} is {word}, and {artifact.folder} is not there"
+    return outcomes

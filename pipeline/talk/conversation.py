@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from threefold.columns import Message
 from threefold.errors import UserError
-from threefold.evaluation import decoding_policies
+from threefold.evaluation import measuring
 from threefold.evaluation.players import MODELS, Player
 from threefold.execution import device
 from threefold.models import chat, ensemble, loading
@@ -39,12 +39,12 @@ class Speaker:
         """The reply to the messages, the same for the same seed."""
         ids = [chat.prompt_ids(self.tokenizer, messages)]
         count = self.player.count
-        sampled = decoding_policies.samples(self.policy, ids, count, self.sampling, self.tokenizer, seed)
-        [texts] = both = decoding_policies.texts_of(self.tokenizer, sampled)
+        sampled = measuring.samples(self.policy, ids, count, self.sampling, self.tokenizer, seed)
+        [texts] = both = measuring.texts_of(self.tokenizer, sampled)
         scores = None
         if self.reward_model is not None:
-            [scores] = decoding_policies.scores(self.reward_model, [messages], ids, sampled, both)
-        return texts[decoding_policies.chosen(self.player, texts, scores)]
+            [scores] = measuring.proxy_scores(self.reward_model, [messages], ids, sampled, both)
+        return texts[measuring.chosen_sample(self.player, texts, scores)]
 
 
 class Conversation:

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from threefold.artifacts.artifact import Artifact
 from threefold.errors import UserError, first_line
 from threefold.fileio import write_text
-from threefold.tracking import backends
-from threefold.tracking.values import AXES, OPTIMISER_STEP
+from threefold.tracking import trackers
+from threefold.tracking.trackers import AXES, OPTIMISER_STEP
 
 WORKSPACE = Path(__file__).with_name("workspace.yaml")
 UNSENT = "unsent.txt"  # in the folder of an online run whose data did not all get out
@@ -58,9 +58,9 @@ def running(runs: Path) -> set[str]:
 
 def require_online(key: str) -> None:
     """Raise `UserError` naming `key` where W&B cannot be reached, before it is tried at length."""
-    if not backends.has_key():
-        raise UserError(f"{key}: {backends.NO_KEY}")
-    if not backends.reachable():
+    if not trackers.has_key():
+        raise UserError(f"{key}: {trackers.NO_KEY}")
+    if not trackers.reachable():
         raise UserError(f"{key}: W&B's host does not answer; the runs stay here, try again later")
 
 
@@ -77,7 +77,7 @@ def show(config: DictConfig) -> None:
 
 def show_trackio(config: DictConfig, store: Path) -> None:
     """Serve trackio's page on this machine until Ctrl-C, with the panels of the workspace first."""
-    backends.installed("trackio", "dashboard.show=trackio")
+    trackers.installed("trackio", "dashboard.show=trackio")
     if not any(trackio_folder(store).glob("*.db")):
         raise UserError(f"{trackio_folder(store)}: nothing was tracked there; make a run with tracker=trackio")
     os.environ["TRACKIO_DIR"] = str(trackio_folder(store))
@@ -104,7 +104,7 @@ def show_leet(config: DictConfig, store: Path) -> None:
 
 def show_tensorboard(config: DictConfig, store: Path) -> None:
     """Serve TensorBoard's page on this machine until Ctrl-C."""
-    backends.installed("tensorboard", "dashboard.show=tensorboard")
+    trackers.installed("tensorboard", "dashboard.show=tensorboard")
     place = store / "tensorboard"
     if not place.is_dir():
         raise UserError(f"{place}: nothing was tracked there; make a run with tracker=tensorboard")
@@ -121,7 +121,7 @@ def run_tool(module: str, *arguments: str) -> None:
 
 def set_up_workspace(config: DictConfig, store: Path) -> None:
     """Make the workspace of W&B's project as `workspace.yaml` describes it, or bring the one made before up to date."""
-    backends.installed("wandb_workspaces", "dashboard.show=wandb")
+    trackers.installed("wandb_workspaces", "dashboard.show=wandb")
     require_online("dashboard.show=wandb")
     import wandb
     import wandb_workspaces.workspaces as ws

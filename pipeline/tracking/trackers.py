@@ -3,21 +3,165 @@
 A tracker (pipeline/tracking/wandb_run.py and its neighbours) works in a thread of its own. A call hands over what is to
 be tracked and returns at once. A slow start, a lost network or a full disk stops that thread alone, and is told in one
 printed line.
+
+Which trackers there are, and whether they can be used here. Imports none of them.
+
+What trackers are given: numbers, tables, histograms and figures, and what they are told of an execution.
 """
 
 import contextlib
 import importlib
+import importlib.util
 import json
+import netrc
+import os
 import queue
+import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import SplitResult, urlsplit
 
-from threefold.errors import first_line
-from threefold.tracking.backends import KINDS
-from threefold.tracking.values import About
+import numpy as np
+from omegaconf import DictConfig
+
+from threefold.display.parts import markdown_lines
+from threefold.errors import UserError, first_line
+
+AXES = {"pretrain": "tokens", "ppo": "rollout"}  # what the charts of a stage run over; of the others OPTIMISER_STEP
+OPTIMISER_STEP = "optimiser_step"
+BINS = 50
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; cells are text or numbers."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+    def markdown(self) -> str:
+        """The table in Markdown, floating-point numbers in four digits."""
+        rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
+        return "\n".join(markdown_lines([self.columns, *rows], ["---"] * len(self.columns), "<br>"))
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values [BINS] between edges [BINS + 1]."""
+
+    counts: np.ndarray
+    edges: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Histogram":
+        """The histogram of those of `values` that are finite; ratios that are all but 1 need double precision."""
+        return cls(*np.histogram(values[np.isfinite(values)].astype(np.float64), bins=BINS))
+
+
+@dataclass(frozen=True)
+class About:
+    """What a tracker is told of an execution of a stage."""
+
+    stage: str
+    run: str  # of Threefold: its stages are one group, and so are its variants
+    fingerprint: str
+    parents: dict[str, str]  # stage → fingerprint
+    config: dict[str, Any]  # all that the stage may see
+    store: Path  # runs/artifacts
+    checkpoints: Path  # survives a kill
+
+    @property
+    def name(self) -> str:
+        """The name of the tracked run."""
+        return f"{self.run}/{self.stage}"
+
+    @property
+    def group(self) -> str:
+        """The run, or what its variants, points or trials are of."""
+        return self.run.partition("/")[0]
+
+    @property
+    def axis(self) -> str:
+        """The metric that the stage's charts run over."""
+        return f"{self.stage}/{AXES.get(self.stage, OPTIMISER_STEP)}"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The configuration with the lineage beside it."""
+        return self.config | {"lineage": {"fingerprint": self.fingerprint, "parents": self.parents}}
+
+
+def results(metrics: dict[str, Any], prefix: str = "") -> Table:
+    """The single numbers and words among a stage's results, for trackers that have no place of their own for them."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            rows += results(value, f"{prefix}{name}.").rows
+        elif isinstance(value, int | float | str):
+            rows.append((f"{prefix}{name}", value))
+    return Table(("result", "value"), rows)
+
+
+# kind → name for people, module and class, package that it needs
+KINDS = {
+    "wandb": ("W&B", "threefold.tracking.wandb_run", "WandbRun", "wandb"),
+    "trackio": ("trackio", "threefold.tracking.local_runs", "TrackioRun", "trackio"),
+    "tensorboard": ("TensorBoard", "threefold.tracking.local_runs", "TensorboardRun", "tensorboard"),
+}
+NO_KEY = "no W&B key; run `wandb login` or set WANDB_API_KEY"
+
+
+def require(config: DictConfig) -> None:
+    """Raise `UserError` where a tracker of `config.kinds` is not installed, or is to be online without a key."""
+    for kind in config.kinds:
+        installed(KINDS[kind][-1], "tracker.kinds")
+    if "wandb" in config.kinds and config.mode == "online" and not has_key():
+        raise UserError(f"tracker.mode=online: {NO_KEY}, or use tracker.mode=auto")
+
+
+def installed(package: str, key: str) -> None:
+    """Raise `UserError` naming `key` where a package of the extras is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{key}: {package} is not installed; install it (pip install {package.replace('_', '-')})")
+
+
+def mode(asked: str) -> str:
+    """`asked`, with auto resolved: online only with a key and a host that answers within two seconds."""
+    if asked != "auto":
+        return asked
+    return "online" if has_key() and reachable() else "offline"
+
+
+def has_key() -> bool:
+    """Whether W&B would find a key, without asking the network or the person."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return file.is_file() and netrc.netrc(file).authenticators(server().netloc) is not None
+    except netrc.NetrcParseError:
+        return False
+
+
+def server() -> SplitResult:
+    """The address of W&B, or of one's own server."""
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
+def reachable() -> bool:
+    """Whether the host of W&B takes a connection within two seconds."""
+    address = server()
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
 
 MOST_WAITING = 10_000  # calls that a tracker may be behind
 FINISH_SECONDS = 45  # that a stage waits for a tracker at its end

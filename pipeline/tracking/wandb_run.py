@@ -14,9 +14,8 @@ import wandb
 from omegaconf import DictConfig
 
 from threefold.errors import first_line
-from threefold.tracking.backends import mode
 from threefold.tracking.dashboard import UNSENT
-from threefold.tracking.values import About, Histogram, Table
+from threefold.tracking.trackers import About, Histogram, Table, mode
 
 START_SECONDS, FINISH_SECONDS = 20, 30  # that W&B may take online, in a thread beside the stage
 TYPES = {"tokenizer": "tokenizer", "comparisons": "dataset", "frontier": "result", "evaluate": "result"}

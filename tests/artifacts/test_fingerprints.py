@@ -11,14 +11,14 @@ import pytest
 from helpers import composed
 
 from threefold import chain
-from threefold.artifacts import digests, imports
+from threefold.artifacts import digests
 from threefold.chain import making
 from threefold.execution import precision
 
 
 def fingerprint(stage, *overrides):
     """All that the fingerprint of a stage covers, with files and packages read anew."""
-    for cached in (digests.file_digest, imports.package_version, imports._installed_in, precision.computes_in_bf16):
+    for cached in (digests.file_digest, digests.package_version, digests._installed_in, precision.computes_in_bf16):
         cached.cache_clear()
     importlib.invalidate_caches()
     return json.dumps(chain.fingerprint_parts(composed(*overrides), stage), sort_keys=True)
@@ -254,7 +254,7 @@ def test_reasons_for_staleness_name_the_new_parts_in_words(tmp_path, monkeypatch
 
 
 def test_a_fresh_artifact_says_with_which_other_libraries_it_was_made(monkeypatch):
-    made = {name: imports.version_of(name) for name in imports.VERSIONED}
+    made = {name: digests.version_of(name) for name in digests.VERSIONED}
     assert chain.made_with({"environment": made}) == "" and chain.made_with({}) == ""
     other = made | {"torch": "2.12.0", "trl": "1.15.0"}
     assert chain.made_with({"environment": other}) == "made with torch 2.12.0, trl 1.15.0"
@@ -269,10 +269,10 @@ def test_local_and_installed_imports_are_told_apart(tmp_path, monkeypatch):
         impl__py="from threefold.models import chat\n",
     )
     importlib.invalidate_caches()
-    imports._installed_in.cache_clear()
-    local, packages = imports.followed(tmp_path / "my_judge.py", "my_judge")
+    digests._installed_in.cache_clear()
+    local, packages = digests.followed(tmp_path / "my_judge.py", "my_judge")
     assert local == {"my_judge": tmp_path / "my_judge.py", "impl": tmp_path / "impl.py"} and packages == {"lexicon"}
-    assert imports.function_parts("trl.rewards:think_format_reward")["packages.trl"].startswith(
-        imports.version_of("trl")
+    assert digests.function_parts("trl.rewards:think_format_reward")["packages.trl"].startswith(
+        digests.version_of("trl")
     )
-    assert set(imports.function_parts("rewards.length:length")) == {"source"}
+    assert set(digests.function_parts("rewards.length:length")) == {"source"}

@@ -12,7 +12,7 @@ from threefold.evaluation import baselines, contamination
 from threefold.execution.job import Job
 from threefold.models import chat
 from threefold.stages import dpo, pretrain, reward, sft
-from threefold.training.pairs import load_pairs
+from threefold.training.hf_trainer import load_pairs
 
 
 class Bar:
@@ -95,7 +95,7 @@ def test_no_more_pairs_are_tokenised_than_it_takes(tmp_path, bars, monkeypatch):
     job = with_comparisons(make_job("dpo", tmp_path, *options), pairs, numbered_pairs(40))
     tokenised, original = [], chat.reply_ids
     monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
-    monkeypatch.setattr("threefold.training.pairs.LONG", 12)
+    monkeypatch.setattr("threefold.training.hf_trainer.LONG", 12)
     train, test = load_pairs(job, tiny_tokenizer())
     assert len(train.rows) == len({str(pair) for pair in train.pairs}) == 10 and len(test.rows) == 3
     assert len(tokenised) == 2 * (10 + train.dropped + 3 + test.dropped) < 2 * 40

@@ -27,7 +27,7 @@ FAKES = {
 def fake(monkeypatch, tmp_path):
     """The fakes in place of the chain; `ran` lists their executions, `run[name]` may be replaced."""
     world = types.SimpleNamespace(ran=[], run={}, runs=tmp_path / "runs")
-    for module in (stages, chain.checks, chain.making, chain.plans, chain.states):
+    for module in (stages, chain.checks, chain.making, chain.plans):
         monkeypatch.setattr(module, "STAGES", FAKES)
 
     def stage(name):

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
-from threefold.chain import model_card
+from threefold.chain import making
 from threefold.fileio import read_json, write_json
 from threefold.stages import STAGES
 
@@ -47,7 +47,7 @@ def test_a_card_names_base_and_data_of_all_that_the_model_comes_from(tmp_path):
     artifact(tmp_path, "pretrain", {}, base, {})
     replies = {"data": {"replies": {"path": "someone/replies"}, "preferences": {"path": None}}}
     folder, manifest = artifact(tmp_path, "sft", {"pretrain": "ppp"}, replies, {"seconds": 3.0, "ended_share": 0.5})
-    model_card.write(folder, manifest, tmp_path)
+    making.write_cards(folder, manifest, tmp_path)
     card = ModelCard.load(folder / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("someone/base", ["someone/replies"])
     assert "| base model | someone/base |" in card.text and "| data | text.jsonl |" in card.text

@@ -11,7 +11,7 @@ from helpers import composed
 from omegaconf import OmegaConf
 
 from threefold import chain
-from threefold.chain import reward_checks
+from threefold.chain import checks
 from threefold.errors import UserError
 
 RECORDING = """
@@ -53,9 +53,9 @@ def test_a_judge_scores_two_rows_of_its_split_once_for_all_seeds(tmp_path, mine)
     name = mine()
     for seed in (1, 2):
         made = config(tmp_path, f"seed={seed}", evaluate__judge=f"{name}:f")
-        reward_checks.check(made, "evaluate", "evaluate.judge")
+        checks.check_reward_function(made, "evaluate", "evaluate.judge")
     [(prompts, completions, columns)] = importlib.import_module(name).seen
-    [first, second, *_] = reward_checks.reading.prompts(made.data.replies, "test", made.data.dialogue)
+    [first, second, *_] = checks.reading.prompts(made.data.replies, "test", made.data.dialogue)
     assert prompts == [first.prompt[-1]["content"], second.prompt[-1]["content"]]
     assert completions == [first.reply, second.reply] and columns == {"answer": completions}
 
@@ -63,7 +63,7 @@ def test_a_judge_scores_two_rows_of_its_split_once_for_all_seeds(tmp_path, mine)
 def test_ppos_reward_gets_its_columns_and_must_apply(tmp_path, mine):
     name = mine("[None for _ in completions]")
     with pytest.raises(UserError, match=rf"^{name}:f: gives no score \(None\) to row 1, '"):
-        reward_checks.check(config(tmp_path, ppo__reward=f"{name}:f"), "ppo", "ppo.reward")
+        checks.check_reward_function(config(tmp_path, ppo__reward=f"{name}:f"), "ppo", "ppo.reward")
     [(_, completions, columns)] = importlib.import_module(name).seen
     assert set(columns) == {"answer", "prompt_ids", "completion_ids"}
     assert columns["completion_ids"] == [list(text.encode()) for text in completions]
@@ -72,7 +72,9 @@ def test_ppos_reward_gets_its_columns_and_must_apply(tmp_path, mine):
 @pytest.mark.parametrize("option", ["comparisons.label_by=people", "data.preferences.path=given.jsonl"])
 def test_a_judge_that_the_comparisons_do_not_ask_is_not_called(tmp_path, mine, option):
     name = mine()
-    reward_checks.check(config(tmp_path, option, comparisons__judge=f"{name}:f"), "comparisons", "comparisons.judge")
+    checks.check_reward_function(
+        config(tmp_path, option, comparisons__judge=f"{name}:f"), "comparisons", "comparisons.judge"
+    )
     assert importlib.import_module(name).seen == [] if name in sys.modules else True
 
 
@@ -87,20 +89,21 @@ def test_a_function_that_fails_is_refused_before_any_stage(tmp_path, mine, key):
 @pytest.mark.parametrize("wrong", ["2024-01-02", "3 or 4", "no number"])
 def test_ppo_is_not_paid_for_numbers_where_an_answer_is_none(tmp_path, wrong):
     numeric = {"ppo__reward": "rewards.numeric:numeric_match"}
-    reward_checks.check(config(tmp_path, **numeric), "ppo", "ppo.reward")
+    checks.check_reward_function(config(tmp_path, **numeric), "ppo", "ppo.reward")
     rows = [*NUMBERS, *({"prompt": f"{n}?", "completion": wrong} for n in range(60))]
     with pytest.raises(
         UserError, match=rf"^ppo\.reward: cannot check \d+ of the \d+ answers, the first '{wrong}' \(row"
     ):
-        reward_checks.check(config(tmp_path / "bad", rows=rows, **numeric), "ppo", "ppo.reward")
+        checks.check_reward_function(config(tmp_path / "bad", rows=rows, **numeric), "ppo", "ppo.reward")
 
 
 def test_the_check_imports_no_torch(tmp_path):
     made = config(tmp_path)
     code = (
-        "import json, sys; from omegaconf import OmegaConf; from threefold.chain import reward_checks;"
+        "import json, sys; from omegaconf import OmegaConf; from threefold.chain import checks;"
         "config = OmegaConf.create(json.loads(sys.stdin.read()));"
-        "[reward_checks.check(config, key.partition('.')[0], key) for key in ('comparisons.judge', 'evaluate.judge')];"
+        "keys = ('comparisons.judge', 'evaluate.judge');"
+        "[checks.check_reward_function(config, key.partition('.')[0], key) for key in keys];"
         "assert 'torch' not in sys.modules"
     )
     given = json.dumps(OmegaConf.to_container(made, resolve=True))

@@ -9,9 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from threefold import conf
-from threefold.config import file_texts
 from threefold.config.checks import JUDGES
-from threefold.config.compose import Config, check, compose, keys
+from threefold.config.compose import Config, check, check_file_texts, compose, keys
 from threefold.errors import UserError
 from threefold.stages import STAGES
 
@@ -105,11 +104,11 @@ SOURCES = [
 
 # modules that take a stage's section of the configuration
 PARTS = {
-    "ppo": ["training/guards.py", "ppo/actors.py", "ppo/advantages.py", "ppo/engines.py"],
+    "ppo": ["training/guards.py", "ppo/actors.py", "ppo/advantages.py", "ppo/actors.py"],
     "frontier": ["runs/frontier.py"],
     "evaluate": ["evaluation/measuring.py"],
-    "reward": ["training/pairs.py"],
-    "dpo": ["training/pairs.py"],
+    "reward": ["training/hf_trainer.py"],
+    "dpo": ["training/hf_trainer.py"],
 }
 
 
@@ -290,9 +289,9 @@ def test_so_is_one_in_a_file_of_another_group(tmp_path, monkeypatch):
     for group, text in {"model": "revision: 'v1'\nhidden_size: 3e1", "reward": "function: 12"}.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "mine.yaml").write_text(text)
-    file_texts.check({"model": "mine", "tasks": []})
+    check_file_texts({"model": "mine", "tasks": []})
     with pytest.raises(UserError, match=r"reward/mine\.yaml: ppo\.reward\.function is a text"):
-        file_texts.check({"model": "mine", "reward@ppo.reward": "mine"})
+        check_file_texts({"model": "mine", "reward@ppo.reward": "mine"})
 
 
 def test_a_judge_of_parts_is_not_normalised():

@@ -7,7 +7,7 @@ from data_helpers import lines, source
 
 from threefold.artifacts.digests import source_parts
 from threefold.data import reading
-from threefold.data.folders import split_files
+from threefold.data.files import split_files
 from threefold.errors import UserError
 
 LAYOUTS = {

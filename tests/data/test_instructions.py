@@ -10,7 +10,7 @@ from threefold.data import instructions
 from threefold.data.formats import FORMATS
 from threefold.errors import UserError
 from threefold.evaluation import tasks
-from threefold.evaluation.task_answers import shares
+from threefold.evaluation.measuring import shares
 
 COMMAS = ("punctuation:no_comma", {})
 WORDS = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})

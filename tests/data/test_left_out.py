@@ -14,7 +14,7 @@ from threefold.evaluation import held_out
 from threefold.ppo import rollouts
 from threefold.sampling.sampler import Reply
 from threefold.stages import comparisons, sft
-from threefold.training.pairs import load_pairs
+from threefold.training.hf_trainer import load_pairs
 
 SPLITS = ("train", "validation", "test")
 

@@ -14,7 +14,7 @@ from threefold.columns import UnusableRowError
 from threefold.config.compose import compose
 from threefold.data import reading
 from threefold.data.formats import FORMATS
-from threefold.data.preference_formats import PASSAGE_CHARS, PREFERENCE_FORMATS
+from threefold.data.preferences import PASSAGE_CHARS, PREFERENCE_FORMATS
 from threefold.errors import UserError
 
 HH, FINEGRAINED = DATA / "hh-rlhf", DATA / "finegrained-rlhf/dev_first300.jsonl.gz"

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from threefold.data import tasks
 from threefold.errors import UserError
-from threefold.evaluation import decoding_policies
+from threefold.evaluation import measuring
 from threefold.evaluation.players import Player, player, policy_name, stages_of
 from threefold.models.ensemble import Ensemble
 from threefold.rewards.exact import exact_match
@@ -22,7 +22,7 @@ PLAIN, BEST, MOST = Player("sft"), Player("sft", "best_of", 4), Player("sft", "m
 
 def drawn(count, seed=5, prompts=PROMPTS):
     policy = favour(tiny_policy(), tiny_tokenizer().eos_token_id, 2.0)
-    return decoding_policies.samples(policy, prompts, count, HOW, tiny_tokenizer(), seed)
+    return measuring.samples(policy, prompts, count, HOW, tiny_tokenizer(), seed)
 
 
 @pytest.mark.parametrize(
@@ -67,18 +67,18 @@ def test_the_first_samples_are_the_same_however_many_are_drawn():
 
 def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest():
     model, sampled = tiny_reward_model(), drawn(6)
-    texts = decoding_policies.texts_of(tiny_tokenizer(), sampled)
+    texts = measuring.texts_of(tiny_tokenizer(), sampled)
     scorer, messages = learned(Ensemble([model]), tiny_tokenizer(), 3), [[]] * len(PROMPTS)
-    scores = decoding_policies.scores(scorer, messages, PROMPTS, sampled, texts)
+    scores = measuring.proxy_scores(scorer, messages, PROMPTS, sampled, texts)
     picks = set()
     for prompt, group, said, found in zip(PROMPTS, sampled, texts, scores, strict=True):
         plain = [(plain_score(model, prompt + reply.ids) - 0.3) / 1.7 for reply in group]
         assert found == pytest.approx(plain, abs=1e-4)
-        pick = decoding_policies.chosen(BEST, said, found)
-        assert plain[pick] == max(plain[:4]) and decoding_policies.chosen(PLAIN, said, found) == 0
+        pick = measuring.chosen_sample(BEST, said, found)
+        assert plain[pick] == max(plain[:4]) and measuring.chosen_sample(PLAIN, said, found) == 0
         picks.add(pick)
     assert len(picks) > 1
-    assert decoding_policies.chosen(BEST, ["a"] * 5, [0.0, 1.0, 1.0, 0.5, 9.0]) == 1
+    assert measuring.chosen_sample(BEST, ["a"] * 5, [0.0, 1.0, 1.0, 0.5, 9.0]) == 1
 
 
 def test_the_majority_is_the_most_frequent_answer_and_of_several_the_one_sampled_first():
@@ -87,15 +87,15 @@ def test_the_majority_is_the_most_frequent_answer_and_of_several_the_one_sampled
         answers = [chance.choice("abcd") for _ in range(chance.randint(1, 9))]
         most = max(answers.count(one) for one in answers)
         first = next(i for i, one in enumerate(answers) if answers.count(one) == most)
-        assert decoding_policies.majority(answers) == first, answers
+        assert measuring.majority(answers) == first, answers
 
 
 def test_a_vote_is_for_the_number_of_a_reply_and_otherwise_for_its_words():
     texts = ["Hello", "It is 4.", "hello", "2 and 2 make #### 4", "4.0"]
-    assert decoding_policies.chosen(MOST, texts, None) == 1
-    assert decoding_policies.chosen(MOST, ["no number", "7", "no  number\n", "4"], None) == 0
-    assert decoding_policies.chosen(MOST, ["", "a", "b", "a", "", ""], None) == 1  # the fifth has no vote
-    assert decoding_policies.answer("1,000") == decoding_policies.answer("$1000.00") != decoding_policies.answer("one")
+    assert measuring.chosen_sample(MOST, texts, None) == 1
+    assert measuring.chosen_sample(MOST, ["no number", "7", "no  number\n", "4"], None) == 0
+    assert measuring.chosen_sample(MOST, ["", "a", "b", "a", "", ""], None) == 1  # the fifth has no vote
+    assert measuring.final_answer("1,000") == measuring.final_answer("$1000.00") != measuring.final_answer("one")
 
 
 def sampled_answers(right, wrong, chance):
@@ -113,6 +113,6 @@ def test_on_problems_a_majority_is_right_more_often_where_the_right_answer_is_th
     known, texts = sampled_answers(right, wrong, random.Random(2))
     vote = Player("ppo", "majority", 15)
     single = sum(exact_match([], [said[0] for said in texts], known)) / 300
-    voted = sum(exact_match([], [said[decoding_policies.chosen(vote, said, None)] for said in texts], known)) / 300
+    voted = sum(exact_match([], [said[measuring.chosen_sample(vote, said, None)] for said in texts], known)) / 300
     assert single == pytest.approx(right, abs=0.08)
     assert voted > 0.95 if improves else voted < 0.12

@@ -6,7 +6,7 @@ import torch
 from helpers import random_ids, tiny_policy, tiny_tokenizer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from threefold.evaluation import side_effects
+from threefold.evaluation import statistics
 from threefold.fileio import write_lines
 from threefold.report import evaluation as findings
 from threefold.report.run import Run
@@ -16,11 +16,11 @@ SAID = ["the weather is nice today", "the weather is bad today", "I like to read
 
 
 def test_self_bleu_is_one_for_equal_replies_and_small_for_different_ones():
-    assert side_effects.self_bleu(["yes it is"] * 5, 1) == side_effects.self_bleu(["no"] * 3, 1) == 1.0
+    assert statistics.self_bleu(["yes it is"] * 5, 1) == statistics.self_bleu(["no"] * 3, 1) == 1.0
     different = [" ".join(f"w{i}{j}" for j in range(8)) for i in range(6)]
-    assert side_effects.self_bleu(different, 1) == 0.0
-    assert 0 < side_effects.self_bleu(SAID, 1) < side_effects.self_bleu(SAID + SAID[:2], 1) < 1
-    assert side_effects.self_bleu(["", " ", "hello"], 1) == 1.0  # fewer than two replies with words
+    assert statistics.self_bleu(different, 1) == 0.0
+    assert 0 < statistics.self_bleu(SAID, 1) < statistics.self_bleu(SAID + SAID[:2], 1) < 1
+    assert statistics.self_bleu(["", " ", "hello"], 1) == 1.0  # fewer than two replies with words
 
 
 def test_self_bleu_is_the_mean_over_replies_of_which_so_many_are_drawn(monkeypatch):
@@ -30,17 +30,17 @@ def test_self_bleu_is_the_mean_over_replies_of_which_so_many_are_drawn(monkeypat
         sentence_bleu([w for w in words if w is not said], said, smoothing_function=smoothing, auto_reweigh=True)
         for said in words
     ]
-    assert side_effects.self_bleu(SAID, 1) == pytest.approx(np.mean(expected))
-    monkeypatch.setattr(side_effects, "REPLIES", 20)
+    assert statistics.self_bleu(SAID, 1) == pytest.approx(np.mean(expected))
+    monkeypatch.setattr(statistics, "REPLIES", 20)
     rng = np.random.default_rng(1)
     many = [" ".join(rng.choice([f"w{i}" for i in range(200)], 6)) for _ in range(40)]
-    found = [side_effects.self_bleu(many, seed) for seed in (1, 1, 2)]
+    found = [statistics.self_bleu(many, seed) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
 
 
 def test_distinct_n_counts_different_n_grams():
     texts = ["a b a b", "A b"]
-    assert [side_effects.distinct_n(texts, n) for n in (1, 2, 3)] == [2 / 6, 2 / 4, 1.0]
+    assert [statistics.distinct_n(texts, n) for n in (1, 2, 3)] == [2 / 6, 2 / 4, 1.0]
 
 
 def test_drift_is_of_summed_log_probabilities_and_says_when_chosen_replies_fall():
@@ -70,22 +70,20 @@ FALLEN = {
 
 def test_the_alarm_needs_falling_chosen_replies_and_growing_ones():
     short, long = ["abc"] * 20, ["abcdef" + "g" * (i % 3) for i in range(20)]
-    found = side_effects.alarm(FALLEN, long, short)
+    found = statistics.alarm(FALLEN, long, short)
     assert (
-        found["alarm"]
-        and found["length_change"] == pytest.approx(3.95)
-        and "ALARM" in side_effects.alarm_in_words(found)
+        found["alarm"] and found["length_change"] == pytest.approx(3.95) and "ALARM" in statistics.alarm_in_words(found)
     )
-    assert not side_effects.alarm(FALLEN, short, long)["alarm"]
-    alike = side_effects.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9)  # nothing is known of how much lengths differ
+    assert not statistics.alarm(FALLEN, short, long)["alarm"]
+    alike = statistics.alarm(FALLEN, ["abcd"] * 9, ["abc"] * 9)  # nothing is known of how much lengths differ
     assert (
         not alike["alarm"]
         and alike["length_change_ci95"] is None
-        and "+1 characters [–]" in side_effects.alarm_in_words(alike)
+        and "+1 characters [–]" in statistics.alarm_in_words(alike)
     )
-    assert not side_effects.alarm(FALLEN, long[:10] + short[:10], short[:10] + long[:10])["alarm"]
-    risen = side_effects.alarm(FALLEN | {"chosen_falls": False}, long, short)
-    assert not risen["alarm"] and "ALARM" not in side_effects.alarm_in_words(risen)
+    assert not statistics.alarm(FALLEN, long[:10] + short[:10], short[:10] + long[:10])["alarm"]
+    risen = statistics.alarm(FALLEN | {"chosen_falls": False}, long, short)
+    assert not risen["alarm"] and "ALARM" not in statistics.alarm_in_words(risen)
 
 
 def sample(sft: tuple[str, float | None], ppo: tuple[str, float | None]) -> dict:
@@ -103,12 +101,12 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
         sample(("good", 0.8), ("bad", -0.2)),
         sample(("fine", 0.3), ("other", 0.3)),
     ]
-    found = side_effects.most_changed(rows, "ppo", count=2)
+    found = statistics.most_changed(rows, "ppo", count=2)
     assert [(row["change"], row["reply"]) for row in found] == [(0.9, "c d"), (0.5, "w x y z"), (-1.0, "bad")]
     assert [row["text_change"] for row in found] == [1.0, 1.0, 1.0]
-    assert side_effects.most_changed(rows, "ppo")[2]["text_change"] == pytest.approx(0.25)
-    assert side_effects.most_changed(rows, "dpo") == []
-    drift = side_effects.alarm(FALLEN, ["abcd" + "e" * (i % 2) for i in range(9)], ["abc"] * 9)
+    assert statistics.most_changed(rows, "ppo")[2]["text_change"] == pytest.approx(0.25)
+    assert statistics.most_changed(rows, "dpo") == []
+    drift = statistics.alarm(FALLEN, ["abcd" + "e" * (i % 2) for i in range(9)], ["abc"] * 9)
     tested = {"model": "ppo", "against": "sft", "judge": "gold", "difference": 0.2, "ci95": [0.1, 0.3], "p": 0.01}
     evaluate = {"judge": "vader", "second_judge": "textblob", "dpo_drift": drift}
     evaluate |= {"paired": [tested | {"p_holm": 0.02, "prompts": 9}], "models": {"sft": {}, "dpo": {}, "ppo": {}}}

@@ -12,7 +12,7 @@ from threefold.config.compose import compose
 from threefold.data import reading
 from threefold.data import tasks as generated
 from threefold.errors import UserError
-from threefold.evaluation import decoding_policies, task_answers, tasks
+from threefold.evaluation import measuring, tasks
 from threefold.evaluation.players import Player
 from threefold.evaluation.statistics import share_interval
 from threefold.fileio import read_json, read_lines
@@ -42,7 +42,7 @@ def test_a_file_of_problems_is_read_whole_and_its_replies_are_checked(tmp_path):
 
 
 def test_shares_have_wilsons_interval():
-    found = task_answers.shares([{"right": right} for right in (True, False, True, True)])
+    found = measuring.shares([{"right": right} for right in (True, False, True, True)])
     assert found == {"accuracy": 0.75, "accuracy_ci95": share_interval([1.0, 0.0, 1.0, 1.0])}
 
 
@@ -112,16 +112,16 @@ def test_too_long_problems_are_left_out_and_counted(tmp_path):
     job = make_job("evaluate", tmp_path / "job")
     job.config = config
     how = {"": config.sampling}
-    (suite,) = task_answers.prepared(job, tiny_tokenizer(), tiny_policy(), how).values()
+    (suite,) = measuring.prepared_tasks(job, tiny_tokenizer(), tiny_policy(), how).values()
     assert suite.left_out["dropped_too_long"] == 1 and len(suite.problems) == 2
     assert suite.sampling_settings[""].max_new_tokens == 40 and how[""].max_new_tokens == 32
-    [(metrics, answers)] = task_answers.answered(
+    [(metrics, answers)] = measuring.answers_to_task(
         suite, tiny_policy(), {"sft": Player("sft")}, None, tiny_tokenizer(), None
     ).values()  # fmt: skip
     assert metrics["accuracy"] == sum(answer["right"] for answer in answers) / 2
     job.config = composed("evaluate.tasks.letters.max_new_tokens=127")
     with pytest.raises(UserError, match=r"tasks\.letters\.max_new_tokens: leaves no room for any problem"):
-        task_answers.prepared(job, tiny_tokenizer(), tiny_policy(), how)
+        measuring.prepared_tasks(job, tiny_tokenizer(), tiny_policy(), how)
 
 
 def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
@@ -130,16 +130,16 @@ def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
     job.config = config = task(lines(tmp_path / "rows.jsonl", ROWS), max_new_tokens=2)
     greedily = OmegaConf.merge(config.sampling, {"temperature": 1e-4})
     ways = {"": config.sampling, "greedy_": greedily}
-    (suite,) = task_answers.prepared(job, tokenizer, policy, ways).values()
+    (suite,) = measuring.prepared_tasks(job, tokenizer, policy, ways).values()
     players = {"sft": Player("sft"), "long": Player("sft", "best_of", 4), "vote": Player("sft", "majority", count)}
 
     def lengths(_, replies, **__):
         return [float(len(reply)) for reply in replies]
 
-    found = task_answers.answered(suite, policy, players, lengths, tokenizer, None)
+    found = measuring.answers_to_task(suite, policy, players, lengths, tokenizer, None)
     prompts = [chat.prompt_ids(tokenizer, problem.prompt) for problem in suite.problems]
-    sampled = decoding_policies.samples(policy, prompts, count, suite.sampling_settings[""], tokenizer, suite.seed)
-    for i, texts in enumerate(decoding_policies.texts_of(tokenizer, sampled)):
+    sampled = measuring.samples(policy, prompts, count, suite.sampling_settings[""], tokenizer, suite.seed)
+    for i, texts in enumerate(measuring.texts_of(tokenizer, sampled)):
         replies = {name: answers[i]["reply"] for name, (_, answers) in found.items()}
         assert replies["sft"] == texts[0] and len(replies["long"]) == max(map(len, texts[:4]))
         assert texts.count(replies["vote"]) == max(map(texts.count, texts))
@@ -150,9 +150,9 @@ def test_ways_to_decode_choose_among_the_same_samples_of_a_problem(tmp_path):
 
 def test_a_question_is_looked_for_alone_and_a_short_one_with_its_answer():
     long = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two three four five six 7 8"}]
-    assert task_answers.sought(tasks.Problem(long, "9")) == "one two three four five six 7 8"
-    assert task_answers.sought(tasks.Problem([{"role": "user", "content": "1+1"}], "2")) == "1+1\n2"
-    assert task_answers.sought(tasks.Problem([{"role": "user", "content": "Write."}], None)) == "Write."
+    assert measuring.sought(tasks.Problem(long, "9")) == "one two three four five six 7 8"
+    assert measuring.sought(tasks.Problem([{"role": "user", "content": "1+1"}], "2")) == "1+1\n2"
+    assert measuring.sought(tasks.Problem([{"role": "user", "content": "Write."}], None)) == "Write."
 
 
 def test_the_smoke_run_has_every_reply_with_its_verdict(smoke):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from threefold import cli
 from threefold.errors import UserError
-from threefold.execution import nodes, peer
+from threefold.execution import nodes
 from threefold.fileio import read_lines
 
 
@@ -192,7 +192,7 @@ def test_a_machine_that_goes_on_with_rubbish_is_gone(line, port, store, job):
     threading.Timer(0.2, joined).start()
     others = nodes.Nodes(machine(0, port), store)
     others.start(job)
-    assert others.finished() == "machine 1 is gone" and len(others.peers[1].buffer) <= peer.LONGEST
+    assert others.finished() == "machine 1 is gone" and len(others.peers[1].buffer) <= nodes.LONGEST
 
 
 def pretended(port, secret, work):
@@ -200,7 +200,7 @@ def pretended(port, secret, work):
 
     def serve():
         with socket.create_server(("127.0.0.1", port)) as door:
-            helper = peer.Peer(door.accept()[0], secret, peer.MACHINE_0)
+            helper = nodes.Peer(door.accept()[0], secret, nodes.MACHINE_0)
             helper.heard(5)
             helper.say(welcome=True)
             helper.say(job=work)
@@ -215,7 +215,7 @@ def pretended(port, secret, work):
 
 def test_a_machine_0_without_the_secret_has_nothing_run(port, store, job):
     ran = []
-    peer.made_secret(store)
+    nodes.made_secret(store)
     answers, thread = pretended(port, b"x" * 64, job.parent.name)
     helper = Helper(machine(1, port), store, lambda *_: ran.append(1) or 0)
     assert "does not share" in helper.ended() and "the folder that all machines share" in helper.error
@@ -231,7 +231,7 @@ def test_a_helper_takes_jobs_from_its_own_store_alone(work, port, store, job, tm
     (tmp_path / "evil/job.json").touch()
     (store / "sft-bad.work").symlink_to(tmp_path / "evil")
     ran = []
-    answers, thread = pretended(port, peer.made_secret(store), work)
+    answers, thread = pretended(port, nodes.made_secret(store), work)
     helper = Helper(machine(1, port), store, lambda *_: ran.append(1) or 0)
     helper.ended()
     thread.join(10)
@@ -239,19 +239,19 @@ def test_a_helper_takes_jobs_from_its_own_store_alone(work, port, store, job, tm
 
 
 def test_the_secret_is_made_once_for_its_owner_alone_and_never_sent(port, store, monkeypatch):
-    first = peer.made_secret(store)
-    assert peer.made_secret(store) == first and len(first) == 64
-    assert [file.name for file in store.iterdir()] == [peer.SECRET]
-    assert (store / peer.SECRET).stat().st_mode & 0o777 == 0o600
-    sent, send = [], peer.Peer._send
-    monkeypatch.setattr(peer.Peer, "_send", lambda self, line: sent.append(line) or send(self, line))
+    first = nodes.made_secret(store)
+    assert nodes.made_secret(store) == first and len(first) == 64
+    assert [file.name for file in store.iterdir()] == [nodes.SECRET]
+    assert (store / nodes.SECRET).stat().st_mode & 0o777 == 0o600
+    sent, send = [], nodes.Peer._send
+    monkeypatch.setattr(nodes.Peer, "_send", lambda self, line: sent.append(line) or send(self, line))
     helper = Helper(machine(1, port), store)
     with nodes.gathered(machine(0, port), store):
         pass
     assert helper.ended() is None and len(sent) == 5 and not any(first in line for line in sent)
-    (store / peer.SECRET).chmod(0o644)
+    (store / nodes.SECRET).chmod(0o644)
     with pytest.raises(UserError, match=r"machines\.secret: can be read by others; remove it"):
-        peer.made_secret(store)
+        nodes.made_secret(store)
 
 
 def test_a_helper_that_sees_the_secret_late_is_no_stranger(port, store, tmp_path, monkeypatch):
@@ -272,13 +272,13 @@ def test_a_file_system_that_keeps_no_secret_is_named_in_one_line(store, monkeypa
     with monkeypatch.context() as without_links:
         without_links.setattr(os, "link", refuse)
         with pytest.raises(UserError, match=r"artifacts: its file system has no hard links .*; set runs to a folder"):
-            peer.made_secret(store)
+            nodes.made_secret(store)
     with monkeypatch.context() as without_modes:
-        without_modes.setattr(peer.stat, "S_IMODE", lambda mode: 0o777)
+        without_modes.setattr(nodes.stat, "S_IMODE", lambda mode: 0o777)
         with pytest.raises(
             UserError, match=r"artifacts: its file system keeps no permissions, .*; set runs to a folder"
         ):
-            peer.made_secret(store)
+            nodes.made_secret(store)
     assert list(store.iterdir()) == []
 
 
@@ -286,11 +286,11 @@ def test_a_line_that_is_said_again_is_not_heard_twice(port, store):
     with socket.create_server(("127.0.0.1", port)) as door:
         theirs = nodes._met("127.0.0.1", port)
         ours = door.accept()[0]
-    secret = peer.made_secret(store)
-    machine_0, helper = peer.Peer(ours, secret, peer.MACHINE_0), peer.Peer(theirs, secret, peer.HELPER)
+    secret = nodes.made_secret(store)
+    machine_0, helper = nodes.Peer(ours, secret, nodes.MACHINE_0), nodes.Peer(theirs, secret, nodes.HELPER)
     assert machine_0.greeted(1) and helper.greeted(1)
     content = b'{"job": "a"}'
-    line = machine_0._mac(peer.MACHINE_0, content) + b" " + content + b"\n"
+    line = machine_0._mac(nodes.MACHINE_0, content) + b" " + content + b"\n"
     ours.sendall(line + line)
     assert helper.heard(1) == {"job": "a"} and helper.heard(1) is None and helper.closed
 

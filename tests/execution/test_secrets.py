@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from threefold import chain, rewards
-from threefold.chain import making, model_card
-from threefold.chain.member import Member
+from threefold.chain import making
+from threefold.chain.plans import Member
 from threefold.config.compose import compose
 from threefold.errors import UserError, public, public_traceback
 from threefold.execution import launch
@@ -265,8 +265,8 @@ def test_a_password_is_not_sent_to_slurm(tmp_path):
 
 def test_a_model_card_shows_the_place_of_data_without_what_the_environment_gives():
     told = OmegaConf.create({"data": {"text": {"path": "${oc.env:GONE}/hh"}, "replies": {"path": "org/name"}}})
-    assert model_card.data_names({"sft": told}) == {"hh": False, "org/name": True}
+    assert making.data_names({"sft": told}) == {"hh": False, "org/name": True}
     assert (
-        model_card.base_model({"pretrain": OmegaConf.create({"model": {"checkpoint": "${oc.env:GONE}"}})})
+        making.base_model({"pretrain": OmegaConf.create({"model": {"checkpoint": "${oc.env:GONE}"}})})
         == "${oc.env:GONE}"
     )

@@ -11,10 +11,10 @@ from threefold import cli
 from threefold.config.compose import compose
 from threefold.display import parts
 from threefold.errors import UserError
-from threefold.execution.surroundings import RANKS, SIZES, leave_launchers
+from threefold.execution.launch import RANKS, SIZES, leave_launchers
 from threefold.fileio import read_json, read_lines
 from threefold.labelling import votes_arena
-from threefold.report import text
+from threefold.report import page
 from threefold.runs import sweep_table
 
 
@@ -119,13 +119,13 @@ def test_so_are_those_of_a_report_and_of_a_sweep(name, tmp_path, capsys, monkeyp
     sweep_table.print_result({"failed": [], "runs": []}, tmp_path)
     printed = capsys.readouterr().out
     assert printed.count(name) == 2 and made[-1]["markup"] is made[-1]["emoji"] is False
-    monkeypatch.setattr("threefold.report.text.read", lambda folder: SimpleNamespace(models={}))
+    monkeypatch.setattr("threefold.report.page.read", lambda folder: SimpleNamespace(models={}))
     monkeypatch.setattr(
         "threefold.report.stages.table", lambda run: parts.Table("stages", "", [("stage",), (name,)], [], texts=1)
     )
     monkeypatch.setattr("threefold.report.evaluation.task_table", lambda run: None)
-    monkeypatch.setattr("threefold.report.seeds.section", lambda run: SimpleNamespace(parts=[], points=[name]))
-    text.print_table(tmp_path / name.replace("/", ""))
+    monkeypatch.setattr("threefold.report.studies.seeds_section", lambda run: SimpleNamespace(parts=[], points=[name]))
+    page.print_table(tmp_path / name.replace("/", ""))
     printed = capsys.readouterr().out
     assert printed.count(name) >= 2 and f"{name.replace('/', '')}/report.html" in printed.replace("\n", "")
 

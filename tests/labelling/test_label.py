@@ -9,7 +9,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from threefold.errors import UserError
 from threefold.fileio import read_lines
-from threefold.labelling import agreement
+from threefold.labelling.votes import cohen_kappa, fleiss_kappa, in_words, summary
 
 
 def test_everybody_sees_the_pairs_in_one_order_and_the_sides_in_their_own(tmp_path, votes):
@@ -119,15 +119,15 @@ def test_cohen_kappa_is_that_of_scikit_learn():
     for _ in range(50):
         first = generator.choices(["model_a", "model_b", "tie"], [5, 3, 1], k=40)
         second = [a if generator.random() < 0.6 else generator.choice(["model_a", "model_b", "tie"]) for a in first]
-        assert agreement.cohen_kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
+        assert cohen_kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
 
 
 def test_cohen_kappa_by_hand():
     # 10 pairs, 7 equal; chance 0.6 · 0.5 + 0.4 · 0.5 = 0.5
     first, second = list("aaaaaabbbb"), list("aaaabbabbb")
-    assert agreement.cohen_kappa(first, second) == pytest.approx((0.7 - 0.5) / 0.5)
-    assert agreement.cohen_kappa(["tie"] * 5, ["tie"] * 5) is None
-    assert agreement.cohen_kappa([], []) is None
+    assert cohen_kappa(first, second) == pytest.approx((0.7 - 0.5) / 0.5)
+    assert cohen_kappa(["tie"] * 5, ["tie"] * 5) is None
+    assert cohen_kappa([], []) is None
 
 
 def test_fleiss_kappa_by_hand():
@@ -135,25 +135,25 @@ def test_fleiss_kappa_by_hand():
     table = ["0 0 0 0 14", "0 2 6 4 2", "0 0 3 5 6", "0 3 9 2 0", "2 2 8 1 1", "7 7 0 0 0", "3 2 6 3 0", "2 5 3 2 2",
              "6 5 2 1 0", "0 2 2 3 7"]  # fmt: skip
     answers = [[c for c, n in zip("abcde", line.split(), strict=True) for _ in range(int(n))] for line in table]
-    assert agreement.fleiss_kappa(answers) == pytest.approx(0.210, abs=5e-4)
+    assert fleiss_kappa(answers) == pytest.approx(0.210, abs=5e-4)
     # two pairs, three labellers: P = (1 + 1/3) / 2, chance (5/6)² + (1/6)²
-    assert agreement.fleiss_kappa([list("aaa"), list("aab")]) == pytest.approx((2 / 3 - 26 / 36) / (1 - 26 / 36))
-    assert agreement.fleiss_kappa([]) is None
+    assert fleiss_kappa([list("aaa"), list("aab")]) == pytest.approx((2 / 3 - 26 / 36) / (1 - 26 / 36))
+    assert fleiss_kappa([]) is None
 
 
 def test_the_summary_counts_shared_pairs_alone():
     votes = [a_vote(i, "anna", "model_a" if i % 2 else "tie") for i in range(40)]
-    assert agreement.summary(votes) == []
+    assert summary(votes) == []
     votes += [a_vote(i, "ben", "model_a" if i % 2 else "tie") for i in range(5, 45)]
-    [two] = agreement.summary(votes)
+    [two] = summary(votes)
     assert (two.labellers, two.shared, two.agreeing, two.kappa) == (("anna", "ben"), 35, 1, 1)
-    assert agreement.in_words(two) == "anna and ben agree on 100% of 35 shared pairs; Cohen’s kappa is 1.00."
+    assert in_words(two) == "anna and ben agree on 100% of 35 shared pairs; Cohen’s kappa is 1.00."
     votes.append(a_vote(7, "carl", "tie"))
-    everybody, *twos = agreement.summary(votes)
+    everybody, *twos = summary(votes)
     assert everybody.shared == 1 and [two.labellers for two in twos] == [
         ("anna", "ben"),
         ("anna", "carl"),
         ("ben", "carl"),
     ]
-    assert "Fleiss’" in agreement.in_words(everybody) and "Fewer than 30" in agreement.in_words(everybody)
-    assert agreement.in_words(agreement.summary([a_vote(1, "a"), a_vote(2, "b")])[0]).endswith("no pair in common yet.")
+    assert "Fleiss’" in in_words(everybody) and "Fewer than 30" in in_words(everybody)
+    assert in_words(summary([a_vote(1, "a"), a_vote(2, "b")])[0]).endswith("no pair in common yet.")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from threefold import chain, cli
 from threefold.errors import UserError
 from threefold.fileio import read_json
-from threefold.models import chat, gguf_checkpoint, loading
+from threefold.models import chat, checkpoints, loading
 from threefold.stages import tokenizer as tokenizer_stage
 
 NAMES = {
@@ -221,4 +221,4 @@ def test_without_the_package_a_line_names_it(tmp_path, model, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UserError, match=r"needs the package gguf; install it with `pip install 'threefold\[gguf\]'`"):
-        gguf_checkpoint.check(settings(tmp_path))
+        checkpoints.check_gguf(settings(tmp_path))

@@ -17,7 +17,7 @@ from threefold import chain, cli
 from threefold.display.parts import Table, csv_text
 from threefold.execution import job
 from threefold.fileio import read_json, read_lines
-from threefold.report import differences, lineage, page, summary
+from threefold.report import compare, lineage, page, summary
 from threefold.report.models import roles
 from threefold.report.run import configured, notices
 from threefold.stages import STAGES
@@ -80,7 +80,7 @@ def test_a_change_is_one_only_where_its_paired_interval_leaves_out_zero_and_the_
     change_samples(runs, judge)
     tested = read_json(runs / "smoke/evaluate/metrics.json")["paired"]
     change_metrics(runs, "evaluate", paired=[row | {"p_holm": p} for row in tested])
-    found = differences.between(read_lines(runs / "smoke/evaluate/samples.jsonl"), "ppo", "sft")
+    found = compare.between(read_lines(runs / "smoke/evaluate/samples.jsonl"), "ppo", "sft")
     assert f"PPO {word} " in told(runs) and found.shown() in told(runs)
     assert found.sign == round(gain / 0.3)  # it knows of no test
 
@@ -108,9 +108,9 @@ def test_a_judge_that_took_part_in_training_is_named(reward, said):
 def test_the_test_of_two_models_counts_either_way_round():
     rows = [{"a": {"reply": "", "gold": 1.0}, "b": {"reply": "", "gold": 0.0}} for _ in range(9)]
     evaluate = {"paired": [{"model": "a", "against": "b", "judge": "gold", "p_holm": 0.4}]}
-    assert differences.between(rows, "b", "a").sign == -1
-    assert [differences.tested(evaluate, rows, *pair).sign for pair in (("a", "b"), ("b", "a"))] == [0, 0]
-    few, alike = differences.between(rows[:5], "b", "a"), differences.between(rows, "b", "a")
+    assert compare.between(rows, "b", "a").sign == -1
+    assert [compare.tested(evaluate, rows, *pair).sign for pair in (("a", "b"), ("b", "a"))] == [0, 0]
+    few, alike = compare.between(rows[:5], "b", "a"), compare.between(rows, "b", "a")
     assert few.sign == 0 and few.shown() == alike.shown() == "-1.000 [–]"  # alike: no interval, and 2 / 2^5 > 0.05
 
 
@@ -119,11 +119,11 @@ def test_a_paired_interval_is_that_of_the_differences():
     before = draw.normal(0, 10, 400)
     after = before + draw.normal(0.5, 1, 400)
     rows = [{"a": {"reply": "", "gold": x}, "b": {"reply": "", "gold": y}} for x, y in zip(after, before, strict=True)]
-    found, error = differences.between(rows, "a", "b"), (after - before).std() / 20
+    found, error = compare.between(rows, "a", "b"), (after - before).std() / 20
     assert found.mean == pytest.approx((after - before).mean()) and found.prompts == 400
     assert found.interval == pytest.approx([found.mean - 1.966 * error, found.mean + 1.966 * error], abs=error / 20)
     rows[0]["a"]["gold"] = None
-    assert differences.between(rows, "a", "b").prompts == 399 and differences.between(rows[:1], "a", "b") is None
+    assert compare.between(rows, "a", "b").prompts == 399 and compare.between(rows[:1], "a", "b") is None
 
 
 def test_what_became_worse_is_said(runs):
@@ -240,7 +240,7 @@ def test_markdown_has_the_summary_and_the_tables_for_a_pull_request(whole):
 
 
 def test_a_cell_cannot_end_its_column_in_markdown():
-    from threefold.report.text import table_lines
+    from threefold.report.page import table_lines
 
     lines = table_lines(Table("t", "t", [("a", "b"), ("x|y", "one\ntwo")], []))
     assert lines == ["| a | b |", "| :-- | --: |", "| x\\|y | one two |"]

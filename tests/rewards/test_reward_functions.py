@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from threefold import rewards
-from threefold.artifacts import imports
+from threefold.artifacts import digests
 from threefold.errors import UserError
 from threefold.schema.stages import RewardFunctionConfig
 
@@ -200,4 +200,4 @@ def test_a_module_or_maker_that_fails_is_told(mine, code, expected):
 
 def test_a_module_that_is_no_python_is_refused_with_its_line(mine):
     with pytest.raises(UserError, match=r"mine_.*\.py: line 2 is no Python \(invalid syntax\); mend it$"):
-        imports.function_parts(mine("x = 1\ndef f(:\n"))
+        digests.function_parts(mine("x = 1\ndef f(:\n"))

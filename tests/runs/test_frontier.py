@@ -11,10 +11,10 @@ from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.evaluation import best_of
 from threefold.fileio import read_json, read_lines, write_json, write_lines
-from threefold.report import frontier as report
-from threefold.report.frontier import section
+from threefold.report import studies
 from threefold.report.run import configured
-from threefold.runs import frontier, local, variants
+from threefold.report.studies import frontier_section
+from threefold.runs import frontier, variants
 from threefold.stages import frontier as stage
 from threefold.stages import parents, ppo
 
@@ -76,7 +76,7 @@ def test_every_method_setting_and_seed_is_a_run_of_its_own():
 
 def run_here(work, jobs):
     """Make variants one after the other in this process, which has imported everything already."""
-    return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
+    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def written(smoke, tmp_path_factory):
     few = ["frontier.seeds=[1,2]", "frontier.betas=[0.1]", "frontier.snapshots=2", "frontier.bootstrap=100"]
     overrides = ["experiment=smoke", "tracker=none", f"runs={runs}", *SETTINGS, *few]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_run", run_here)
+        patch.setattr(variants, "_run", run_here)
         folder = frontier.write(compose(overrides), overrides)
     return folder, read_json(folder / "frontier.json")
 
@@ -119,16 +119,16 @@ def test_the_command_makes_every_point_once_and_fits_what_has_enough_settings(wr
 def test_the_report_shows_the_frontier_of_this_reward_model_alone(written, smoke):
     folder, found = written
     config = compose(["experiment=smoke", f"runs={folder.parent}"])
-    shown = section(configured(config))
+    shown = frontier_section(configured(config))
     assert [part.name for part in shown.parts] == [f"frontier_{s}" for s in ("gold", "proxy", "second")] + [
         "frontier_laws"
     ]
     assert len(shown.parts[0].data) == len(found["points"]) and shown.points == tuple(found["advice"])
     assert shown.parts[0].data[0]["gain"] == 0 and len(shown.parts[-1].rows) == 1 + len(found["laws"])
     write_json(folder / "frontier.json", found | {"missing": ["ppo-seed2"]})
-    assert "Runs that are missing: ppo-seed2." in section(configured(config)).lead
+    assert "Runs that are missing: ppo-seed2." in frontier_section(configured(config)).lead
     write_json(folder / "frontier.json", found | {"made_from": {"sft": "other"}})
-    assert section(configured(config)).parts == () and frontier.current(folder) is None
+    assert frontier_section(configured(config)).parts == () and frontier.current(folder) is None
 
 
 def law(trend, share=1.0, peak=None):
@@ -149,8 +149,8 @@ def test_the_advice_says_where_to_stop_and_how_sure_that_is():
 
 
 def test_a_peak_without_an_interval_is_shown_without_one():
-    assert report.peak({"peak_kl": 5.0, "peak_kl_ci95": None, "trend": "peaks"}) == "peaks at 5.0 [–]"
-    assert report.peak({"peak_kl": 5.0, "peak_kl_ci95": [4.0, 6.5], "trend": "peaks"}) == "peaks at 5.0 [4.0, 6.5]"
+    assert studies.peak({"peak_kl": 5.0, "peak_kl_ci95": None, "trend": "peaks"}) == "peaks at 5.0 [–]"
+    assert studies.peak({"peak_kl": 5.0, "peak_kl_ci95": [4.0, 6.5], "trend": "peaks"}) == "peaks at 5.0 [4.0, 6.5]"
 
 
 def test_the_point_that_is_advised_is_chosen_by_other_prompts_than_it_is_reported_on():

@@ -12,9 +12,9 @@ from scipy import stats
 from threefold import cli
 from threefold.errors import UserError
 from threefold.fileio import read_json, write_json
-from threefold.report import seeds as seeds_section
+from threefold.report import studies
 from threefold.report.run import Run
-from threefold.runs import local, seeds, variants
+from threefold.runs import seeds, variants
 
 
 def test_numbers_are_found_by_their_dotted_names():
@@ -57,10 +57,10 @@ def test_claims_say_what_the_seeds_can_tell(tmp_path):
     assert said[0].startswith("gold of dpo less sft: +0.000") and said[0].endswith("not distinguishable")
     assert said[1].startswith("gold of ppo less sft: +0.405") and said[1].endswith("higher")
     run = Run("run", tmp_path, {"evaluate": {"judge": "vader"}}, {})
-    assert seeds_section.models(run, found).rows == [
+    assert studies.seeds_of_models(run, found).rows == [
         ("model", "gold judge: vader"), ("dpo", "0.300 ± 0.115"), ("ppo", "0.705 ± 0.013"),
     ]  # fmt: skip
-    assert seeds_section.stages(found).rows[1][:3] == ("evaluate", "ppo_gold_mean", "0.705 ± 0.013")
+    assert studies.seeds_of_stages(found).rows[1][:3] == ("evaluate", "ppo_gold_mean", "0.705 ± 0.013")
 
 
 def test_nothing_is_claimed_of_models_that_the_seed_does_not_reach(tmp_path):
@@ -117,14 +117,14 @@ def test_the_command_makes_each_seed_once_in_processes_of_their_own(borrowed, ca
 
 def test_a_variant_that_fails_leaves_the_others_and_its_first_line(borrowed, monkeypatch, capsys):
     def run_here(work, jobs):
-        return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
+        return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
 
     def bring_up_to_date(config):
         if config.dpo.seed == 2:
             raise RuntimeError("weights lost\nin the sea")
 
-    monkeypatch.setattr(local, "_run", run_here)
-    monkeypatch.setattr(local.chain, "bring_up_to_date", bring_up_to_date)
+    monkeypatch.setattr(variants, "_run", run_here)
+    monkeypatch.setattr(variants.chain, "bring_up_to_date", bring_up_to_date)
     config = composed("target=dpo", f"runs={borrowed}", "seeds=3")
     members = [variants.Variant(f"variants/{s}", (f"dpo.seed={s}",), "dpo") for s in (2, 3)]
     with pytest.raises(UserError, match=r"1 of 2 variants failed; variants/2: weights lost \(see .*log.txt\)"):
@@ -139,7 +139,7 @@ def ended_from_outside(overrides, log):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_takes_only_its_own_variant_along(monkeypatch, capsys):
-    monkeypatch.setattr(local, "_make_one", ended_from_outside)
+    monkeypatch.setattr(variants, "_make_one", ended_from_outside)
     work = {name: ([name], None) for name in ("one", "die", "two")}
-    assert local._run(work, 2) == {"die": local.OUTSIDE}
+    assert variants._run(work, 2) == {"die": variants.OUTSIDE}
     assert "3 of 3" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from threefold.artifacts.artifact import stop_file
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.fileio import read_json, write_json
-from threefold.report import sweep as sweep_section
+from threefold.report import studies
 from threefold.report.run import Run
 from threefold.runs import sweep_space, sweep_table, trials
 from threefold.runs.sweep_space import Dimension
@@ -140,7 +140,7 @@ def test_shares_of_variance_are_those_of_an_analysis_of_variance():
 
 def section_of(runs):
     """The sweep in the report of the smoke run below `runs`."""
-    return sweep_section.section(Run("smoke", runs / "smoke", {}, {}))
+    return studies.sweep_section(Run("smoke", runs / "smoke", {}, {}))
 
 
 GRID = ["dpo.beta=0.1,0.02", "dpo.learning_rate=3e-4,3e-3", "dpo.seed=1,2,3", "sweep.kl=dpo.drift.kl"]
@@ -245,7 +245,7 @@ def test_a_sweep_made_from_other_stages_than_the_run_has_is_not_shown(tmp_path, 
     sweeps.swept(tmp_path, "dpo.beta=0.1,0.2", "sft.seed=2", "run=other")
     (tmp_path / "smoke/sft").unlink()
     (tmp_path / "smoke/sft").symlink_to((tmp_path / "other/sft").resolve())
-    assert section_of(tmp_path).lead == (sweep_section.OLD,)
+    assert section_of(tmp_path).lead == (studies.OLD_SWEEP,)
 
 
 def test_failed_runs_are_listed_and_the_same_command_makes_them_alone(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from scipy import stats
 from threefold.errors import UserError
 from threefold.models import likelihood
 from threefold.sampling import decoding, sampler
-from threefold.sampling.static_decoding import StaticDecoder
+from threefold.sampling.sampler import StaticDecoder
 
 PROMPTS = random_ids([3, 11, 1, 6, 20, 5, 5, 2, 9, 14, 4, 7], seed=1)
 EMPTY: dict = {}

@@ -9,10 +9,10 @@ from helpers import composed
 
 from threefold import chain, cli
 from threefold.artifacts.artifact import Artifact
-from threefold.chain.member import Member
+from threefold.chain.plans import Member
 from threefold.errors import UserError
 from threefold.fileio import read_json, write_json
-from threefold.slurm import client, job_records, queued, stage_job, submission, waiting
+from threefold.slurm import client, job_records, submission
 from threefold.slurm.job_records import Record
 
 STAGES = ["tokenizer", "pretrain", "sft", "comparisons", "reward", "dpo", "ppo", "evaluate"]
@@ -50,7 +50,7 @@ def lab(monkeypatch, tmp_path):
     world.job = lambda stage: next(job for job in world.sent if world.stage_of(job) == stage)
     world.rows = lambda *overrides: {
         row["stage"]: (row["state"], row["reason"])
-        for row in queued.tell(world.config(*overrides), chain.status(world.config(*overrides)))
+        for row in job_records.with_jobs(world.config(*overrides), chain.status(world.config(*overrides)))
     }
     return world
 
@@ -152,14 +152,14 @@ def test_cancel_ends_the_jobs_of_a_run_and_of_its_variants_but_not_those_of_othe
     lab.submit(["target=dpo"])
     lab.submit(["target=dpo", "dpo.beta=0.7", "run=smoke/variants/a"], ["target=comparisons", "run=other"])
     lab.states["101"] = client.state("COMPLETED")
-    rows = {(row["stage"], row["job"]): row["state"] for row in queued.cancel(lab.config())}
+    rows = {(row["stage"], row["job"]): row["state"] for row in job_records.cancel_jobs(lab.config())}
     kept = "goes on for other"
     assert rows == {
         ("pretrain", "102"): kept, ("sft", "103"): kept, ("comparisons", "104"): kept,
         ("dpo", "105"): "cancelled", ("dpo", "106"): "cancelled",
     }  # fmt: skip
     assert sorted(lab.cancelled) == ["105", "106"]
-    assert queued.cancel(lab.config("run=third")) == []
+    assert job_records.cancel_jobs(lab.config("run=third")) == []
 
 
 def test_status_says_what_slurm_says(lab):
@@ -177,7 +177,7 @@ def test_status_says_what_slurm_says(lab):
     rows = lab.rows()
     assert rows["pretrain"][0] == "failed" and rows["pretrain"][1].startswith("no such file: x.txt (job 102, see ")
     assert rows["sft"] == ("not started", "needs pretrain, which was not made")
-    everything = queued.tell(lab.config(), chain.status(lab.config()))
+    everything = job_records.with_jobs(lab.config(), chain.status(lab.config()))
     assert [row["reason"].partition(", for ")[2] for row in everything if row["stage"] == "ppo"][1:] == [
         "smoke/variants/a"
     ]
@@ -321,7 +321,7 @@ def test_slurms_words_in_ours(slurms, ours):
 def scripted(lab, monkeypatch, *looks):
     """Have every sleep of the waiting command change the world by the next of `looks`."""
     steps = iter(looks)
-    monkeypatch.setattr(waiting.time, "sleep", lambda seconds: next(steps)())
+    monkeypatch.setattr(submission.time, "sleep", lambda seconds: next(steps)())
 
 
 def test_the_command_says_how_each_job_ends_and_what_was_not_started(lab, monkeypatch, capsys):
@@ -342,7 +342,7 @@ def test_the_command_says_how_each_job_ends_and_what_was_not_started(lab, monkey
         lab.states |= {broken[0]: client.state("FAILED"), list(lab.sent)[-1]: client.state("CANCELLED")}
 
     scripted(lab, monkeypatch, first, second)
-    failed = waiting.make(members)
+    failed = submission.make_jobs(members)
     assert set(failed) == {"other"} and failed["other"].startswith("dpo failed: loss is not a number (job 109, see ")
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "10 jobs in Slurm" and len(said) == 11
@@ -355,9 +355,9 @@ def test_the_command_says_how_each_job_ends_and_what_was_not_started(lab, monkey
 def test_a_job_that_slurm_forgot_or_whose_result_is_not_seen_fails_after_a_while(lab, monkeypatch):
     member = lab.member("target=pretrain")
     seen = iter(range(0, 1000, 40))
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: next(seen))
+    monkeypatch.setattr(submission.time, "monotonic", lambda: next(seen))
     scripted(lab, monkeypatch, lambda: lab.states.update({"101": client.state("COMPLETED")}), *[lab.states.clear] * 3)
-    failed = waiting.make([member])
+    failed = submission.make_jobs([member])
     assert failed["smoke"].startswith("tokenizer failed: job 101 is ") and failed["smoke"].endswith(" is not there")
 
 
@@ -374,7 +374,7 @@ def test_a_slurm_that_does_not_answer_is_asked_again(lab, monkeypatch, capsys):
     wanted = submission.submit([member])
     monkeypatch.setattr(client, "states", silent)
     scripted(lab, monkeypatch, lambda: None, back)
-    assert waiting.wait(wanted, 1) == {}
+    assert submission.wait(wanted, 1) == {}
     assert capsys.readouterr().err == "Slurm: squeue does not answer; asks again\n"
 
 
@@ -384,7 +384,7 @@ def test_an_interrupt_leaves_the_jobs_and_says_so(lab, monkeypatch, capsys):
 
     scripted(lab, monkeypatch, interrupt)
     with pytest.raises(SystemExit) as ended:
-        waiting.make([lab.member("target=tokenizer", "run=smoke/variants/a")])
+        submission.make_jobs([lab.member("target=tokenizer", "run=smoke/variants/a")])
     assert ended.value.code == 130 and lab.cancelled == []
     own = f"run=smoke runs={lab.runs}"
     assert capsys.readouterr().err == (
@@ -405,10 +405,10 @@ def in_job(monkeypatch, lab):
 
 def test_a_job_knows_its_machines(in_job, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    assert stage_job.place("dpo") == [
+    assert job_records.place("dpo") == [
         "launch.nodes=2", "launch.node_rank=0", "launch.main_address=null", "launch.main_port=20014"
     ]  # fmt: skip
-    assert "launch.processes=1" in stage_job.place("tokenizer")
+    assert "launch.processes=1" in job_records.place("tokenizer")
 
 
 def test_a_job_links_its_artifact_into_all_runs_that_want_it(in_job, monkeypatch):
@@ -432,7 +432,7 @@ def test_a_job_refuses_to_make_anything_but_what_it_was_sent_for(in_job):
 
 
 def test_a_job_never_makes_what_another_should_have_made(in_job, monkeypatch):
-    monkeypatch.setattr(stage_job, "VISIBLE", 0)
+    monkeypatch.setattr(job_records, "VISIBLE", 0)
     with pytest.raises(UserError, match=r"sees no /.*tokenizer-.*; use a folder that all nodes share for runs"):
         in_job.work[in_job.job("pretrain")]()
 

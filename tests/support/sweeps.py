@@ -16,7 +16,7 @@ from threefold.chain import making
 from threefold.config.compose import check
 from threefold.errors import UserError
 from threefold.fileio import write_json
-from threefold.runs import local, sweep, sweep_space, variants
+from threefold.runs import sweep, sweep_space, variants
 from threefold.schema.config import Config
 
 
@@ -64,7 +64,7 @@ class Stages:
 
 def run_here(work, jobs):
     """Make variants one after the other in this process."""
-    return {name: reason for name, task in work.items() if (reason := local._make_one(*task))}
+    return {name: reason for name, task in work.items() if (reason := variants._make_one(*task))}
 
 
 @functools.cache
@@ -83,9 +83,9 @@ def quickly(*overrides: str):
 def stand_in(monkeypatch, **options) -> Stages:
     """Have stages made by `Stages` and variants in this process; returns the stand-in."""
     stages = Stages(**options)
-    for module in (variants, local, sweep_space):
+    for module in (variants, variants, sweep_space):
         monkeypatch.setattr(module, "compose", lambda given: quickly(*given))
-    monkeypatch.setattr(local, "_run", run_here)
+    monkeypatch.setattr(variants, "_run", run_here)
     for module in (chain, making):
         monkeypatch.setattr(module, "make", stages.make)
         monkeypatch.setattr(module, "check", lambda config, planned: None)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from threefold.tracking.values import About
+from threefold.tracking.trackers import About
 
 OFFLINE = {"project": "threefold", "entity": None, "mode": "offline", "tags": ["x"], "samples": 1, "upload": False}
 

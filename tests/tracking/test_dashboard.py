@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from threefold import cli
 from threefold.artifacts.artifact import Artifact
 from threefold.errors import UserError
-from threefold.tracking import backends, dashboard
+from threefold.tracking import dashboard, trackers
 
 DESCRIBED = OmegaConf.to_container(OmegaConf.load(dashboard.WORKSPACE))["sections"]
 VIEWS = {
@@ -57,7 +57,7 @@ def test_sync_without_key_host_or_runs_is_one_line(tmp_path, monkeypatch, capsys
     with pytest.raises(UserError, match=r"^sync: no W&B key; run `wandb login` or set WANDB_API_KEY$"):
         dashboard.sync(config(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr(backends, "reachable", lambda: False)
+    monkeypatch.setattr(trackers, "reachable", lambda: False)
     with pytest.raises(UserError, match=r"^sync: W&B's host does not answer"):
         dashboard.sync(config(tmp_path))
 
@@ -104,7 +104,7 @@ def test_the_dashboard_is_trackios_where_there_is_its_data_and_else_the_terminal
 @pytest.mark.parametrize("show", ["auto", "trackio", "leet", "tensorboard"])
 def test_nothing_to_show_is_one_line(show, tmp_path, monkeypatch):
     monkeypatch.delenv("TRACKIO_DIR", raising=False)
-    monkeypatch.setattr(backends, "installed", lambda package, key: None)
+    monkeypatch.setattr(trackers, "installed", lambda package, key: None)
     with pytest.raises(UserError, match="nothing was tracked there; make a run with tracker="):
         dashboard.show(config(tmp_path, show))
 

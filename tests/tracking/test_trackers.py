@@ -14,7 +14,7 @@ from tracking_helpers import OFFLINE, about
 
 from threefold.fileio import read_json, read_lines
 from threefold.stages import STAGES
-from threefold.tracking.values import Histogram, Table
+from threefold.tracking.trackers import Histogram, Table
 
 AXIS = {"pretrain": "pretrain/tokens", "ppo": "ppo/rollout"}
 
@@ -147,7 +147,7 @@ def test_tensorboard_is_read_back(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from threefold.tracking.tensorboard_run import TensorboardRun
+    from threefold.tracking.local_runs import TensorboardRun
 
     run = TensorboardRun(OmegaConf.create(OFFLINE), about(tmp_path))
     run.log(3, VALUES)

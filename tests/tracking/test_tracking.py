@@ -19,9 +19,8 @@ from tracking_helpers import OFFLINE, about
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.fileio import read_lines
-from threefold.tracking import backends, trackers
-from threefold.tracking.trackers import Background, StepLog, Trackers
-from threefold.tracking.values import Histogram, Table, results
+from threefold.tracking import trackers
+from threefold.tracking.trackers import Background, Histogram, StepLog, Table, Trackers, results
 
 
 @pytest.fixture
@@ -233,7 +232,7 @@ def test_offensive_text_is_not_tracked():
 def test_a_package_that_is_not_installed_is_one_line_before_any_stage(monkeypatch, tmp_path, capsys):
     from threefold import cli
 
-    monkeypatch.setitem(backends.KINDS, "trackio", ("trackio", "module", "Class", "not_there"))
+    monkeypatch.setitem(trackers.KINDS, "trackio", ("trackio", "module", "Class", "not_there"))
     with pytest.raises(SystemExit):
         cli.main(["run", "experiment=smoke", "tracker=trackio", f"runs={tmp_path}/runs"])
     said = "error: tracker.kinds: not_there is not installed; install it (pip install not-there)\n"
@@ -243,17 +242,17 @@ def test_a_package_that_is_not_installed_is_one_line_before_any_stage(monkeypatc
 
 def test_online_without_a_key_is_refused_before_any_stage(no_key):
     with pytest.raises(UserError, match=r"tracker\.mode=online: no W&B key; run `wandb login`"):
-        backends.require(compose(["tracker.mode=online"]).tracker)
+        trackers.require(compose(["tracker.mode=online"]).tracker)
 
 
 def test_auto_without_a_key_is_offline_without_a_look_at_the_network(no_key, no_network):
-    assert backends.mode("auto") == "offline"
+    assert trackers.mode("auto") == "offline"
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_mode_that_was_asked_for_is_taken_without_a_look_at_the_network(mode, monkeypatch, no_network):
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert backends.mode(mode) == mode
+    assert trackers.mode(mode) == mode
 
 
 def closed_port():
@@ -266,7 +265,7 @@ def test_auto_with_a_key_and_a_host_that_does_not_answer_is_offline_soon(monkeyp
     monkeypatch.setenv("WANDB_API_KEY", "key")
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed_port()}")
     started = time.perf_counter()
-    assert backends.mode("auto") == "offline"
+    assert trackers.mode("auto") == "offline"
     assert time.perf_counter() - started < 3
 
 
@@ -274,10 +273,10 @@ def test_auto_with_a_key_and_a_host_that_answers_is_online(monkeypatch, no_key, 
     with socket.create_server(("127.0.0.1", 0)) as server:
         host = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
-        assert backends.mode("auto") == "offline"
+        assert trackers.mode("auto") == "offline"
         for machine, mode in (("api.wandb.ai", "offline"), (host, "online")):
             (tmp_path / "netrc").write_text(f"machine {machine} login user password key\n")
-            assert backends.mode("auto") == mode
+            assert trackers.mode("auto") == mode
 
 
 @pytest.mark.parametrize(
@@ -298,7 +297,7 @@ def test_the_host_is_asked_at_the_port_of_its_address(address, asked, monkeypatc
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("WANDB_API_KEY", "key")
     monkeypatch.setenv("WANDB_BASE_URL", address)
-    assert backends.mode("auto") == "offline"
+    assert trackers.mode("auto") == "offline"
     assert tried == [asked]
 
 
@@ -394,7 +393,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 sys.path.insert(0, {tests!r})
 from tracking_helpers import OFFLINE, about
-from threefold.tracking.values import Table
+from threefold.tracking.trackers import Table
 from threefold.tracking.trackers import Trackers
 
 folder, full, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]

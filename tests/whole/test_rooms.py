@@ -21,7 +21,7 @@ DOOR = ("threefold", "threefold.api", "threefold.cli", "threefold.__main__")
 LIGHT = (
     "threefold", "threefold.api", "threefold.cli", "threefold.config.compose", "threefold.chain",
     "threefold.slurm.submission",
-    "threefold.slurm.queued", "threefold.runs.sweep_space", "threefold.labelling.page", "threefold.talk.command",
+    "threefold.slurm.job_records", "threefold.runs.sweep_space", "threefold.labelling.page", "threefold.talk.command",
     "threefold.report", "threefold.stages", "threefold.rewards",
 )  # fmt: skip
 
