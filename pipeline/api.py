@@ -10,8 +10,9 @@ run.sample("ppo", ["Hello there"], count=2)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from threefold.artifacts.artifact import COSTS
 from threefold.errors import UserError
-from threefold.fileio import read_json, read_lines
+from threefold.fileio import numbers, read_json, read_lines
 from threefold.schema.config import Config
 from threefold.stages import STAGES
 
@@ -114,12 +115,10 @@ class Run:
         """
         import pandas
 
-        from threefold.runs.seeds import numbers
-
         rows = [
             (stage, metric, value)
             for stage in self.stages
-            for metric, value in numbers(read_json(self.place(stage) / "metrics.json")).items()
+            for metric, value in numbers(read_json(self.place(stage) / "metrics.json"), COSTS).items()
         ]
         return pandas.DataFrame(rows, columns=["stage", "metric", "value"])
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,24 @@ def _numbers(content: Any, place: str = "") -> Iterator[tuple[str, float]]:
     entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in entries:
         yield from _numbers(value, f"{place}.{key}" if place else str(key))
+
+
+def flat(content: dict[str, Any], skip: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Every value below `content` by its dotted name, but for what stands below a key in `skip`; lists stay whole."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in skip:
+            values |= flat(value, skip, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def numbers(content: dict[str, Any], skip: Collection[str] = ()) -> dict[str, float]:
+    """The numbers among `flat(content, skip)`: no truth values, texts or lists."""
+    return {
+        name: float(value)
+        for name, value in flat(content, skip).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def write_text(file: Path, text: str) -> None:

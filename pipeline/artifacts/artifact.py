@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 
 from threefold.fileio import read_json, write_json
 
+COSTS = ("seconds", "peak_memory_bytes")  # of metrics.json: what making it cost, which is no result
+
 
 def stop_file(work: Path) -> Path:
     """The file that tells the process that makes an artifact in the folder `work`, wherever it runs, why it is to end.

@@ -2,8 +2,6 @@
 
 Nothing in this module imports torch, so that a wrong key is answered in a second.
 
-Limits of `data.dialogue` that a data set of `conf/data` brings: they hold for its own path, and for no other.
-
 Texts in the files of `conf/`: YAML reads `run: 2026_11_28` as a number, which would be written back otherwise.
 """
 
@@ -20,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import threefold.conf
 from threefold.config.checks import REWARDS, check_together
-from threefold.config.overrides import kind_of
 from threefold.errors import UserError, nearest
 from threefold.execution import interpolations
 from threefold.schema.config import Config
@@ -69,6 +66,8 @@ def compose(overrides: list[str]) -> DictConfig:
 def _register() -> None:
     """Tell Hydra the schema and the resolvers of `conf/`, once: an eighth of a composition."""
     from hydra.core.config_store import ConfigStore
+
+    from threefold.config.overrides import register_own_limit
 
     ConfigStore.instance().store(name="schema", node=Config)
     register_own_limit()
@@ -202,6 +201,8 @@ def check_file_texts(choices: Mapping[str, Any]) -> None:
 
 
 def _check_file(file: Path, section: str) -> None:
+    from threefold.config.overrides import kind_of
+
     content = file.read_text()
     header = PACKAGE.search(content)
     package = header[1].replace("_global_", "") if header else section
@@ -217,12 +218,3 @@ def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         return
     for name, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield from _leaves(value, f"{key}.{name}".lstrip("."))
-
-
-def register_own_limit() -> None:
-    """Let `conf/` write ${own_limit:N} for such a limit."""
-    OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
-
-
-def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
-    return limit if _root_.data.replies.path == _root_.data.limits_for else None

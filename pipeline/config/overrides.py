@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
+from omegaconf import DictConfig, OmegaConf
 
 from threefold.errors import UserError
 from threefold.schema.config import Config
@@ -247,3 +248,12 @@ def _parsed(text: str) -> Override:
     override.input_line = text
     override.validate()
     return override
+
+
+def register_own_limit() -> None:
+    """Let `conf/` write ${own_limit:N} for a limit of `data.dialogue` that holds for one data set, and for no other."""
+    OmegaConf.register_new_resolver("own_limit", _own_limit, replace=True)
+
+
+def _own_limit(limit: int, *, _root_: DictConfig) -> int | None:
+    return limit if _root_.data.replies.path == _root_.data.limits_for else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from threefold.display.parts import Section, Table
 from threefold.evaluation import statistics
+from threefold.fileio import numbers
 from threefold.report import models
 from threefold.report.run import REFERENCE, Run, display_name, in_order, opening
 from threefold.report.stages import as_text
@@ -115,12 +116,13 @@ def main_metrics(run: Run, other: Run) -> Table:
 
 def all_metrics(run: Run, other: Run) -> Table:
     """Every number among the metrics of both runs."""
-    asked = [(key, ".4g") for key in dict.fromkeys([*flat(run.stages), *flat(other.stages)])]
+    asked = [(key, ".4g") for key in numbers(run.stages, UNCOMPARED) | numbers(other.stages, UNCOMPARED)]
     return _metrics("compare_metrics", f"All {len(asked)} numbers of both", run, other, asked, folded=True)
 
 
 def _metrics(name: str, title: str, run: Run, other: Run, asked: list[tuple[str, str]], folded: bool = False) -> Table:
-    ours, theirs, rows, data = flat(run.stages), flat(other.stages), [], []
+    ours, theirs = numbers(run.stages, UNCOMPARED), numbers(other.stages, UNCOMPARED)
+    rows, data = [], []
     for key, form in asked:
         a, b = ours.get(key), theirs.get(key)
         if a is None and b is None:
@@ -135,17 +137,6 @@ def _metrics(name: str, title: str, run: Run, other: Run, asked: list[tuple[str,
 
 def _cell(value: float | None, form: str) -> str:
     return ABSENT if value is None else format(value, form)
-
-
-def flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers below `metrics` by dotted key; lists, texts and identities are left out."""
-    numbers: dict[str, float] = {}
-    for key, value in metrics.items():
-        if isinstance(value, dict) and key not in UNCOMPARED:
-            numbers |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            numbers[f"{prefix}{key}"] = value
-    return numbers
 
 
 Row = dict[str, Any]  # of samples.jsonl

@@ -11,15 +11,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
+from threefold.artifacts.artifact import COSTS
 from threefold.chain.plans import Member
 from threefold.errors import UserError
 from threefold.evaluation import statistics
-from threefold.fileio import read_json, write_json
+from threefold.fileio import numbers, read_json, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
 from threefold.stages import STAGES, depending_on
-
-NOT_RESULTS = ("seconds", "peak_memory_bytes")  # of metrics.json: the cost, which is not the seed's doing
 
 
 def run(config: DictConfig, overrides: list[str]) -> Path:
@@ -81,21 +80,10 @@ def summary(folders: list[Path]) -> dict[str, Any]:
         prints = [content["fingerprint"] for content in contents]
         if len(set(prints)) > 1:
             fingerprints[stage] = prints
-            metrics[stage] = spread([numbers(content) for content in contents])
+            metrics[stage] = spread([numbers(content, COSTS) for content in contents])
             if stage == "evaluate":
-                between = differences([numbers(content) for content in contents])
+                between = differences([numbers(content, COSTS) for content in contents])
     return {"fingerprints": fingerprints, "metrics": metrics, "differences": between}
-
-
-def numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every number below `metrics` by its dotted name; lists are left out."""
-    flat = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            flat |= numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in NOT_RESULTS:
-            flat[prefix + name] = float(value)
-    return flat
 
 
 def spread(runs: list[dict[str, float]]) -> dict[str, dict[str, Any]]:

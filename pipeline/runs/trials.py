@@ -22,12 +22,12 @@ import optuna
 from omegaconf import DictConfig
 from optuna.trial import Trial
 
-from threefold.artifacts.artifact import Artifact
+from threefold.artifacts.artifact import COSTS, Artifact
 from threefold.chain.plans import Member
 from threefold.display.parts import csv_text
 from threefold.errors import UserError, nearest
-from threefold.fileio import read_json, write_json, write_text
-from threefold.runs import seeds, sweep_table, variants
+from threefold.fileio import numbers, read_json, write_json, write_text
+from threefold.runs import sweep_table, variants
 from threefold.runs.sweep_space import (
     Dimension,
     combinations,
@@ -103,10 +103,10 @@ def measured(folder: Path, name: str, needed: bool = True) -> float | None:
     """The number STAGE.METRIC of a run. Without it: None, or `UserError` if it is `needed`."""
     stage, _, key = name.partition(".")
     file = folder / stage / "metrics.json"
-    numbers = seeds.numbers(read_json(file))
-    if key not in numbers and needed:
-        raise UserError(f"{name}: is not among the numbers of {file}{nearest(key, numbers)}")
-    return numbers.get(key)
+    by_name = numbers(read_json(file), COSTS)
+    if key not in by_name and needed:
+        raise UserError(f"{name}: is not among the numbers of {file}{nearest(key, by_name)}")
+    return by_name.get(key)
 
 
 def write(

@@ -30,6 +30,7 @@ from omegaconf import DictConfig
 
 from threefold.display.parts import markdown_lines
 from threefold.errors import UserError, first_line
+from threefold.fileio import flat
 
 AXES = {"pretrain": "tokens", "ppo": "rollout"}  # what the charts of a stage run over; of the others OPTIMISER_STEP
 OPTIMISER_STEP = "optimiser_step"
@@ -95,14 +96,9 @@ class About:
         return self.config | {"lineage": {"fingerprint": self.fingerprint, "parents": self.parents}}
 
 
-def results(metrics: dict[str, Any], prefix: str = "") -> Table:
+def results(metrics: dict[str, Any]) -> Table:
     """The single numbers and words among a stage's results, for trackers that have no place of their own for them."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            rows += results(value, f"{prefix}{name}.").rows
-        elif isinstance(value, int | float | str):
-            rows.append((f"{prefix}{name}", value))
+    rows = [(name, value) for name, value in flat(metrics).items() if isinstance(value, int | float | str)]
     return Table(("result", "value"), rows)
 
 

@@ -128,7 +128,7 @@ def loaded(folder, *overrides: str, model_type: str = "qwen3") -> ppo.Ppo:
     write_model(often_ending(tiny_policy(model_type)), folder / "sft")
     engine = actors.load_engine(on_gpu(job), 1, END)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(actors, "load", lambda *_: engine)
+        patch.setattr(actors, "load_engine", lambda *_: engine)
         return ppo.load(job)
 
 

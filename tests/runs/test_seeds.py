@@ -11,7 +11,7 @@ from scipy import stats
 
 from threefold import cli
 from threefold.errors import UserError
-from threefold.fileio import read_json, write_json
+from threefold.fileio import numbers, read_json, write_json
 from threefold.report import studies
 from threefold.report.run import Run
 from threefold.runs import seeds, variants
@@ -19,7 +19,7 @@ from threefold.runs import seeds, variants
 
 def test_numbers_are_found_by_their_dotted_names():
     metrics = {"accuracy": 0.5, "seconds": 3.0, "ci": [0, 1], "models": {"ppo": {"kl": 2, "on": True}}, "name": "x"}
-    assert seeds.numbers(metrics) == {"accuracy": 0.5, "models.ppo.kl": 2.0}
+    assert numbers(metrics, seeds.COSTS) == {"accuracy": 0.5, "models.ppo.kl": 2.0}
 
 
 def test_spread_is_the_mean_and_the_standard_deviation_of_a_sample():

@@ -1,8 +1,8 @@
 """The command line answers help, status and mistakes at once, on one line, without torch and without a traceback."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,12 @@ finally:
 
 
 def answer(*arguments, code=TOLD):
-    """Exit status, stdout, stderr and seconds of `threefold ARGUMENTS`."""
-    started = time.perf_counter()
+    """Exit status, stdout, stderr and seconds of processor time of `threefold ARGUMENTS`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr, time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.returncode, done.stdout, done.stderr, seconds
 
 
 @pytest.mark.parametrize(
