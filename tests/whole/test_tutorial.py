@@ -58,7 +58,7 @@ def test_the_notebook_runs(place, monkeypatch):
 def test_the_commands_run(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     for line, command in COMMANDS:
-        monkeypatch.setattr("sys.stdin", io.StringIO(line))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
         cli.main(shlex.split(command))
         assert capsys.readouterr().out, command
     for run, stage in CHANGES.items():
