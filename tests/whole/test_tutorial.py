@@ -20,7 +20,7 @@ TUTORIAL = (DOCS / "tutorial.md").read_text()
 NOTEBOOK = json.loads((DOCS / "tutorial.ipynb").read_text())
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 COMMANDS = re.findall(r"^    (?:echo \"(.+)\" \| )?threefold (.+)$", TUTORIAL, re.MULTILINE)
-CHANGES = {"more-text": "pretrain", "slow": "sft", "close": "ppo"}  # the run of each change, and the stage that it changes
+CHANGES = {"more-text": "pretrain", "slow": "sft", "close": "ppo"}  # run of each change: its stage
 
 
 @pytest.fixture(scope="module")
