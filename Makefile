@@ -6,7 +6,7 @@ STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo arithmetic $(STAGES) frontier sweep report submit status cancel label chat dashboard sync test \
-	test-all test-slurm bench-ppo bench-sampler bench-labels lint clean
+	test-all test-slurm bench-ppo bench-sampler bench-labels lint docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -92,6 +92,11 @@ lint: install ## check style and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	rm -rf build $(VENV)/typed && $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/typed .
 	cd $(VENV)/typed && ../bin/ty check --python .. threefold
+
+docs: install ## build the documentation site into build/site; a broken link is an error
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(VENV)/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs/site . build/site
+	@echo "open build/site/index.html"
 
 clean: ## remove caches and builds; runs/ stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,9 @@
 """What README and docs name exists: commands, paths, keys, metrics."""
 
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from threefold.stages import STAGES
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PPO = (ROOT / "docs/ppo.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md"))]
 DOCS = "\n".join(
-    page.read_text() for page in PAGES if page.stem not in ("log", "CONTRIBUTING")
+    page.read_text() for page in PAGES if page.stem not in ("log", "CONTRIBUTING", "CHANGELOG")
 )  # all whose commands and keys must exist
 
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -88,9 +92,12 @@ def test_every_file_that_texts_name_exists():
     assert [(file, name) for file, name in missing if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_every_link_of_the_readme_exists(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_exists(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    outside = [link for link in links if re.match(r"\w+:", link)]
+    assert outside == [], "links stay within the project, so that they can be checked without a network"
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,6 +107,21 @@ def test_every_link_into_a_page_names_a_heading_of_it(page):
             headings = re.findall(r"^#+ (.+)$", (page.parent / target if target else page).read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+GLOSSARY = dict(re.findall(r"^## (.+)\n\n((?:.+\n)+)", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE))
+WORDS = (
+    "nat, kl, bits per byte, gate, probe, gold judge, proxy, fingerprint, artifact, stale, implicit reward, advantage, "
+    "gae, value, rollout, reference, sft, dpo, ppo, best-of-n, elo, wilson interval, distinct-2, self-bleu"
+)
+
+
+def test_the_glossary_is_in_order_and_every_entry_is_short_and_names_a_page():
+    assert list(GLOSSARY) == sorted(GLOSSARY, key=str.lower)
+    assert set(WORDS.split(", ")) <= {term.lower() for term in GLOSSARY}
+    for term, text in GLOSSARY.items():
+        assert re.search(r"\(\[[\w ]+\]\(\w+\.md(#[\w-]+)?\)\)\.$", text.strip()), f"{term} names no page"
+        assert len(re.findall(r"[.?](?:\s|$)", text)) <= 3, f"{term} is too long"
 
 
 COMMON = {"seconds", "peak_memory_bytes", "fingerprint", "template_hash", "unusable"}
@@ -148,6 +170,26 @@ def test_the_details_of_ppo_are_those_of_its_code():
         assert line_of(file, function) == int(line), "run `python tests/whole/test_readme.py` after moving code"
     for test in set(re.findall(r"tests/\w+\.py", PPO)):
         assert (ROOT / test).is_file()
+
+
+def site(source: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Build the documentation site as `make docs` does."""
+    options = ["--quiet", "--fail-on-warning", "--keep-going", "-c", str(ROOT / "docs/site")]
+    command = [sys.executable, "-m", "sphinx", *options, str(source), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("myst_parser"), reason='the site\'s generator is not here: pip install -e ".[docs]"')
+def test_the_site_has_every_page_and_no_broken_link(tmp_path):
+    done = site(ROOT, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        assert (tmp_path / "site" / page.relative_to(ROOT).with_suffix(".html")).is_file()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text("# Documents\n\n[there](#documents) [not there](nowhere.md)\n")
+    done = site(tmp_path, tmp_path / "broken")
+    assert done.returncode != 0 and "nowhere" in done.stderr
 
 
 def test_the_make_default_lists_the_targets():
