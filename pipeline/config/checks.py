@@ -8,6 +8,7 @@ import re
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
+from threefold.config.names import JUDGES, REWARDS
 from threefold.data.preferences import PREFERENCE_FORMATS
 from threefold.errors import UserError, nearest
 from threefold.evaluation import judge_template
@@ -17,8 +18,6 @@ from threefold.schema.stages import PROBES
 from threefold.stages import STAGES
 from threefold.tracking.trackers import KINDS
 
-JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
-REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
 # parameters of sbatch that `cluster.parameters` may not hold: they have keys of their own, or Threefold sets them
 SET_ELSEWHERE = (
     "partition", "account", "qos", "constraint", "nodes", "ntasks", "ntasks_per_node", "cpus_per_task", "gpus_per_node",

@@ -399,7 +399,10 @@ def test_an_option_may_stand_between_overrides(place, monkeypatch):
         ),
         (["report", "--compare"], "error: --compare: expected one argument\n"),
         (["run", "--compare", "other"], "error: --compare: is an option of report, not of run\n"),
-        (["report", "--comp", "other"], "error: --comp: no such option; overrides are written KEY=VALUE\n"),
+        (
+            ["report", "--comp", "other"],
+            "error: --comp: no such option; overrides are written KEY=VALUE (nearest: --compare)\n",
+        ),
     ],
 )
 def test_a_wrong_comparison_is_one_line_and_status_2(arguments, line, copied, capsys):

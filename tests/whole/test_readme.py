@@ -10,7 +10,8 @@ import pytest
 from documents import documented
 
 from threefold import cli
-from threefold.config.compose import compose, keys
+from threefold.config.compose import compose
+from threefold.config.names import keys
 from threefold.fileio import read_json, read_lines
 from threefold.runs import sweep_space
 from threefold.stages import STAGES
