@@ -158,6 +158,7 @@ KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or f
 # what Hydra and OmegaConf write, and what it means; {key} is the key that they name, {0} what the first group matches
 ANSWERS = {
     r"Value '(.*)' of type '\w+' could not be converted to (\w+)": "{key}={0}: must be {kind}",
+    r"Value '(.*)' is not a valid bool": "{key}={0}: must be true or false",
     r"Invalid type assigned: .* is not a subclass of .* value: (.*)": "{key}={0}: {key} is a section of keys",
     r"Interpolation key '(.+?)' not found": "{key}: ${{{0}}} is not found: no key has that name",
     r"Environment variable '(.+?)' not found": "{key}: the environment has no variable {0}",
