@@ -24,17 +24,19 @@ from optuna.trial import Trial
 
 from threefold.artifacts.artifact import COSTS, Artifact
 from threefold.chain.plans import Member
-from threefold.display.parts import csv_text
+from threefold.display.parts import csv_text, latex, markdown
 from threefold.errors import UserError, nearest
 from threefold.fileio import numbers, read_json, write_json, write_text
-from threefold.runs import sweep_table, variants
+from threefold.runs import method_table, sweep_table, variants
 from threefold.runs.sweep_space import (
     Dimension,
+    by_method,
     combinations,
     direction,
     kl_metric,
     metric,
     objective,
+    own,
     spelt,
     stage_wanted,
 )
@@ -42,6 +44,15 @@ from threefold.runs.variants import Variant
 from threefold.slurm import job_records
 
 LONGEST = 180  # characters of a folder's name; file systems take 255 bytes
+
+
+def of_grid(space: list[Dimension], target: str | None) -> dict[Variant, dict[str, Any]]:
+    """Every run of all combinations of values, for each method of its own keys."""
+    wanted: dict[Variant, dict[str, Any]] = {}
+    for part in by_method(space):
+        settings = combinations([dimension for dimension in part if not dimension.repeats])
+        wanted |= variants_of(part, settings, target)
+    return wanted
 
 
 def variants_of(
@@ -57,8 +68,8 @@ def variants_of(
 
 def variant(values: dict[str, Any], target: str | None) -> Variant:
     """The variant with `values`, in the folder that is called after them."""
-    overrides = spelt(values)
-    return Variant(f"variants/{folder_name(','.join(overrides))}", tuple(overrides), target)
+    name = ",".join(f"{key}={value}" for key, value in values.items())
+    return Variant(f"variants/{folder_name(name)}", tuple(spelt(values)), target)
 
 
 def folder_name(text: str) -> str:
@@ -87,15 +98,15 @@ def result(config: DictConfig, variant: Variant, values: dict[str, Any], reason:
     row = values | {"run": name, "state": "complete", "value": None, "reported": None, "kl": None, "reason": reason}
     if reason:
         return row | {"state": "failed"}
-    folder, kl = Path(config.runs) / name, kl_metric(config)
-    value = cast(float, measured(folder, objective(config)))
+    folder, kl, setting = Path(config.runs) / name, kl_metric(config), values["setting"]
+    value = cast(float, measured(folder, own(objective(config), setting)))
     if not math.isfinite(value):
         return row | {"state": "failed", "reason": f"{objective(config)} is {value}"}
-    reported = measured(folder, metric(config)) if objective(config) != metric(config) else None
+    reported = measured(folder, own(metric(config), setting)) if objective(config) != metric(config) else None
     return row | {
         "value": value,
         "reported": reported,
-        "kl": measured(folder, kl, config.sweep.kl is not None) if kl else None,
+        "kl": measured(folder, own(kl, setting), config.sweep.kl is not None) if kl else None,
     }
 
 
@@ -112,7 +123,7 @@ def measured(folder: Path, name: str, needed: bool = True) -> float | None:
 def write(
     config: DictConfig, space: list[Dimension], runs: list[dict[str, Any]], importance: dict[str, float], by: str
 ) -> dict[str, Any]:
-    """Write sweep.json and sweep.csv from `runs`, and link the stages that all share; returns what sweep.json holds."""
+    """Write the sweep's files from `runs`, and link the stages that all share; returns what sweep.json holds."""
     results = {
         "run": config.run,
         "search": config.sweep.trials is not None,
@@ -131,11 +142,15 @@ def write(
         "runs": runs,
     }
     results["settings"] = sweep_table.settings(runs, results["direction"])
+    results["methods"] = method_table.compared(Path(config.runs), results)
     folder = Path(config.runs) / config.run
     for stage, fingerprint in results["made_from"].items():
         Artifact(Path(config.runs), stage, fingerprint).link_into(folder)
     write_json(folder / "sweep.json", results)
-    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(runs, results["metric"], results["reported"])))
+    write_text(folder / "sweep.csv", csv_text(sweep_table.lines(Path(config.runs), runs)))
+    tables = sweep_table.tables(results)
+    write_text(folder / "sweep.md", "\n\n".join(map(markdown, tables)) + "\n")
+    write_text(folder / "sweep.tex", "\n".join(map(latex, tables)))
     return results
 
 
