@@ -12,7 +12,7 @@ from threefold.display.parts import Table
 from threefold.evaluation import statistics
 from threefold.fileio import read_json, read_lines
 from threefold.runs import seeds
-from threefold.runs.sweep_space import METHOD, own_model
+from threefold.runs.sweep_space import METHOD, Dimension, own_model
 from threefold.stages import STAGES
 
 # metrics of a model in the evaluation: heading and format
@@ -47,7 +47,7 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
         return {}
     evaluation = read_json(folder / made[0]["run"] / "evaluate/metrics.json")
     shared, own = costs(folder, made)
-    models = [baseline(folder, made, name) for name in ("human", "sft") if name in evaluation["models"]]
+    models = [row for name in ("human", "sft") if name in evaluation["models"] for row in baselines(folder, made, name)]
     for row in results["settings"]:
         runs = [run for run in made if run["setting"] == row["setting"]]
         kept = {name: row[name] for name in ("setting", "state", "made", "runs", "best")}
@@ -62,10 +62,21 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
     }
 
 
-def baseline(folder: Path, made: Runs, model: str) -> dict[str, Any]:
-    """What is measured of a model that no setting changes, once for each combination of seeds."""
-    by_seeds = {tuple(run["repetition"].values()): run for run in reversed(made)}
-    return {"model": model, "setting": {}, "made": len(by_seeds)} | figures(folder, list(by_seeds.values()), model)
+def baselines(folder: Path, made: Runs, model: str) -> list[dict[str, Any]]:
+    """What is measured of a model that no method changes: a row for each setting of the keys that vary with all.
+
+    Where several runs evaluate the same SFT model by the same seed, one of them counts.
+    """
+    by_setting: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, Any]]] = defaultdict(dict)
+    for run in reversed(made):
+        setting = ((key, value) for key, value in run["setting"].items() if Dimension(key).method is None)
+        parts = read_json(folder / run["run"] / "evaluate/manifest.json")["parts"]
+        same = parts["parent.sft"], parts["evaluate.seed"]
+        by_setting[tuple((key, value) for key, value in setting if key != METHOD)][same] = run
+    return [
+        {"model": model, "setting": dict(setting), "made": len(runs)} | figures(folder, list(runs.values()), model)
+        for setting, runs in reversed(by_setting.items())
+    ]
 
 
 def figures(folder: Path, runs: Runs, model: str) -> dict[str, Any]:

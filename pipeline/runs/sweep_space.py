@@ -146,9 +146,10 @@ def _check_differences(config: DictConfig, overrides: list[str], space: list[Dim
     """Raise `UserError` where a key changes nothing."""
     first = {dimension.key: dimension.ends[0] for dimension in space}  # some values are right only beside others
     whom = f"{stage_wanted(config)} with method={first[METHOD]}" if METHOD in first else stage_wanted(config)
+    of_first = target_fingerprint(compose([*overrides, *spelt(first)]))
     for dimension in space:
-        composed = [compose([*overrides, *spelt(first | {dimension.key: value})]) for value in dimension.ends]
-        if len(set(map(target_fingerprint, composed))) < len(composed):
+        others = [compose([*overrides, *spelt(first | {dimension.key: value})]) for value in dimension.ends[1:]]
+        if len({of_first, *map(target_fingerprint, others)}) <= len(others):
             raise UserError(f"{dimension.key}: its values make no difference to {whom}; leave it out")
 
 

@@ -1,8 +1,11 @@
 """Sweeps over methods: what each varies, what is compared with what, the table for a paper, and what runs cost."""
 
+import contextlib
 import csv
+import io
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from threefold.errors import UserError
 from threefold.fileio import read_json
 from threefold.report import studies
 from threefold.report.run import Run
-from threefold.runs import sweep, sweep_space, trials
+from threefold.runs import sweep, sweep_space, sweep_table, trials
 
 METHODS = ["method=ppo,dpo,best_of_n"]
 OWN_KEYS = ["ppo.kl_coef=0.02,0.05", "dpo.beta=0.1,0.3,0.5", "best_of_n.n=4,16"]
@@ -116,6 +119,7 @@ def of_model(config, model: str) -> dict:
 def evaluation(config) -> dict:
     """Metrics; on validation prompts a stronger pull looks better than on test prompts."""
     models = {model: of_model(config, model) for model in config.evaluate.models}
+    models["human"] = {"gold_mean": 0.9, "second_judge_mean": 0.25, "length": 50.0}
     on_validation = {name: metrics | {"gold_mean": 1 - metrics["gold_mean"]} for name, metrics in models.items()}
     names = {"judge": "vader_compound", "second_judge": "textblob"}
     return {"models": models, "validation": {"models": on_validation}} | names
@@ -129,22 +133,24 @@ def samples(config) -> list[dict]:
     ]
 
 
-SEEDED = ["ppo.kl_coef=0.02,0.05,0.1", "dpo.beta=0.05,0.1,0.3", "ppo.seed=1,2,3", "dpo.seed=1,2,3"]
+SEEDED = ["ppo.kl_coef=0.05,0.1", "dpo.beta=0.1,0.3", "ppo.seed=1,2,3", "dpo.seed=1,2,3"]
 
 
-@pytest.fixture
-def compared(tmp_path, monkeypatch):
-    """PPO and DPO at three strengths with three seeds, best-of-n at two n; the stages made, and sweep.json."""
-    stages = sweeps.stand_in(monkeypatch, evaluation=evaluation, samples=samples)
-    overrides = [f"runs={tmp_path}", *METHODS, *SEEDED, "best_of_n.n=4,16", "launcher.jobs=1"]
-    return stages, sweep.run(*sweep_space.read(overrides))
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """PPO and DPO at two strengths, three seeds, best-of-n at two n: stages, sweep.json, folder, what is said."""
+    folder, said = tmp_path_factory.mktemp("methods"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        stages = sweeps.stand_in(patch, evaluation=evaluation, samples=samples)
+        overrides = [f"runs={folder}", *METHODS, *SEEDED, "best_of_n.n=4,16", "launcher.jobs=1"]
+        results = sweep.run(*sweep_space.read(overrides))
+    return SimpleNamespace(stages=stages, results=results, folder=folder / "smoke", said=said.getvalue())
 
 
-def test_one_command_compares_methods_at_their_chosen_settings(compared, tmp_path, capsys):
-    stages, results = compared
-    made = Counter(stage for stage, _ in stages.made)
-    assert made == {
-        "tokenizer": 1, "pretrain": 1, "sft": 1, "comparisons": 1, "reward": 1, "dpo": 9, "ppo": 9, "evaluate": 20,
+def test_one_command_compares_methods_at_their_chosen_settings(compared):
+    results = compared.results
+    assert Counter(stage for stage, _ in compared.stages.made) == {
+        "tokenizer": 1, "pretrain": 1, "sft": 1, "comparisons": 1, "reward": 1, "dpo": 6, "ppo": 6, "evaluate": 14,
     }  # fmt: skip
     chosen = {row["setting"]["method"]: row for row in results["settings"] if row["best"]}
     assert {name: list(row["setting"].values())[1] for name, row in chosen.items()} == {
@@ -154,13 +160,14 @@ def test_one_command_compares_methods_at_their_chosen_settings(compared, tmp_pat
     means = [0.65 + 0.01 * seed**2 + np.mean((np.arange(PROMPTS) / 100) ** 2) for seed in (1, 2, 3)]
     assert ppo["gold_mean"] == {"mean": pytest.approx(np.mean(means)), "std": pytest.approx(np.std(means, ddof=1))}
     assert ppo["kl"] == {"mean": 2.0, "std": 0.0} and ppo["proxy_mean"]["mean"] == 1.0
-    printed = capsys.readouterr().out
-    assert re.search(r"ppo +ppo\.kl_coef 0\.1 +0\.648 ± 0\.040 .* chosen", printed), printed
-    assert re.search(r"SFT +– +0\.335 ", printed) and "Best: method dpo, dpo.beta 0.3" in printed
+    assert re.search(r"ppo +ppo\.kl_coef 0\.1 +0\.648 ± 0\.040 .* chosen", compared.said), compared.said
+    assert re.search(r"SFT +– +0\.335 +0\.250 .* 1 +–", compared.said)  # one model and one set of prompts
+    assert re.search(r"people +– +0\.900 +0\.250 +– +– +50\.0 +– ", compared.said)
+    assert "Best: method dpo, dpo.beta 0.3" in compared.said
 
 
 def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
-    tests = {(row["method"], row["against"], row["judge"]): row for row in compared[1]["methods"]["tests"]}
+    tests = {(row["method"], row["against"], row["judge"]): row for row in compared.results["methods"]["tests"]}
     pairs = {
         ("ppo", "dpo"),
         ("ppo", "best_of_n"),
@@ -182,14 +189,14 @@ def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
     assert tests["ppo", "best_of_n", "gold"]["seeds"] == 3  # its one run is paired with each
 
 
-def test_every_number_of_every_run_is_in_the_long_form(compared, tmp_path):
-    with (tmp_path / "smoke/sweep.csv").open() as stream:
+def test_every_number_of_every_run_is_in_the_long_form(compared):
+    with (compared.folder / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     columns = ["run", "method", "ppo.kl_coef", "ppo.seed", "state", "reason", "stage", "model", "metric", "value"]
     assert [name for name in rows[0] if name in columns] == columns
     test_kl = [row for row in rows if row["metric"] == "kl" and row["model"] not in ("sft", "human")]
-    assert len(test_kl) == 20 and Counter(row["model"] for row in test_kl) == {
-        "ppo": 9, "dpo": 9, "best_of_4": 1, "best_of_16": 1,
+    assert len(test_kl) == 14 and Counter(row["model"] for row in test_kl) == {
+        "ppo": 6, "dpo": 6, "best_of_4": 1, "best_of_16": 1,
     }  # fmt: skip
     [value] = [
         float(row["value"]) for row in rows
@@ -200,32 +207,26 @@ def test_every_number_of_every_run_is_in_the_long_form(compared, tmp_path):
 
 
 def test_what_runs_share_is_counted_once_and_stands_apart(compared):
-    measured = compared[1]["methods"]
+    measured = compared.results["methods"]
     shared = {row["stage"]: row for row in measured["shared"]}
     assert set(shared) == {"tokenizer", "pretrain", "sft", "comparisons", "reward"}
     assert all((row["artifacts"], row["seconds"]) == (1, 2.0) for row in shared.values())
-    cost = {row["model"]: (row["seconds"]["mean"], row["device_hours"]["mean"]) for row in measured["models"][1:]}
+    cost = {row["model"]: (row["seconds"]["mean"], row["device_hours"]["mean"]) for row in measured["models"][2:]}
     assert cost["ppo"] == (12.0, pytest.approx((4 * 10 + 2) / 3600)) and cost["dpo"][0] == 4.0
     assert cost["best_of_4"] == (2.0, pytest.approx(2 / 3600))
-    heading, *rows = sweep_tables(compared)[0].rows
-    assert heading[-2] == "device hours" and rows[1][-3] == "12.0 ± 0.0 s"
+    heading, *rows = sweep_table.tables(compared.results)[0].rows
+    assert heading[-2] == "device hours" and rows[2][-3] == "12.0 ± 0.0 s"
 
 
-def sweep_tables(compared) -> list[Table]:
-    from threefold.runs import sweep_table
-
-    return sweep_table.tables(compared[1])
-
-
-def test_the_table_is_in_the_report_in_markdown_and_in_latex(compared, tmp_path):
-    tables = sweep_tables(compared)
+def test_the_table_is_in_the_report_in_markdown_and_in_latex(compared):
+    tables = sweep_table.tables(compared.results)
     assert [table.name for table in tables] == ["methods", "methods_tests", "methods_shared"]
-    section = studies.sweep_section(Run("smoke", tmp_path / "smoke", {}, {}))
+    section = studies.sweep_section(Run("smoke", compared.folder, {}, {}))
     assert [part.name for part in section.parts][:3] == [table.name for table in tables]
     assert [part.name for part in section.parts if "by_dpo" in part.name] == ["sweep_by_dpo.beta"]
-    text = (tmp_path / "smoke/sweep.md").read_text()
+    text = (compared.folder / "sweep.md").read_text()
     assert "| method | setting | gold: vader_compound |" in text and text.count("\n## ") == 2
-    assert read_latex((tmp_path / "smoke/sweep.tex").read_text()) == [[list(row) for row in t.rows] for t in tables]
+    assert read_latex((compared.folder / "sweep.tex").read_text()) == [[list(row) for row in t.rows] for t in tables]
 
 
 SIGNS = {
@@ -236,7 +237,7 @@ SIGNS = {
 
 
 def read_latex(text: str) -> list[list[list[str]]]:
-    """The cells of every tabular of a document, as LaTeX shows them; holds environments, braces and rows to be whole."""
+    """The cells of every tabular of a document, as LaTeX shows them; environments, braces and rows must be whole."""
     opened = []
     for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
         if kind == "begin":

@@ -29,8 +29,8 @@ def quality(config) -> float:
 class Stages:
     """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log.
 
-    `evaluation` gives the metrics of stage evaluate for a configuration, `samples` the rows of samples.jsonl. Each stage
-    took two seconds on one CPU, PPO ten on four.
+    `evaluation` gives the metrics of stage evaluate for a configuration, `samples` the rows of samples.jsonl. Every
+    stage took two seconds in one process, PPO ten in four.
     """
 
     def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0, evaluation=None, samples=None):
@@ -50,7 +50,7 @@ class Stages:
         write_json(artifact.out / "metrics.json", metrics)
         seconds, processes = (10.0, 4) if entry.stage == "ppo" else (2.0, 1)
         cost = {"seconds": seconds, "devices": {"type": "cpu", "count": processes}}
-        of_stage = {"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": {}, "parents": {}}
+        of_stage = {"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": entry.parts, "parents": {}}
         artifact.finish(of_stage | cost)
         self.made.append((entry.stage, entry.fingerprint))
         return True
