@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from threefold.artifacts.artifact import COSTS
 from threefold.display.parts import Table, print_rows, terminal
-from threefold.fileio import read_json
-from threefold.runs import method_table, seeds
+from threefold.fileio import numbers, read_json
+from threefold.runs import method_table
 from threefold.runs.method_table import shown
 from threefold.stages import STAGES
 
@@ -119,8 +120,8 @@ def lines(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "run": run["run"], **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"],
             **run["repetition"], "state": run["state"], "reason": run["reason"],
         }  # fmt: skip
-        numbers = list(measured(folder / run["run"])) if run["state"] == "complete" else [{}]
-        rows += [about | dict.fromkeys(("stage", "model", "metric", "value")) | number for number in numbers]
+        of_run = list(measured(folder / run["run"])) if run["state"] == "complete" else [{}]
+        rows += [about | dict.fromkeys(("stage", "model", "metric", "value")) | number for number in of_run]
     return rows
 
 
@@ -128,7 +129,7 @@ def measured(folder: Path) -> Iterator[dict[str, Any]]:
     """Every number of a run: stage, model, metric and value. Those on validation prompts are validation.METRIC."""
     for stage in STAGES:
         file = folder / stage / "metrics.json"
-        for name, value in (seeds.numbers(read_json(file)) if file.is_file() else {}).items():
+        for name, value in (numbers(read_json(file), COSTS) if file.is_file() else {}).items():
             of_model = OF_MODEL.fullmatch(name) if stage == "evaluate" else None
             split, model, metric = of_model.groups(default="") if of_model else ("", None, name)
             yield {"stage": stage, "model": model, "metric": split + metric, "value": value}

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,11 @@ def test_a_metric_that_no_run_has_is_named_with_the_nearest(tmp_path, monkeypatc
     sweeps.stand_in(monkeypatch)
     with pytest.raises(UserError, match=r"dpo.acuracy: is not among the numbers of .*nearest: accuracy"):
         sweeps.swept(tmp_path, "dpo.beta=0.1,0.2", "sweep.metric=dpo.acuracy")
+
+
+def test_a_grid_needs_no_optuna():
+    code = "import sys; sys.modules['optuna'] = None; from threefold.runs import sweep, trials"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_sweep_of_a_run_goes_on_at_a_time(tmp_path, monkeypatch):
