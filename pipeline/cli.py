@@ -216,7 +216,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (_run, "make what is stale: the whole chain, or target=STAGE with everything that it needs"),
     "submit": (
         _submit,
-        "send what is stale to Slurm, also all runs of a sweep, a job for each stage after those it needs; return at once",
+        "send what is stale to Slurm, of a sweep for all runs, a job for each stage, and return at once",
     ),
     "status": (_status, "show each stage: fresh, stale and why, queued, running, failed"),
     "cancel": (_cancel, "end the jobs of a run in Slurm, and of its variants"),

@@ -62,7 +62,7 @@ def test_the_reward_model_scores_dpo_where_asked_for_and_nothing_else_changes():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=ppo,dop"], "method=dop: must be of ppo, dpo, best_of_n; nearest: dpo"),
+        (["method=ppo,dop"], "method=dop: must be of ppo, dpo, best_of_n (nearest: dpo)"),
         (["method=ppo,best_of_n"], "say of how many samples"),
         (["method=best_of_n", "best_of_n.n=1,4"], "at least 2"),
         (["method=best_of_n", "best_of_n.n=many"], "must be a whole number"),
