@@ -59,6 +59,7 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
         "models": models,
         "tests": tests(folder, results),
         "shared": shared,
+        "devices": sorted({kind for cost in (*shared, *own.values()) for kind in cost["devices"]}),
     }
 
 
@@ -117,15 +118,12 @@ def costs(folder: Path, made: Runs) -> tuple[list[dict[str, Any]], dict[str, dic
 
 
 def _cost(manifests: Runs) -> dict[str, Any]:
-    devices = [manifest.get("devices") for manifest in manifests]
-    hours = None
-    if None not in devices:
-        hours = sum(m["seconds"] * d["count"] for m, d in zip(manifests, devices, strict=True)) / 3600
+    counted = all("devices" in manifest for manifest in manifests)
     return {
         "artifacts": len(manifests),
-        "seconds": sum(manifest["seconds"] for manifest in manifests),
-        "device_hours": hours,
-        "devices": sorted({device["type"] for device in devices if device}),
+        "seconds": sum(m["seconds"] for m in manifests),
+        "device_hours": sum(m["seconds"] * m["devices"]["count"] for m in manifests) / 3600 if counted else None,
+        "devices": sorted({m["devices"]["type"] for m in manifests if "devices" in m}),
     }
 
 

@@ -210,8 +210,8 @@ def implied(config: DictConfig, space: list[Dimension]) -> list[str]:
 
 def varied_model(config: DictConfig, space: list[Dimension]) -> str:
     """The model whose section alone varies, where it is evaluated; otherwise the last that was trained."""
-    varied = {dimension.method for dimension in space} - {None}
-    evaluated = list(config.evaluate.models)
+    varied = {name for dimension in space if (name := dimension.method)}
+    evaluated: list[str] = list(config.evaluate.models)
     wanted = [*(varied if len(varied) == 1 else ()), *reversed(MODELS)]
     return next((model for model in wanted if model in evaluated), evaluated[-1])
 

@@ -19,7 +19,7 @@ from threefold.errors import UserError
 from threefold.fileio import read_json
 from threefold.report import studies
 from threefold.report.run import Run
-from threefold.runs import sweep, sweep_space, sweep_table, trials
+from threefold.runs import method_table, sweep, sweep_space, sweep_table, trials
 
 METHODS = ["method=ppo,dpo,best_of_n"]
 OWN_KEYS = ["ppo.kl_coef=0.02,0.05", "dpo.beta=0.1,0.3,0.5", "best_of_n.n=4,16"]
@@ -89,13 +89,13 @@ def test_methods_that_make_no_sense_are_refused(overrides, message):
         (["dpo.beta=0.1,0.2", "seed=1,2"], "dpo"),
         (["dpo.beta=0.1,0.2", "ppo.kl_coef=0.1,0.2"], "ppo"),
         (["sft.epochs=1,2", "evaluate.models=[base,sft]"], "sft"),
-        (["reward.epochs=1,2", "evaluate.models=[sft,best_of_4]"], "sft"),
+        (["dpo.beta=0.1,0.2", "evaluate.models=[dpo_best_of_4]"], "dpo_best_of_4"),
     ],
 )
 def test_a_sweep_is_by_the_model_that_varies(overrides, model):
-    config, _, _ = sweep_space.read(["experiment=smoke", *overrides])
-    assert sweep_space.metric(config) == f"evaluate.models.{model}.gold_mean"
-    assert sweep_space.kl_metric(config) == f"evaluate.models.{model}.kl"
+    fixed, space = sweep_space.parse(overrides)
+    config = sweeps.quickly(*fixed)
+    assert sweep_space.implied(config, space) == [f"sweep.metric=evaluate.models.{model}.gold_mean"]
 
 
 PROMPTS = 8
@@ -216,6 +216,7 @@ def test_what_runs_share_is_counted_once_and_stands_apart(compared):
     assert cost["best_of_4"] == (2.0, pytest.approx(2 / 3600))
     heading, *rows = sweep_table.tables(compared.results)[0].rows
     assert heading[-2] == "device hours" and rows[2][-3] == "12.0 ± 0.0 s"
+    assert method_table.of_models(measured | {"devices": ["cuda"]}).rows[0][-2] == "GPU hours"
 
 
 def test_the_table_is_in_the_report_in_markdown_and_in_latex(compared):
