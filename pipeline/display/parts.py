@@ -120,7 +120,8 @@ LATEX = """\
 SIGNS = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "≤": r"$\le$", "–": "--",
-    "…": r"\dots{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "…": r"\dots{}", "[": "{[}", "*": "{*}",  # at the beginning of a row these would belong to the end of the last
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
 
 

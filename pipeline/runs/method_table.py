@@ -247,9 +247,7 @@ def of_shared(measured: dict[str, Any]) -> Table:
 
 def unit(measured: dict[str, Any]) -> str:
     """What time on devices is called: GPU hours only where all of it was on GPUs."""
-    return (
-        "GPU hours" if {kind for row in measured["shared"] for kind in row["devices"]} == {"cuda"} else "device hours"
-    )
+    return "GPU hours" if measured["devices"] == ["cuda"] else "device hours"
 
 
 def shown(value: Any) -> str:
