@@ -56,14 +56,14 @@ def _submit(overrides: list[str]) -> None:
     from threefold.chain.plans import Member
     from threefold.config.compose import compose
     from threefold.display.parts import print_rows
+    from threefold.runs import seeds, sweep_space, trials
     from threefold.slurm import submission
 
-    config = compose(overrides)
-    members = [Member(config, overrides)]
-    if config.seeds is not None:
-        from threefold.runs import seeds
-
-        members = seeds.composed(config, overrides)
+    if sweep_space.is_sweep(overrides):
+        members = trials.composed(*sweep_space.read(overrides))
+    else:
+        config = compose(overrides)
+        members = [Member(config, overrides)] if config.seeds is None else seeds.composed(config, overrides)
     rows = submission.rows(submission.submit(members))
     if not rows:
         print("nothing to do: every stage is fresh")
@@ -172,7 +172,10 @@ def _config(overrides: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (_run, "make what is stale: the whole chain, or target=STAGE with everything that it needs"),
-    "submit": (_submit, "send what is stale to Slurm, a job for each stage after those it needs, and return at once"),
+    "submit": (
+        _submit,
+        "send what is stale to Slurm, of a sweep for all runs, a job for each stage, and return at once",
+    ),
     "status": (_status, "show each stage: fresh, stale and why, queued, running, failed"),
     "cancel": (_cancel, "end the jobs of a run in Slurm, and of its variants"),
     "frontier": (_frontier, "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds"),

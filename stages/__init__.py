@@ -109,6 +109,7 @@ STAGES = {
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
+        without=("evaluate.reward_model",),
         version=8,
         metric="ppo_gold_mean",
     ),
@@ -130,7 +131,8 @@ def parents(name: str, config: Any) -> list[str]:
     """The stages whose artifacts stage `name` needs under `config`, in the order they run.
 
     PPO with a reward by rules alone needs no reward model. The evaluation needs the models that it compares, SFT as the
-    reference of KL, and the comparisons and reward model only where one of these was made with them, or for best-of-n.
+    reference of KL, and the comparisons and reward model only where one of these was made with them, for best-of-n, and
+    with evaluate.reward_model.
     The frontier needs the model of the method that it measures.
     """
     if name == "ppo" and not rewards.uses_model(config.ppo.reward):
@@ -143,7 +145,7 @@ def parents(name: str, config: Any) -> list[str]:
         ]
     if name == "evaluate":
         taking_part = [players.player(name, "evaluate.models") for name in config.evaluate.models]
-        compared = {"sft"} | players.stages_of(taking_part)
+        compared = {"sft"} | players.stages_of(taking_part) | ({"reward"} if config.evaluate.reward_model else set())
         made_with = {needed for stage in compared for needed in needed_by(stage, config)}
         return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
     return list(STAGES[name].parents)

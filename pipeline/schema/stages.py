@@ -316,6 +316,7 @@ class EvaluateConfig:
     text_tokens: int = number(1)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
+    reward_model: bool = MISSING
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
