@@ -103,7 +103,7 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     checkpoint = config.model.checkpoint if "model.checkpoint" in parts else None
     if checkpoint and Path(checkpoint).is_dir():
         parts = _replaced(parts, "model.checkpoint", checkpoint_digest(Path(checkpoint)))
-    return parts
+    return {key: value for key, value in parts.items() if key not in stage.added or value != stage.added[key]}
 
 
 def _source_parts(config: DictConfig, key: str) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def _register() -> None:
     register_own_limit()
 
 
-PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
+# keys of files and folders
+PATHS = {"path", "runs", "checkpoint", "policies", "start", "earlier", "scorer", "pairs", "votes"}
 
 
 def _find_home(config: DictConfig) -> None:
@@ -130,7 +131,7 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights")
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,

@@ -213,15 +213,30 @@ class RewardConfig:
     seed: int = number(0)
 
 
+# losses of stage `dpo`, as TRL calls them: of pairs (DPOTrainer), and of replies labelled one by one (KTOTrainer)
+PAIR_LOSSES = (
+    "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "sft", "exo_pair", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop",
+)  # fmt: skip
+LABEL_LOSSES = ("kto", "apo_zero_unpaired")
+
+
 @dataclass
 class DpoConfig:
     """Stage `dpo`."""
 
     pairs: int | None = number(1)
     eval_pairs: int | None = number(1)
+    start: str | None = MISSING
     beta: float = number(0.0)
-    loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
+    loss_type: str = one_of(*PAIR_LOSSES, *LABEL_LOSSES)
+    loss_weights: dict[str, float] = field(default_factory=dict)
     label_smoothing: float = number(0.0, 0.5)
+    ld_alpha: float | None = number(0.0, 1.0)
+    desirable_weight: float = number(0.0)
+    undesirable_weight: float = number(0.0)
+    reference_sync_every: int | None = number(1)
+    reference_mixup: float = number(0.0, 1.0)
     epochs: int = number(1)
     batch_size: int = number(1)
     learning_rate: float = number(0.0)
