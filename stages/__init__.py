@@ -66,6 +66,7 @@ STAGES = {
             ("comparisons.earlier", ("comparisons",)),
             ("comparisons.scorer", ("reward",)),
         ),
+        added={"comparisons.sft": True},
         version=4,
         metric="pairs",
     ),

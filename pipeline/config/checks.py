@@ -156,8 +156,14 @@ def _check_dpo(dpo: DictConfig) -> None:
 
 def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
     _check_policies("comparisons.policies", comparisons.policies, ["sft"])
-    if given and comparisons.label_by == "people":
-        raise UserError("comparisons.label_by=people: data.preferences has labels already; set one of the two")
+    replying = len(comparisons.policies) + comparisons.sft
+    if not replying and not given:
+        raise UserError("comparisons.sft=false: nobody replies; name comparisons.policies, or set it true")
+    if comparisons.label_by == "order" and replying < 2 and not given:
+        raise UserError("comparisons.label_by=order: one policy has no order; name comparisons.policies, weakest first")
+    if given and comparisons.label_by != "judge":
+        key = f"comparisons.label_by={comparisons.label_by}"
+        raise UserError(f"{key}: data.preferences has labels already; set one of the two")
     if comparisons.pairing == "uncertain" and comparisons.scorer is None:
         raise UserError("comparisons.pairing=uncertain: needs comparisons.scorer, a reward model with several members")
     if comparisons.pairing == "random" and comparisons.scorer is not None:

@@ -160,11 +160,12 @@ class ComparisonsConfig:
     samples_per_prompt: int = number(2)
     pairs_per_prompt: int = number(1)
     human_pairs: int = number(0)
+    sft: bool = MISSING
     policies: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
     pairing: str = one_of("best_worst", "random", "uncertain")
     scorer: str | None = MISSING
-    label_by: str = one_of("judge", "people")
+    label_by: str = one_of("judge", "order", "people")
     min_gap: float = number(0.0)
     label_noise: float = number(0.0, 0.5)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
