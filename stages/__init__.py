@@ -84,6 +84,7 @@ STAGES = {
         folders=(("dpo.start", ("pretrain", "sft", "dpo", "ppo")),),
         added={
             "dpo.start": [],
+            "dpo.simpo_gamma": None,
             "dpo.ld_alpha": None,
             "dpo.desirable_weight": 1.0,
             "dpo.undesirable_weight": 1.0,

@@ -107,8 +107,8 @@ class OwnRows:
     TRL renders no template, so every stage renders alike.
     """
 
-    def __init__(self, *given: Any, bar: Any, **options: Any):
-        self.bar = bar
+    def __init__(self, *given: Any, bar: Any, gamma: float | None = None, **options: Any):
+        self.bar, self.gamma = bar, gamma
         super().__init__(*given, **options)
         if bar is not None:
             bar.close()
@@ -125,9 +125,21 @@ class OwnRows:
 
 
 class PairTrainer(OwnRows, DPOTrainer):
-    """TRL's DPOTrainer; its loss `sft` is a mean over the tokens of an optimiser step rather than of one pass of it."""
+    """TRL's DPOTrainer; its loss `sft` is a mean over the tokens of an optimiser step rather than of one pass of it.
+
+    With `gamma` sigmoid_norm becomes SimPO (Meng et al. 2024, arXiv 2405.14734), which has no reference and a target
+    margin: β (chosen − rejected) − γ of mean log-probabilities is β ((chosen − γ / β) − (rejected − 0)).
+    """
 
     tokens_of_a_pass: Tensor | None = None
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Summed log-probabilities [B] of chosen and rejected replies; with `gamma` γ / β and 0 for each token."""
+        if self.gamma is None:
+            return super().compute_ref_log_probs(model, inputs)
+        chosen, rejected = inputs["completion_mask"].sum(1).float().chunk(2)
+        self.bar.update(len(chosen) * self.accelerator.num_processes)
+        return chosen * self.gamma / self.beta, rejected * 0.0
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -187,11 +199,14 @@ def fit(
     """
     rows = with_mismatched(data.rows, batch_size) if job.config.dpo.loss_type == "kto" else data.rows
     kind: Any = PairTrainer if isinstance(data, TokenisedPairs) else LabelTrainer
+    gamma = job.config.dpo.simpo_gamma if job.config.dpo.loss_type == "simpo" else None
     with ranks.main_first(job):
         stored = on_disk(job, rows)
     unit, options = ("pairs" if kind is PairTrainer else "replies"), arguments(job, kind, len(rows), batch_size)
     bar = job.progress(len(rows), unit, part="reference") if reference is None else None
-    trainer = kind(model, reference, args=options, train_dataset=stored, processing_class=tokenizer, bar=bar)
+    trainer = kind(
+        model, reference, args=options, train_dataset=stored, processing_class=tokenizer, bar=bar, gamma=gamma
+    )
     if reference is not None:
         trainer.add_callback(KeepReference(trainer.accelerator.unwrap_model(trainer.ref_model), job))
     return hf_trainer.train(trainer, job, batch_size, unit)
@@ -210,7 +225,7 @@ def with_mismatched(rows: list[dict[str, Any]], batch_size: int) -> list[dict[st
 def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
     """What a trainer of `kind` is told."""
     config, steps, every = job.config.dpo, rows // batch_size, job.config.dpo.reference_sync_every
-    shared = {
+    shared: dict[str, Any] = {
         **hf_trainer.arguments(job, batch_size, steps, config.seed),
         **hf_trainer.linear_schedule(config.learning_rate, config.warmup, steps),
         "gradient_checkpointing": False,
@@ -221,7 +236,7 @@ def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
         **({} if every is None else {"ref_model_sync_steps": every}),
     }
     if kind is PairTrainer:
-        weights = {config.loss_type: 1.0, **config.loss_weights}
+        weights = {"sigmoid_norm" if config.loss_type == "simpo" else config.loss_type: 1.0, **config.loss_weights}
         own = {"label_smoothing": config.label_smoothing, "ld_alpha": config.ld_alpha, "max_length": None}
         return DPOConfig(**shared, **own, loss_type=list(weights), loss_weights=list(weights.values()))
     return KTOConfig(

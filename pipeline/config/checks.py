@@ -8,12 +8,13 @@ import re
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
+from threefold.config.losses import check_dpo, check_whole
 from threefold.data.preferences import PREFERENCE_FORMATS
 from threefold.errors import UserError, nearest
 from threefold.evaluation import judge_template
 from threefold.evaluation.players import MODELS, player, policy_name
 from threefold.schema.config import SHARDED
-from threefold.schema.stages import LABEL_LOSSES, PAIR_LOSSES, PROBES
+from threefold.schema.stages import PROBES
 from threefold.stages import STAGES
 from threefold.tracking.trackers import KINDS
 
@@ -55,7 +56,7 @@ def check_together(config: DictConfig) -> None:
     _check_ppo(config.ppo)
     _check_tracker(config.tracker)
     _check_date("tokenizer.template_date", config.tokenizer.template_date)
-    _check_dpo(config.dpo)
+    check_dpo(config.dpo)
     _check_resources(config)
     least, most = config.data.dialogue.reply_min_chars, config.data.dialogue.reply_max_chars
     if None not in (least, most) and least > most:
@@ -113,47 +114,6 @@ def _check_reward_model(reward: DictConfig) -> None:
         raise UserError(f"reward.combine={reward.combine}: reward.ensemble=1 has nothing to combine; set 2 or more")
 
 
-SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # losses of stage `dpo` that have label smoothing
-AVERAGED = ("ipo", "sigmoid_norm")  # those on means over tokens
-WHOLE = ("kto", "aot", "aot_unpaired")  # those that look at all rows of a pass together
-
-
-def _check_dpo(dpo: DictConfig) -> None:
-    """Options that the losses have, and losses that can be added up."""
-    losses, of_labels = [dpo.loss_type, *dpo.loss_weights], dpo.loss_type in LABEL_LOSSES
-    for name, weight in dpo.loss_weights.items():
-        if name not in PAIR_LOSSES:
-            choices = f"must be one of {', '.join(PAIR_LOSSES)}"
-            raise UserError(f"dpo.loss_weights: {name} is no loss of pairs; {choices}{nearest(name, PAIR_LOSSES)}")
-        if not 0 < weight < math.inf:
-            raise UserError(f"dpo.loss_weights.{name}={weight}: must be a finite number above 0")
-    if dpo.beta == 0 and set(losses) != {"sft"}:
-        raise UserError(f"dpo.beta=0: dpo.loss_type={dpo.loss_type} learns nothing with it; set it above 0")
-    if dpo.label_smoothing and not set(losses) & set(SMOOTHED):
-        raise UserError(f"dpo.label_smoothing: dpo.loss_type={dpo.loss_type} has none; use loss_type=robust")
-    if dpo.label_smoothing >= 0.5:
-        raise UserError(f"dpo.label_smoothing={dpo.label_smoothing}: must be below 0.5")
-    if "exo_pair" in losses and not dpo.label_smoothing:
-        raise UserError("dpo.label_smoothing=0: exo_pair takes its logarithm; set it to 0.001, as in its paper")
-    if dpo.ld_alpha is not None and (of_labels or set(losses) <= {"sft"} or set(losses) & set(AVERAGED)):
-        raise UserError(f"dpo.ld_alpha: is for losses on sums over tokens, not for {', '.join(losses)}; leave it null")
-    if of_labels and dpo.loss_weights:
-        raise UserError(f"dpo.loss_weights: dpo.loss_type={dpo.loss_type} is no loss of pairs; leave it {{}}")
-    if not of_labels and (dpo.desirable_weight, dpo.undesirable_weight) != (1, 1):
-        raise UserError(
-            f"dpo.desirable_weight, dpo.undesirable_weight: are for {' and '.join(LABEL_LOSSES)}, not for "
-            f"dpo.loss_type={dpo.loss_type}; leave both 1"
-        )
-    if not dpo.desirable_weight + dpo.undesirable_weight:
-        raise UserError("dpo.desirable_weight=0: with dpo.undesirable_weight=0 nothing is learnt; raise one of them")
-    if dpo.reference_mixup != 1 and dpo.reference_sync_every is None:
-        raise UserError(
-            "dpo.reference_mixup: is for a reference that moves; leave it 1, or set dpo.reference_sync_every"
-        )
-    if dpo.reference_mixup == 0:
-        raise UserError("dpo.reference_mixup=0: the reference would stay; leave dpo.reference_sync_every null for that")
-
-
 def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
     _check_policies("comparisons.policies", comparisons.policies, ["sft"])
     replying = len(comparisons.policies) + comparisons.sft
@@ -202,7 +162,7 @@ def check_shares(config: DictConfig, stages: list[str]) -> None:
             _check_share(config, stage, processes)
             _check_sharded(config, stage)
         if stage == "dpo":
-            _check_whole(config, processes)
+            check_whole(config, processes)
         if stage != "ppo":
             _check_micro_batch(config, stage, processes)
 
@@ -214,23 +174,6 @@ def _check_share(config: DictConfig, stage: str, processes: int) -> None:
         raise UserError(f"{given}: must divide {stage}.batch_size={size}, for each process takes as many pairs")
     if stage == "ppo" and processes > size:
         raise UserError(f"{given}: is above ppo.batch_size={size}")
-
-
-def _check_whole(config: DictConfig, processes: int) -> None:
-    """Losses of rows together: KTO's KL is a mean over the rows of a pass, and aot and aot_unpaired sort these."""
-    whole = [name for name in (config.dpo.loss_type, *config.dpo.loss_weights) if name in WHOLE]
-    share, micro_batch_size = config.dpo.batch_size // processes, config.runtime.micro_batch_size
-    if not whole:
-        return
-    if micro_batch_size is not None and micro_batch_size < share:
-        raise UserError(
-            f"runtime.micro_batch_size={micro_batch_size}: {whole[0]} looks at the {share} rows of a process together; "
-            "leave it null, or set dpo.batch_size lower"
-        )
-    if whole[0] == "kto" and share < 2:
-        raise UserError(f"dpo.batch_size={config.dpo.batch_size}: kto needs 2 replies or more for each process")
-    if whole[0] != "kto" and processes > 1:
-        raise UserError(f"launch.processes: {whole[0]} sorts the pairs of a batch, which one process must hold")
 
 
 def _check_micro_batch(config: DictConfig, stage: str, processes: int) -> None:

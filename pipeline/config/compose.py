@@ -115,6 +115,8 @@ def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
 
 def _check_value(key: str, value: Any, limits: Any) -> None:
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
+    if choices and value in limits.get("instead", {}):
+        raise UserError(f"{key}={value}: {limits['instead'][value]}")
     if choices and value not in choices:
         raise UserError(f"{key}={value}: must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     if isinstance(value, float) and not math.isfinite(value):

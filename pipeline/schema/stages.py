@@ -18,9 +18,9 @@ def number_or_null(low: float) -> Any:
     return field(default=None, metadata={"low": low})
 
 
-def one_of(*choices: str) -> Any:
-    """A required string from `choices`."""
-    return field(default=MISSING, metadata={"choices": choices})
+def one_of(*choices: str, instead: dict[str, str] | None = None) -> Any:
+    """A required string from `choices`; `instead` says for some that are none what to take."""
+    return field(default=MISSING, metadata={"choices": choices, "instead": instead or {}})
 
 
 @dataclass
@@ -220,6 +220,11 @@ PAIR_LOSSES = (
     "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop",
 )  # fmt: skip
 LABEL_LOSSES = ("kto", "apo_zero_unpaired")
+WITHOUT = {
+    "orpo": "TRL has ORPO among its experiments alone, which change; the nearest are simpo, and sigmoid_norm with "
+    "dpo.loss_weights={sft: 1}",
+    "cpo": "TRL has CPO among its experiments alone, which change; the nearest is simpo with dpo.loss_weights={sft: 1}",
+}
 
 
 @dataclass
@@ -230,9 +235,10 @@ class DpoConfig:
     eval_pairs: int | None = number(1)
     start: str | None = MISSING
     beta: float = number(0.0)
-    loss_type: str = one_of(*PAIR_LOSSES, *LABEL_LOSSES)
+    loss_type: str = one_of(*PAIR_LOSSES, "simpo", *LABEL_LOSSES, instead=WITHOUT)
     loss_weights: dict[str, float] = field(default_factory=dict)
     label_smoothing: float = number(0.0, 0.5)
+    simpo_gamma: float | None = number(0.0)
     ld_alpha: float | None = number(0.0, 1.0)
     desirable_weight: float = number(0.0)
     undesirable_weight: float = number(0.0)

@@ -115,6 +115,17 @@ def test_every_loss_of_pairs_and_their_weighted_sum(trainer_of):
     assert len({round(loss, 4) for loss in expected.values()}) == len(PAIR_LOSSES)  # none stands for another
 
 
+def test_simpo_has_a_margin_and_no_reference(trainer_of):
+    trainer = trainer_of(tokenised(), "dpo.loss_type=simpo", "dpo.simpo_gamma=0.7", "dpo.loss_weights={sft: 0.5}")
+    model, losses, nll = in_double(trainer.model), [], []
+    for row in tokenised().rows:
+        chosen, rejected = (plain_logprobs(model, row["prompt_ids"], row[f"{s}_ids"]) for s in ("chosen", "rejected"))
+        losses.append(-math.log(sigmoid(BETA * (chosen.mean() - rejected.mean()).item() - 0.7)))
+        nll.append(-chosen)
+    expected = sum(losses) / len(losses) + 0.5 * torch.cat(nll).mean().item()
+    assert loss_of(trainer) == pytest.approx(expected, rel=1e-4)
+
+
 def test_ld_alpha_weighs_the_tokens_by_which_a_reply_is_longer(trainer_of):
     trainer = trainer_of(tokenised(), "dpo.ld_alpha=0.4")
     model, reference = in_double(trainer.model), tiny_policy().double()
@@ -253,6 +264,13 @@ def test_a_resumed_training_goes_on_with_the_reference_that_had_moved(tmp_path):
         (["dpo.label_smoothing=0.1"], "dpo.label_smoothing: dpo.loss_type=sigmoid has none"),
         (["dpo.loss_type=sigmoid_norm", "dpo.ld_alpha=0.5"], "dpo.ld_alpha: is for losses on sums over tokens"),
         (["dpo.loss_type=kto", "dpo.ld_alpha=0.5"], "dpo.ld_alpha: is for losses on sums"),
+        (["dpo.loss_type=orpo"], "dpo.loss_type=orpo: TRL has ORPO among its experiments alone"),
+        (["dpo.loss_type=simpo"], "dpo.simpo_gamma: goes with dpo.loss_type=simpo"),
+        (
+            ["dpo.loss_type=simpo", "dpo.simpo_gamma=1", "dpo.reference_sync_every=4"],
+            "dpo.loss_type=simpo has no refer",
+        ),
+        (["dpo.loss_type=simpo", "dpo.simpo_gamma=1", "dpo.loss_weights={ipo: 1}"], "takes sft alone beside it"),
         (["dpo.desirable_weight=2"], "dpo.desirable_weight, dpo.undesirable_weight: are for kto"),
         (
             ["dpo.loss_type=kto", "dpo.desirable_weight=0", "dpo.undesirable_weight=0"],
