@@ -18,7 +18,7 @@ from threefold.evaluation import statistics
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
-from threefold.schema.stages import LABEL_LOSSES
+from threefold.schema.stages import BETAS, LABEL_LOSSES
 from threefold.training import hf_trainer
 from threefold.training.hf_trainer import load_pairs
 
@@ -35,6 +35,9 @@ def run(job: Job) -> dict[str, Any]:
             "leave DPO out"
         )
     data, unit = (replies_of(train), "replies") if of_labels else (train, "pairs")
+    usual, beta = BETAS[config.loss_type], beta_of(config)
+    if not usual / 10 <= beta <= usual * 10:
+        job.say(f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes")
     model = loading.load_policy(start)
     hf_trainer.require_whole_batch(job, len(data.rows), config.batch_size)
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(data.rows))
@@ -55,11 +58,16 @@ def run(job: Job) -> dict[str, Any]:
     return measured | counted | dropped | {"template_hash": chat.template_hash(tokenizer)}
 
 
+def beta_of(config: Any) -> float:
+    """β, which is the usual one of the loss where it is null."""
+    return BETAS[config.loss_type] if config.beta is None else config.beta
+
+
 def measure(job: Job, start: Path, tokenizer: Any, test: TokenisedPairs) -> dict[str, Any]:
     """What became of held-out replies, told where chosen ones became less likely."""
     policy, reference = (loading.load_policy(folder, job.device.type) for folder in (job.out, start))
     bar = job.progress(4 * len(test.rows), "replies", part="held out")
-    measured = metrics(policy, reference, tokenizer.pad_token_id, test.rows, job.config.dpo.beta, bar)
+    measured = metrics(policy, reference, tokenizer.pad_token_id, test.rows, beta_of(job.config.dpo), bar)
     bar.close()
     if measured["chosen_falls"]:
         change = measured["chosen_logprob_change"]
@@ -155,7 +163,7 @@ class PairTrainer(OwnRows, DPOTrainer):
         """The loss of one pass."""
         if self.tokens_of_a_pass is not None:
             share = (chosen_tokens(inputs) / self.tokens_of_a_pass).item()
-            weights = zip(self.loss_types, self.args.loss_weights, strict=True)
+            weights = zip(self.loss_types, cast(Any, self.args).loss_weights, strict=True)
             self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in weights]
         return super().compute_loss(model, inputs, *rest, **options)
 
@@ -229,7 +237,7 @@ def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
         **hf_trainer.arguments(job, batch_size, steps, config.seed),
         **hf_trainer.linear_schedule(config.learning_rate, config.warmup, steps),
         "gradient_checkpointing": False,
-        "beta": config.beta,
+        "beta": beta_of(config),
         "precompute_ref_log_probs": every is None,
         "sync_ref_model": every is not None,
         "ref_model_mixup_alpha": config.reference_mixup,

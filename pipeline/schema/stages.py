@@ -220,6 +220,12 @@ PAIR_LOSSES = (
     "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop",
 )  # fmt: skip
 LABEL_LOSSES = ("kto", "apo_zero_unpaired")
+# β of each in its paper or in the recipe that made it known, which docs/dpo.md names; otherwise TRL's own default
+BETAS = {
+    "sigmoid": 0.1, "sigmoid_norm": 5.0, "apo_zero": 0.05, "apo_down": 0.05, "ipo": 0.1, "hinge": 0.1, "robust": 0.01,
+    "sft": 0.1, "exo_pair": 0.1, "nca_pair": 0.01, "bco_pair": 0.01, "sppo_hard": 0.001, "aot": 0.1,
+    "aot_unpaired": 0.1, "discopop": 0.05, "simpo": 2.0, "kto": 0.1, "apo_zero_unpaired": 0.1,
+}  # fmt: skip
 WITHOUT = {
     "orpo": "TRL has ORPO among its experiments alone, which change; the nearest are simpo, and sigmoid_norm with "
     "dpo.loss_weights={sft: 1}",
@@ -234,7 +240,7 @@ class DpoConfig:
     pairs: int | None = number(1)
     eval_pairs: int | None = number(1)
     start: str | None = MISSING
-    beta: float = number(0.0)
+    beta: float | None = number(0.0)
     loss_type: str = one_of(*PAIR_LOSSES, "simpo", *LABEL_LOSSES, instead=WITHOUT)
     loss_weights: dict[str, float] = field(default_factory=dict)
     label_smoothing: float = number(0.0, 0.5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import PAIRS, make_job, perturb, plain_logprobs, tiny_policy, tiny_tokenizer
 
+from threefold.config.checks import check_shares
 from threefold.config.compose import compose
 from threefold.data import preferences
 from threefold.errors import UserError
@@ -283,3 +284,21 @@ def test_a_resumed_training_goes_on_with_the_reference_that_had_moved(tmp_path):
 def test_options_that_a_loss_does_not_have_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         compose(["experiment=smoke", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["dpo.loss_type=kto", "runtime.micro_batch_size=2"], "runtime.micro_batch_size=2: kto looks at the 4 rows"),
+        (["dpo.loss_type=kto", "launch=ddp", "launch.processes=4"], "dpo.batch_size=4: kto needs 2 replies or more"),
+        (["dpo.loss_weights={aot: 1}", "launch=ddp", "launch.processes=2"], "launch.processes: aot sorts the pairs"),
+        (
+            ["dpo.reference_sync_every=4", "launch=fsdp2", "launch.processes=2"],
+            "dpo.reference_sync_every: launch.mode=",
+        ),
+    ],
+)
+def test_what_a_loss_needs_in_one_pass_or_process_is_not_split(options, message):
+    with pytest.raises(UserError, match=message):
+        check_shares(compose(["experiment=smoke", *options]), ["dpo"])
+    check_shares(compose(["experiment=smoke", "dpo.loss_type=kto", "launch=ddp", "launch.processes=2"]), ["dpo"])
