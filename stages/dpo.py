@@ -37,7 +37,9 @@ def run(job: Job) -> dict[str, Any]:
     data, unit = (replies_of(train), "replies") if of_labels else (train, "pairs")
     usual, beta = BETAS[config.loss_type], beta_of(config)
     if not usual / 10 <= beta <= usual * 10:
-        job.say(f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes")
+        job.say(
+            f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes"
+        )
     model = loading.load_policy(start)
     hf_trainer.require_whole_batch(job, len(data.rows), config.batch_size)
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(data.rows))

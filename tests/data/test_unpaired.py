@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from data_helpers import everything, lines, source
+from documents import documented
 from helpers import make_job, plain_score, tiny_reward_model, tiny_tokenizer
 from torch import nn
 
@@ -129,4 +130,6 @@ def test_a_classifier_and_kto_learn_from_labels_and_dpo_refuses_them(smoke, tmp_
     assert metrics["replies"] + metrics["left_out_per_epoch"] == len({pair["chosen"] for pair in pairs}) + len(
         {pair["rejected"] for pair in pairs}
     )
+    logged = {key for row in read_lines(smoke / "labels" / "dpo" / "log.jsonl") for key in row} - {"step", "kl"}
+    assert logged == documented("dpo steps") - {"rewards/accuracies", "mean_token_accuracy"}
     assert metrics["accuracy"] > 0.9 and metrics["chosen_logprob_change"] > metrics["rejected_logprob_change"] + 1
