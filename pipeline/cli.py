@@ -44,6 +44,7 @@ def _run(overrides: list[str]) -> None:
         from threefold.execution.nodes import help_out
 
         return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
+    config, overrides = api.last_round(config, overrides)
     if not api.bring_up_to_date(config, overrides):
         print("nothing to do: every stage is fresh")
     # a wrong key does not wait for the libraries of the report

@@ -82,7 +82,8 @@ def _register() -> None:
     register_own_limit()
 
 
-PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
+# keys of files and folders
+PATHS = {"path", "runs", "checkpoint", "policies", "start", "earlier", "scorer", "pairs", "votes"}
 
 
 def _find_home(config: DictConfig) -> None:
@@ -123,6 +124,8 @@ def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
 
 def _check_value(key: str, value: Any, limits: Any) -> None:
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
+    if choices and value in limits.get("instead", {}):
+        raise UserError(f"{key}={value}: {limits['instead'][value]}")
     if choices and value not in choices:
         raise UserError(f"{key}={value}: must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -139,7 +142,7 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights")
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,
