@@ -13,6 +13,8 @@ from typing import Any
 from threefold.errors import UserError, nearest
 
 OF_COMMAND = {"compare": "report", "wandb": "dashboard"}  # option → the command that it belongs to
+# section of the configuration → the commands that read it; `config` prints all
+OF_SECTION = {"chat": ("chat",), "dashboard": ("dashboard",), "sweep": ("sweep",), "label": ("label", "report")}
 TARGETED = ("run", "submit", "sweep", "config")  # commands that make what `target` says: they take a stage's name alone
 NEEDS = {  # what an option takes, said where it was given something else
     "--compare": "name the run to set beside it, for example --compare demo-2",
@@ -126,6 +128,8 @@ def parse(arguments: list[str], commands: Mapping[str, str]) -> tuple[str, list[
     command = parsed.command or ("config" if parsed.cfg else "run")
     if command not in commands:
         raise UserError(_no_command(command, parsed.overrides, commands))
+    if not (parsed.cfg or parsed.multirun):
+        _require_readers(command, parsed.overrides)
     overrides = _with_target(command, parsed.overrides)
     if parsed.config_dir:
         from threefold.config.overrides import search_path
@@ -192,6 +196,14 @@ def _no_command(word: str, overrides: list[str], commands: Mapping[str, str]) ->
         first = f"{key}={word}" if key else word
         return f"{word}: no such command; write threefold run {as_arguments([first, *overrides])}"
     return f"{word}: no such command{nearest(word, commands)}; there are {', '.join(commands)}"
+
+
+def _require_readers(command: str, overrides: list[str]) -> None:
+    """Raise `UserError` for a key that only another command reads."""
+    for text in overrides:
+        readers = OF_SECTION.get(text.lstrip("+~").partition(".")[0], (command,))
+        if command not in (*readers, "config"):
+            raise UserError(f"{text}: is read by `threefold {'` and `threefold '.join(readers)}`, not by {command}")
 
 
 def _with_target(command: str, overrides: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ Nothing here imports Hydra or torch, so that a shell completes at once.
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -170,7 +169,7 @@ def check_folders(folders: Iterable[str]) -> None:
 
 def completions(word: str, folders: Iterable[str | Path] = ()) -> list[str]:
     """What an override that begins with `word` can be: keys, a section at a time, or the values of its key."""
-    sign = re.match(r"[+~]*", word)[0]  # type: ignore[index]
+    sign = word[: len(word) - len(word.lstrip("+~"))]
     key, equals, _ = word.removeprefix(sign).partition("=")
     if equals:
         return [f"{sign}{key}={value}" for value in _values(key, folders)]

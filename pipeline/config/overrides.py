@@ -107,9 +107,14 @@ def search_path(folders: Iterable[str | Path]) -> str:
 
 
 def own_folders(overrides: Iterable[str]) -> list[str]:
-    """The user's own folders that `overrides` name."""
-    paths = [parse(text).value() for text in overrides if _split(text)[1] == SEARCH_PATH]
-    return [str(entry).removeprefix("file://") for entries in paths for entry in entries or ()]
+    """The user's own folders that `overrides` name; raises `UserError` where they are no list."""
+    places: list[str] = []
+    for text in (text for text in overrides if _split(text)[1] == SEARCH_PATH):
+        value: Any = parse(text).value()
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise UserError(_no_list(SEARCH_PATH, text.partition("=")[2]))
+        places += [entry.removeprefix("file://") for entry in value]
+    return places
 
 
 def composed_in(overrides: list[str], folders: list[str]) -> list[str]:

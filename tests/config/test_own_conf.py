@@ -1,5 +1,8 @@
 """A user's own folder beside conf/: what lies in it composes, goes into every run of a command, and is checked."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from threefold import cli
@@ -49,6 +52,20 @@ def test_its_groups_compose_beside_ours(folder):
     (folder.parent / "other" / "tasks").mkdir(parents=True)
     assert compose(typed("run", "-cd", "other", "--config-dir", str(folder))).run == "mine"
     assert compose([*typed("run"), "hydra.searchpath=[other]"]).run == "mine"
+
+
+def test_the_experiment_of_the_documentation_composes(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
+    file = tmp_path / "my/conf/experiment/mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    for place in re.findall(r"^threefold (\w+) --config-dir (\S+) (.+)$", page, re.MULTILINE):
+        command, overrides, _ = cli._parse([place[0], "--config-dir", place[1], *place[2].split()])
+        fixed, space = sweep_space.parse(overrides)
+        assert compose(fixed).ppo.reward.function == "rewards.length:target_length"
+        assert bool(space) == (command == "sweep")
+    assert place[0] == "sweep" and compose(["hydra.searchpath=[my/conf]", "experiment=mine"]).run == "mine"
 
 
 def test_status_shows_its_run(folder, capsys):
@@ -116,5 +133,7 @@ def test_files_that_would_not_be_read_are_refused(folder):
         compose(cli._parse(["run", "--config-dir", "my conf/experiment"])[1])
     with pytest.raises(UserError, match=r"--config-dir .*: holds no group, for example .*/experiment/mine\.yaml$"):
         compose(cli._parse(["run", "--config-dir", "."])[1])
+    with pytest.raises(UserError, match=r"hydra.searchpath=a,b: .* is a list; write hydra.searchpath=\[a,b"):
+        compose(["hydra.searchpath=a,b"])
     with pytest.raises(UserError, match=r"--config-dir .*/nowhere: there is no such folder"):
         compose(cli._parse(["run", "--config-dir", "nowhere"])[1])
