@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 from threefold.errors import UserError, nearest
@@ -171,6 +170,8 @@ def _as_override(option: str) -> str:
 def _answer_about_itself(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """Print the help, the versions or what a shell needs, where that is asked, and exit."""
     if parsed.version:
+        from importlib.metadata import version  # takes a while
+
         print(
             ", ".join(f"{name} {version(name)}" for name in ("threefold", "torch", "transformers", "trl", "hydra-core"))
         )

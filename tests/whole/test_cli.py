@@ -209,6 +209,13 @@ def test_other_shells_get_a_function_of_their_own(shell, capsys):
     assert {"zsh": "compdef _python_argcomplete threefold", "fish": "complete --command threefold"}[shell] in shown
 
 
+@pytest.mark.skipif(not shutil.which("fish"), reason="there is no fish")
+def test_fish_completes_keys(command_on_path):
+    asked = "threefold --completion fish | source; complete -C 'threefold run ppo.kl_c'"
+    done = subprocess.run(["fish", "-c", asked], capture_output=True, text=True, env=command_on_path)
+    assert (done.stdout.split(), done.stderr) == (["ppo.kl_coef=", "ppo.kl_controller="], "")
+
+
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
