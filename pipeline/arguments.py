@@ -13,7 +13,12 @@ from threefold.errors import UserError, nearest
 
 OF_COMMAND = {"compare": "report", "wandb": "dashboard"}  # option → the command that it belongs to
 # section of the configuration → the commands that read it; `config` prints all
-OF_SECTION = {"chat": ("chat",), "dashboard": ("dashboard",), "sweep": ("sweep",), "label": ("label", "report")}
+OF_SECTION = {
+    "chat": ("chat",),
+    "dashboard": ("dashboard",),
+    "sweep": ("sweep", "submit"),
+    "label": ("label", "report"),
+}
 TARGETED = ("run", "submit", "sweep", "config")  # commands that make what `target` says: they take a stage's name alone
 NEEDS = {  # what an option takes, said where it was given something else
     "--compare": "name the run to set beside it, for example --compare demo-2",

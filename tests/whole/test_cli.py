@@ -143,7 +143,7 @@ WORDS = [
     ("run ppo dpo", "ppo, dpo: a run has one target"),
     ("run ppo target=dpo", "ppo, target=dpo: a run has one target"),
     ("chat ppo", "ppo: a model is chosen with chat.model=ppo"),
-    ("run sweep.trials=9", "sweep.trials=9: is read by `threefold sweep`, not by run"),
+    ("run sweep.trials=9", "sweep.trials=9: is read by `threefold sweep` and `threefold submit`, not by run"),
     ("status label.port=1", "label.port=1: is read by `threefold label` and `threefold report`, not by status"),
     ("status ppo", "ppo: `threefold status` is about a whole run; leave the stage out"),
 ]
