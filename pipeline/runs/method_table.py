@@ -34,7 +34,10 @@ TESTS_NOTE = (
     "where several seeds had a prompt. Over seeds: Student's t test of means, which speaks of training again. p is "
     "corrected for all lines (Holm)."
 )
-SHARED_NOTE = "Stages that several runs of the sweep use. Each was made once, and its time is in no line above."
+SHARED_NOTE = (
+    "Stages that several runs of the sweep use. Each was made once, and its time is in no line of the first table. The "
+    "last line has these and the stages of all runs."
+)
 
 Results = dict[str, Any]  # the content of sweep.json
 Runs = list[dict[str, Any]]
@@ -46,7 +49,7 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
     if METHOD not in results["keys"] or not made:
         return {}
     evaluation = read_json(folder / made[0]["run"] / "evaluate/metrics.json")
-    shared, own = costs(folder, made)
+    shared, own, total = costs(folder, made)
     models = [row for name in ("human", "sft") if name in evaluation["models"] for row in baselines(folder, made, name)]
     for row in results["settings"]:
         runs = [run for run in made if run["setting"] == row["setting"]]
@@ -59,7 +62,7 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
         "models": models,
         "tests": tests(folder, results),
         "shared": shared,
-        "devices": sorted({kind for cost in (*shared, *own.values()) for kind in cost["devices"]}),
+        "total": total,
     }
 
 
@@ -93,8 +96,8 @@ def _spread(values: list[float | None]) -> dict[str, float | None] | None:
     return {"mean": float(np.mean(numbers)), "std": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
 
 
-def costs(folder: Path, made: Runs) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Seconds and device hours of the stages that several runs use, each counted once, and of each run's own.
+def costs(folder: Path, made: Runs) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]:
+    """Seconds and device hours of stages that several runs use, of each run's own, and of all, each counted once.
 
     Seconds are those of the execution that finished a stage. Hours are None where a manifest does not say on how many
     devices it ran, as those of earlier versions.
@@ -107,14 +110,15 @@ def costs(folder: Path, made: Runs) -> tuple[list[dict[str, Any]], dict[str, dic
             manifests[stage, manifest["fingerprint"]] = manifest
             used[stage, manifest["fingerprint"]].add(run["run"])
     shared = [
-        {"stage": stage} | _cost([m for (name, _), m in manifests.items() if name == stage and len(used[name, _]) > 1])
+        {"stage": stage}
+        | _cost([manifest for key, manifest in manifests.items() if key[0] == stage and len(used[key]) > 1])
         for stage in STAGES
     ]
     own = {
         run["run"]: _cost([manifest for key, manifest in manifests.items() if used[key] == {run["run"]}])
         for run in made
     }
-    return [row for row in shared if row["artifacts"]], own
+    return [row for row in shared if row["artifacts"]], own, _cost(list(manifests.values()))
 
 
 def _cost(manifests: Runs) -> dict[str, Any]:
@@ -238,16 +242,19 @@ def of_tests(measured: dict[str, Any]) -> Table:
 def of_shared(measured: dict[str, Any]) -> Table:
     """A row for each stage that several runs share."""
     rows = [("shared stage", "artifacts", "time", unit(measured))]
-    for row in measured["shared"]:
+    for row in (*measured["shared"], {"stage": "the whole sweep"} | measured["total"]):
         hours = "–" if row["device_hours"] is None else f"{row['device_hours']:.2g}"
         rows.append((row["stage"], str(row["artifacts"]), _duration({"mean": row["seconds"], "std": None}), hours))
-    data = [row | {"devices": " ".join(row["devices"])} for row in measured["shared"]]
+    data = [
+        row | {"devices": " ".join(row["devices"])}
+        for row in (*measured["shared"], {"stage": "all"} | measured["total"])
+    ]
     return Table("methods_shared", "Shared stages", rows, data, SHARED_NOTE)
 
 
 def unit(measured: dict[str, Any]) -> str:
     """What time on devices is called: GPU hours only where all of it was on GPUs."""
-    return "GPU hours" if measured["devices"] == ["cuda"] else "device hours"
+    return "GPU hours" if measured["total"]["devices"] == ["cuda"] else "device hours"
 
 
 def shown(value: Any) -> str:

@@ -216,7 +216,11 @@ def test_what_runs_share_is_counted_once_and_stands_apart(compared):
     assert cost["best_of_4"] == (2.0, pytest.approx(2 / 3600))
     heading, *rows = sweep_table.tables(compared.results)[0].rows
     assert heading[-2] == "device hours" and rows[2][-3] == "12.0 ± 0.0 s"
-    assert method_table.of_models(measured | {"devices": ["cuda"]}).rows[0][-2] == "GPU hours"
+    on_gpus = measured | {"total": measured["total"] | {"devices": ["cuda"]}}
+    assert method_table.of_models(on_gpus).rows[0][-2] == "GPU hours"
+    total = 5 * 2 + 6 * 10 + 6 * 2 + 14 * 2  # what is shared; PPO, DPO and the evaluation of every run
+    assert measured["total"]["seconds"] == total
+    assert measured["total"]["device_hours"] == pytest.approx((total + 3 * 6 * 10) / 3600)
 
 
 def test_the_table_is_in_the_report_in_markdown_and_in_latex(compared):
