@@ -1,8 +1,11 @@
 """Rounds of iterated DPO: each samples from the policy of the round before, and trains that policy."""
 
+import re
+
 import pytest
 
 import threefold
+from threefold import cli
 from threefold.config.compose import compose
 from threefold.errors import UserError
 from threefold.fileio import read_json, read_lines
@@ -59,5 +62,7 @@ def test_two_rounds_are_made_and_kept(smoke, capsys):
     pool = read_lines(run.folder / "comparisons" / "pool.jsonl")
     assert {row[side] for row in pool for side in ("model_a", "model_b")} == {"round-1/dpo"}
     made = {folder.name for folder in (smoke / "artifacts").iterdir()}
+    cli.main(["status", *given])
+    assert re.search(r"^dpo +fresh", capsys.readouterr().out, re.MULTILINE)
     threefold.make(*given)
     assert {folder.name for folder in (smoke / "artifacts").iterdir()} == made

@@ -12,7 +12,7 @@ from threefold.config.compose import compose
 from threefold.data import preferences
 from threefold.errors import UserError
 from threefold.fileio import read_lines
-from threefold.schema.stages import PAIR_LOSSES
+from threefold.schema.stages import BETAS, LABEL_LOSSES, PAIR_LOSSES
 from threefold.stages import dpo
 from threefold.training import hf_trainer
 
@@ -302,3 +302,9 @@ def test_what_a_loss_needs_in_one_pass_or_process_is_not_split(options, message)
     with pytest.raises(UserError, match=message):
         check_shares(compose(["experiment=smoke", *options]), ["dpo"])
     check_shares(compose(["experiment=smoke", "dpo.loss_type=kto", "launch=ddp", "launch.processes=2"]), ["dpo"])
+
+
+def test_beta_is_that_of_the_loss_where_it_is_null():
+    assert set(BETAS) == {*PAIR_LOSSES, *LABEL_LOSSES, "simpo"}
+    config = compose(["experiment=smoke", "dpo.loss_type=sigmoid_norm", "dpo.beta=null"]).dpo
+    assert dpo.beta_of(config) == 5.0 and dpo.beta_of(compose(["experiment=smoke", "dpo.beta=0.2"]).dpo) == 0.2
