@@ -33,7 +33,7 @@ def run(job: Job) -> dict[str, Any]:
     tokens = ordered.tokens()
     passes = (6 + 2) * tokens + 2 * 2 * test.tokens()  # trained, and by the reference; held out, by both
     job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * passes)
-    model = fit(job, model, tokenizer, ordered, batch_size)
+    model = fit(job, model, tokenizer, ordered, batch_size, hf_trainer.held_out_rows(job, test.rows, len(order)))
     if not job.main:
         return {}
     loading.save(model, tokenizer, job.out)
@@ -49,7 +49,7 @@ def run(job: Job) -> dict[str, Any]:
     return measured | counted | dropped | {"template_hash": chat.template_hash(tokenizer)}
 
 
-class TokenisedTrainer(DPOTrainer):
+class TokenisedTrainer(hf_trainer.Undisturbed, DPOTrainer):
     """TRL's trainer on rows that have their tokens already, with a progress bar of the reference's log-probabilities.
 
     TRL renders no template, so every stage renders alike.
@@ -70,8 +70,11 @@ class TokenisedTrainer(DPOTrainer):
         return logprobs
 
 
-def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size: int) -> Any:
-    """Train with TRL on pairs that are already tokenised; reference log-probabilities are computed once and kept."""
+def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size: int, held_out: Any = None) -> Any:
+    """Train with TRL on pairs that are already tokenised; reference log-probabilities are computed once and kept.
+
+    The loss is measured on rows that are `held_out`, where there are any.
+    """
     config, steps = job.config.dpo, len(pairs.rows) // batch_size
     arguments = DPOConfig(
         **hf_trainer.arguments(job, batch_size, steps, config.seed),
@@ -84,17 +87,20 @@ def fit(job: Job, model: Any, tokenizer: Any, pairs: TokenisedPairs, batch_size:
         max_length=None,
     )
     with ranks.main_first(job):
-        rows = on_disk(job, pairs)
-    bar = job.progress(len(rows), "pairs", part="reference")
-    trainer = TokenisedTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, bar=bar)
+        rows = on_disk(job, pairs.rows, "pairs")
+        measured = on_disk(job, held_out, "held_out") if held_out else None
+    bar = job.progress(len(rows) + len(held_out or ()), "pairs", part="reference")
+    trainer = TokenisedTrainer(
+        model, args=arguments, train_dataset=rows, eval_dataset=measured, processing_class=tokenizer, bar=bar
+    )
     return hf_trainer.train(trainer, job, batch_size, "pairs")
 
 
-def on_disk(job: Job, train: TokenisedPairs) -> Dataset:
+def on_disk(job: Job, rows: list[dict[str, list[int]]], name: str) -> Dataset:
     """The pairs' tokens in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
-    folder = job.checkpoints / "pairs"
+    folder = job.checkpoints / name
     if not (folder / "state.json").exists():
-        Dataset.from_list(train.rows).save_to_disk(folder)
+        Dataset.from_list(rows).save_to_disk(folder)
     return cast(Dataset, load_from_disk(folder))
 
 

@@ -99,6 +99,8 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
+            metrics["learning_rate"] = ppo.optimizers["policy"].param_groups[0]["lr"]
+            metrics["episodes_per_second"] = config.batch_size / (time.perf_counter() - started)
             ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
@@ -108,6 +110,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         job.log(number + 1, metrics, {"rollout": number + 1})
         if job.tracked:
             job.show(views(job, ppo.tokenizer, number + 1, batch, rollout, advantages, ppo.ratios), number + 1)
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("score", "kl")}, refresh=False)
         bar.update(config.batch_size)
         if number + 1 in snapshots(config.snapshots, total) and ppo.accelerator.is_main_process:
             episodes = (number + 1) * config.batch_size

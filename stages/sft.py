@@ -48,7 +48,8 @@ def run(job: Job) -> dict[str, Any]:
     passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
     job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * (6 * tokens + 2 * passed))
     before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
-    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
+    unseen = hf_trainer.held_out_rows(job, [labelled(*pairs[i]) for i in fitting], len(order))
+    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size, unseen)
     if not job.main:
         return {}
     loading.save(model, tokenizer, job.out)
@@ -70,12 +71,25 @@ def run(job: Job) -> dict[str, Any]:
 
 def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
     """A training row: the prompt's labels are -100, the reply's and its end token's are themselves."""
-    prompt, reply = chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply)
+    return labelled(chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply))
+
+
+def labelled(prompt: list[int], reply: list[int]) -> dict[str, list[int]]:
+    """The row of a prompt and a reply in token ids."""
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int) -> Any:
-    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
+class Trainer(hf_trainer.Undisturbed, SFTTrainer):
+    """TRL's, undisturbed by what is measured."""
+
+
+def fit(
+    job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int, held_out: Any = None
+) -> Any:
+    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them.
+
+    Its loss is measured on rows that are `held_out`, where there are any.
+    """
     config, processes, steps = job.config.sft, job.device.processes, len(rows) // batch_size
     if processes > 1:
         unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
@@ -87,7 +101,10 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    measured = Dataset.from_list(held_out) if held_out else None
+    trainer = Trainer(
+        model, arguments, train_dataset=Dataset.from_list(rows), eval_dataset=measured, processing_class=tokenizer
+    )
     return hf_trainer.train(trainer, job, batch_size, "examples")
 
 
