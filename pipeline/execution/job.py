@@ -77,7 +77,8 @@ class Job:
     def progress(self, total: int, unit: str, initial: int = 0, part: str = "") -> tqdm:
         """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left, of a `part` of the stage."""
         quiet = not sys.stderr.isatty()
-        bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} "
+        bar += "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         return tqdm(
             total=total, initial=initial, unit=unit, unit_scale=True, bar_format=bar,
             desc=f"{self.stage} {part}".strip(),
