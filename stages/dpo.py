@@ -11,6 +11,7 @@ from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
 from threefold.evaluation import statistics
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.training import hf_trainer
@@ -31,8 +32,9 @@ def run(job: Job) -> dict[str, Any]:
     counted = hf_trainer.trained_on(job, [order], len(train.rows), batch_size, "pairs")
     ordered, steps = train.take(order), len(order) // batch_size
     tokens = ordered.tokens()
-    passes = (6 + 2) * tokens + 2 * 2 * test.tokens()  # trained, and by the reference; held out, by both
-    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * passes)
+    # scored by the reference as well; held out, by both
+    work = Work(tokens, tokens + 2 * test.tokens(), shape=(2 * batch_size, tokens // len(order) // 2))
+    job.announce(f"{tokens // steps:,} tokens", steps, model, work)
     model = fit(job, model, tokenizer, ordered, batch_size, hf_trainer.held_out_rows(job, test.rows, len(order)))
     if not job.main:
         return {}

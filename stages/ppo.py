@@ -33,6 +33,7 @@ from threefold import rewards
 from threefold.errors import UserError
 from threefold.evaluation import checkup
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.ppo import actors, rollouts, safety
@@ -99,8 +100,8 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
-            metrics["learning_rate"] = ppo.optimizers["policy"].param_groups[0]["lr"]
-            metrics["episodes_per_second"] = config.batch_size / (time.perf_counter() - started)
+            speed = config.batch_size / (time.perf_counter() - started)
+            metrics |= {"learning_rate": config.learning_rate * (1 - number / total), "episodes_per_second": speed}
             ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
@@ -157,18 +158,17 @@ def plan(job: Job) -> list[Prompt]:
     longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
     length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
     trained = 1 + (meta_models.critic is not None and not meta_models.shared)
-    passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
-    size = loading.parameter_count(getattr(meta_models.policy, "base", meta_models.policy))
-    total = max(1, config.episodes // config.batch_size)
+    total, micro = max(1, config.episodes // config.batch_size), micro_batch_size(job)
+    tokens, new = (part * config.batch_size * total for part in (length, limits.max_new_tokens))
+    shape = micro, round(length)  # scored by reference, reward model and critic
+    work = Work(trained * config.epochs * tokens, (2 + trained) * tokens, new, shape, limits.batch_size)
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
-    flops = passes * size * length * config.batch_size * total
-    job.announce(batch, total * config.minibatches * config.epochs, flops)
+    steps = total * config.minibatches * config.epochs
+    job.announce(batch, steps, loading.load_policy(job.inputs["sft"], job.device.type), work)
     sampled = min(limits.batch_size, config.batch_size) if config.sampler == "own" else 0
-    needed = safety.memory_needed(meta_models, longest, sampled, micro_batch_size(job))
-    free = safety.memory_available(job.device.type)
-    job.say(safety.memory_line(needed, free))
-    if advice := safety.memory_shortage(needed, free):
-        job.say(advice)
+    needed, free = safety.memory_needed(meta_models, longest, sampled, micro), safety.memory_available(job.device.type)
+    for line in filter(None, (safety.memory_line(needed, free), safety.memory_shortage(needed, free))):
+        job.say(line)
     return prompts
 
 

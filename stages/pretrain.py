@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments, get_wsd_schedule
 from threefold.data import reading
 from threefold.evaluation import baselines, held_out
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, loading
 from threefold.training import fused, hf_trainer
@@ -31,8 +32,10 @@ def run(job: Job) -> dict[str, Any]:
         shuffled = reading.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
-        flops = loading.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
-        job.announce(f"{config.batch_size * config.context:,} tokens", steps, flops)
+        # windows of what is scored overlap by half
+        work = Work(config.tokens, 2 * config.eval_tokens, shape=(config.batch_size, config.context))
+        compared = baselines.estimated_seconds(train_texts, texts)
+        job.announce(f"{config.batch_size * config.context:,} tokens", steps, model, work, compared)
         rows = PackedRows(stream, config.context, steps * config.batch_size)
         model = fit(job, model, rows, steps, held_out_rows(job, tokenizer, texts, len(rows)))
     if not job.main:

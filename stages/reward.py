@@ -15,6 +15,7 @@ from threefold.data import preferences
 from threefold.data.preferences import Pair, TokenisedPairs
 from threefold.errors import UserError
 from threefold.evaluation import checkup
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, ensemble, likelihood, loading, lora
 from threefold.models.ensemble import Ensemble
@@ -73,13 +74,13 @@ def require_margins(config: Any, train: TokenisedPairs) -> None:
 def announce(job: Job, ordered: list[TokenisedPairs], batch_size: int, test: TokenisedPairs) -> None:
     """One line: device, batch, and the time of sampling, of training all members, and of the check-up."""
     config, limits = job.config.reward, job.config.sampling
-    size = loading.parameter_count(loading.load_policy(job.inputs["sft"], "meta"))
     steps, tokens = len(ordered[0].rows) // batch_size, sum(pairs.tokens() for pairs in ordered)
-    length = test.tokens() / 2 / len(test.rows)
+    length = test.tokens() // 2 // len(test.rows)
     scored = config.ensemble * sequences_checked(config, test) * length
-    sampled = len(_prompts(test.pairs)) * (length + limits.max_new_tokens)
-    batch = f"{tokens // steps // config.ensemble:,} tokens"
-    job.announce(batch, steps * config.ensemble, size * (6 * tokens + 2 * (scored + sampled)))
+    sampled = len(_prompts(test.pairs)) * limits.max_new_tokens
+    work = Work(tokens, scored, sampled, (2 * batch_size, length), limits.batch_size)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)  # as fast as the model with a score head
+    job.announce(f"{tokens // steps // config.ensemble:,} tokens", steps * config.ensemble, policy, work)
 
 
 def sequences_checked(config: Any, test: TokenisedPairs) -> int:

@@ -10,6 +10,7 @@ from threefold.data.reading import Example
 from threefold.errors import require_most
 from threefold.evaluation import held_out
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, loading
 from threefold.sampling import sampler
@@ -31,24 +32,23 @@ def run(job: Job) -> dict[str, Any]:
     asked = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     asked, held_out_refused = chat.accepted(tokenizer, asked, source)
     pairs = held_out.reply_pairs(tokenizer, asked)
-    prompts = [prompt for prompt, _ in pairs]
     fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
     require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
     measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
-    prompts = [prompts[i] for i in sampler.with_room(prompts, model, job.config.sampling)]
+    prompts = [pairs[i][0] for i in sampler.with_room([prompt for prompt, _ in pairs], model, job.config.sampling)]
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(rows))
     order = hf_trainer.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
-    steps = len(order) // batch_size
-    tokens = sum(len(rows[i]["input_ids"]) for i in order)
+    steps, tokens = len(order) // batch_size, sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     counted = hf_trainer.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         count = sum(refused.values())
         job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} examples")
-    passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
-    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * (6 * tokens + 2 * passed))
+    shape, new = (batch_size, tokens // len(order)), len(prompts) * job.config.sampling.max_new_tokens
+    work = Work(tokens, 2 * len(fitting) * shape[1], new, shape, job.config.sampling.batch_size)  # scored twice
+    job.announce(f"{tokens // steps:,} tokens", steps, model, work)
     before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
-    unseen = hf_trainer.held_out_rows(job, [labelled(*pairs[i]) for i in fitting], len(order))
+    unseen = hf_trainer.held_out_rows(job, [labelled(*pair) for pair in measured[0]], len(order))
     model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size, unseen)
     if not job.main:
         return {}
