@@ -170,7 +170,8 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     read = sum(map(len, ids))
     shape = (limits.batch_size, read // max(1, len(ids)))
     work = Work(0, read * len(policies), total * limits.max_new_tokens, shape, limits.batch_size)
-    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, model, work)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)
+    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, policy, work)
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
     for number, (name, folder) in enumerate(policies.items()):

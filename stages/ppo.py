@@ -160,8 +160,7 @@ def plan(job: Job) -> list[Prompt]:
     trained = 1 + (meta_models.critic is not None and not meta_models.shared)
     total, micro = max(1, config.episodes // config.batch_size), micro_batch_size(job)
     tokens, new = (part * config.batch_size * total for part in (length, limits.max_new_tokens))
-    shape = micro, round(length)  # scored by reference, reward model and critic
-    work = Work(trained * config.epochs * tokens, (2 + trained) * tokens, new, shape, limits.batch_size)
+    work = Work(trained * config.epochs * tokens, (2 + trained) * tokens, new, (micro, int(length)), limits.batch_size)
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
     steps = total * config.minibatches * config.epochs
     job.announce(batch, steps, loading.load_policy(job.inputs["sft"], job.device.type), work)

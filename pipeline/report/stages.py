@@ -235,16 +235,18 @@ class Curve:
     columns: dict[str, tuple[str, str]]
 
 
-LOSS_NOTE = "Has training come to rest, and does nothing spike?"
+LOSS_NOTE = "Has training come to rest, and does the held-out loss still fall?"
+LOSS = {"loss": ("loss", "one"), "eval_loss": ("held out", "human")}
 CURVES = {
-    "pretrain": [Curve("loss", "training loss, nats per token", LOSS_NOTE, {"loss": ("loss", "base")})],
-    "sft": [Curve("loss", "training loss, nats per reply token", LOSS_NOTE, {"loss": ("loss", "sft")})],
+    "pretrain": [Curve("loss", "training loss, nats per token", LOSS_NOTE, LOSS | {"loss": ("loss", "base")})],
+    "sft": [Curve("loss", "training loss, nats per reply token", LOSS_NOTE, LOSS | {"loss": ("loss", "sft")})],
     "reward": [
         Curve("loss", "Bradley-Terry loss, nats", "Below ln 2 = 0.693 it tells replies apart.",
-              {"loss": ("loss", "reward")}),
+              LOSS | {"loss": ("loss", "reward")}),
         Curve("accuracy", "training accuracy", "How far above one half is it?", {"accuracy": ("accuracy", "reward")}),
     ],
     "dpo": [
+        Curve("loss", "DPO loss, nats", LOSS_NOTE, LOSS | {"loss": ("loss", "dpo")}),
         Curve(
             "logps", "log-probability of replies, nats", "Do chosen replies stay likely, or do both fall?",
             {"logps/chosen": ("chosen", "dpo"), "logps/rejected": ("rejected", "human")},
@@ -288,12 +290,13 @@ def stage_curves(run: Run, stage: str) -> list[Figure]:
     """The figures of one training stage."""
     steps, drawn = read_lines(run.folder / stage / "log.jsonl"), []
     for curve in CURVES[stage]:
+        columns = {key: drawn_as for key, drawn_as in curve.columns.items() if any(key in row for row in steps)}
         data = [
-            {"step": row["step"], **{key: row.get(key) for key in curve.columns}}
+            {"step": row["step"], **{key: row.get(key) for key in columns}}
             for row in steps
-            if any(key in row for key in curve.columns)
+            if any(key in row for key in columns)
         ]
         if len(data) > 1:
             title = f"{stage}: {curve.title}"
-            drawn.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, curve.columns))
+            drawn.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, columns))
     return drawn
