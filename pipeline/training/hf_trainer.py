@@ -49,12 +49,13 @@ class Undisturbed:
 
     def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
         """The Trainer's own evaluation."""
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             return super().evaluate(*given, **options)  # ty: ignore[unresolved-attribute]
 
 
 HELD_OUT_SHARE = 0.05  # of the cost of training that all evaluations of its held-out loss may have, about
-LEAST_HELD_OUT = 8  # rows
+LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # rows
 
 
 def held_out_rows(job: Job, rows: Any, trained: int) -> Any:
@@ -65,7 +66,7 @@ def held_out_rows(job: Job, rows: Any, trained: int) -> Any:
     times = job.config.runtime.evaluations
     if not times or not len(rows):
         return None
-    return rows[: max(LEAST_HELD_OUT, int(3 * HELD_OUT_SHARE * trained / times))]
+    return rows[: min(MOST_HELD_OUT, max(LEAST_HELD_OUT, int(3 * HELD_OUT_SHARE * trained / times)))]
 
 
 def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Path | None = None) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
     return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
         "per_device_train_batch_size": micro_batch_size,
-        "per_device_eval_batch_size": micro_batch_size,
+        "per_device_eval_batch_size": 1,  # then the mean over batches is that over rows, however they are shared out
         "gradient_accumulation_steps": share // micro_batch_size,
         "ddp_find_unused_parameters": True,  # buckets then stay as they are: a resumed run adds up in the same order
         "max_steps": steps,
