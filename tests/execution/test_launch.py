@@ -100,7 +100,7 @@ def agree(ours: Path, theirs: Path, stage: str, leaving: str | None = None) -> N
     assert len(logs[0]) == len(logs[1]) >= 20
     for mine, other in zip(*logs, strict=True):
         assert mine.pop(leaving, None) is None or other.pop(leaving) > 0
-        assert mine.get("loss") == pytest.approx(other.get("loss"), rel=1e-4), f"step {mine["step"]}"
+        assert mine.get("loss") == pytest.approx(other.get("loss"), rel=1e-4), f"step {mine['step']}"
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
