@@ -44,15 +44,16 @@ const near = new IntersectionObserver(entries => {
   draw(plots);
 }, {rootMargin: "500px"});
 const plots = [...document.querySelectorAll(".plot")], drawn = () => plots.filter(plot => plot.dataset.drawn);
-for (const plot of plots) near.observe(plot);
-if (plots.length) (window.requestIdleCallback ?? setTimeout)(plotly);  // printing does not wait for it
+if (!window.DecompressionStream) for (const plot of plots) plot.textContent = "This browser is too old to draw figures; their numbers are in the folder report.";
+else for (const plot of plots) near.observe(plot);
+if (plots.length && window.DecompressionStream) (window.requestIdleCallback ?? setTimeout)(plotly);  // printing does not wait
 
 function forPrint() {
   for (const details of document.querySelectorAll("details")) {
     if (print.matches) details.dataset.was = details.open;
     details.open = print.matches || details.dataset.was === "true";
   }
-  draw(print.matches ? plots : drawn());
+  draw(print.matches && window.DecompressionStream ? plots : drawn());
 }
 
 dark.addEventListener("change", () => draw(drawn()));

@@ -173,7 +173,8 @@ def frontier_section(run: Run) -> Section | None:
     }
     drawn = [frontier_figure(frontier, score, title) for score, title in titles.items()]
     parts = (measured(frontier), laws(frontier), *drawn)
-    return Section("frontier", "Frontier", lead, points=tuple(frontier["advice"]), parts=parts)
+    told = tuple(frontier["advice"]) if run.evaluation else ()  # otherwise the report begins with it
+    return Section("frontier", "Frontier", lead, points=told, parts=parts)
 
 
 def measured(frontier: dict[str, Any]) -> Table:

@@ -284,7 +284,8 @@ def studied(run: Run) -> list[str]:
     """What a sweep and a frontier of the run came to."""
     kinds, sentences = studies_in(run.folder), []
     if "sweep" in kinds and (sweep := sweep_table.current(run.folder)):
-        sentences += sweep_table.sentences(sweep)[:3]
+        first, *others = sweep_table.sentences(sweep)
+        sentences += [line for line in others if line.startswith("Best: ")] or [first]
     if "frontier" in kinds and (measured := frontier.current(run.folder)):
         sentences += measured["advice"]
     return sentences

@@ -155,6 +155,14 @@ def test_a_page_without_its_script_still_has_every_word(visit):
     assert page.locator("#summary li").count() > 5 and "numbers are in the folder report" in page.inner_text("noscript")
 
 
+def test_a_browser_that_cannot_unpack_plotly_says_so(visit, browser):
+    page = browser.new_context(viewport=DESKTOP).new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(visit.address)
+    assert page.locator('[data-figure="ppo_kl"]').inner_text().startswith("This browser is too old to draw figures")
+    assert page.locator(".sample:visible").count() == 1
+
+
 # Samples
 
 
