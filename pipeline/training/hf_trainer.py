@@ -51,7 +51,7 @@ class Undisturbed:
         """The Trainer's own evaluation."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            return super().evaluate(*given, **options)  # ty: ignore[unresolved-attribute]
+            return super().evaluate(*given, **options)  # ty: ignore[missing-attribute]
 
 
 HELD_OUT_SHARE = 0.05  # of the cost of training that all evaluations of its held-out loss may have, about
