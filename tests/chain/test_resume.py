@@ -46,6 +46,9 @@ def test_killed_stage_continues_to_the_same_bits(stage, smoke, tmp_path):
         assert filecmp.cmp(killed / "smoke" / stage / name, undisturbed / "smoke" / stage / name, shallow=False)
     steps = [len((runs / "smoke" / stage / "log.jsonl").read_text().splitlines()) for runs in (killed, undisturbed)]
     assert steps[0] == steps[1]
+    logs = [map(json.loads, (runs / "smoke" / stage / "log.jsonl").open()) for runs in (killed, undisturbed)]
+    held_out = [[row for row in log if "eval_loss" in row] for log in logs]
+    assert held_out[0] == held_out[1] and bool(held_out[0]) == (stage != "ppo")
 
 
 def kill_after_first_checkpoint(options: list[str], runs: Path, stage: str) -> None:
