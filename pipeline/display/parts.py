@@ -99,6 +99,49 @@ def _markdown_row(cells: Iterable[str], line_break: str) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+def markdown(table: Table) -> str:
+    """A table in Markdown below its title, with its note."""
+    rule = [*["---"] * table.texts, *["---:"] * (len(table.rows[0]) - table.texts)]
+    return "\n".join(
+        [f"## {table.title}", "", *markdown_lines(table.rows, rule), *(["", table.note] if table.note else [])]
+    )
+
+
+def latex(table: Table) -> str:
+    """A table in LaTeX, for the packages booktabs and graphicx, with its title and note as the caption."""
+    from pandas import DataFrame
+
+    heading, *rows = ([_latex_text(cell) for cell in row] for row in table.rows)
+    styled = DataFrame(rows, columns=heading).style.hide(axis="index")
+    columns = "l" * table.texts + "r" * (len(heading) - table.texts)
+    body = styled.to_latex(hrules=True, column_format=columns).rstrip()
+    caption = _latex_text(" ".join(filter(None, (f"{table.title}.", table.note))))
+    return LATEX.format(body=body, caption=caption, label=table.name)
+
+
+LATEX = """\
+\\begin{{table}}
+\\centering
+\\caption{{{caption}}}
+\\label{{tab:{label}}}
+\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
+{body}
+}}
+\\end{{table}}
+"""
+# signs that LaTeX takes for its own, and those that older ones do not know
+SIGNS = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "≤": r"$\le$", "–": "--",
+    "…": r"\dots{}", "[": "{[}", "*": "{*}",  # at the beginning of a row these would belong to the end of the last
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    return "".join(SIGNS.get(sign, sign) for sign in " ".join(text.split()))
+
+
 def csv_text(data: list[dict[str, Any]]) -> str:
     """Rows as CSV; columns are the union of their keys in the order that they first occur, what is missing is empty."""
     columns = list(dict.fromkeys(key for row in data for key in row))

@@ -131,8 +131,9 @@ class Job:
             write_json(self.out / "metrics.json", metrics | cost)
         if self.trackers:
             self.trackers.finish(metrics | cost, self.out)
+        devices = {"devices": {"type": self.device.type, "count": self.device.processes}}
         environment = {"python": platform.python_version(), "device": str(self.device)} | commit()
-        return cost | {"environment": environment | {name: version(name) for name in VERSIONED}}
+        return cost | devices | {"environment": environment | {name: version(name) for name in VERSIONED}}
 
     def close(self) -> None:
         """End tracking, whether the stage succeeded or not, and leave the GPU's memory to others."""

@@ -32,21 +32,14 @@ def sweep_section(run: Run) -> Section | None:
     if sweep is None:
         return Section("sweep", "Sweep", (OLD_SWEEP,))
     points = (*sweep_table.sentences(sweep), *sweep_table.failures(sweep))
-    return Section("sweep", "Sweep", points=points, parts=(settings(sweep), *drawn(sweep)))
-
-
-def settings(sweep: Sweep) -> Table:
-    """A row for each setting, the best first."""
-    rows, places = sweep_table.table(sweep), ("trial", "state", "made", "mean", "std", "kl")
-    data = [row["setting"] | {place: row[place] for place in places if place in row} for row in sweep["settings"]]
-    return Table("sweep", f"Settings by {sweep['metric']}", rows, data, texts=0)
+    return Section("sweep", "Sweep", points=points, parts=(*sweep_table.tables(sweep), *drawn(sweep)))
 
 
 def drawn(sweep: Sweep) -> list[Figure]:
     """The figures that the sweep has numbers for."""
     if not any(made(sweep)):
         return []
-    drawings = [by_key(sweep, key) for key in sweep["keys"]]
+    drawings = [by_key(sweep, key) for key in sweep["keys"] if any(key in row["setting"] for row in made(sweep))]
     if sweep["importance"]:
         drawings.append(importance(sweep))
     if any(row["kl"] is not None for row in made(sweep)):
@@ -55,16 +48,17 @@ def drawn(sweep: Sweep) -> list[Figure]:
 
 
 def by_key(sweep: Sweep, key: str) -> Figure:
-    """The metric of every setting against its value of one key, with its spread over seeds."""
-    figure = marks(made(sweep), lambda row: row["setting"][key])
-    numbers = all(type(row["setting"][key]) in (int, float) for row in made(sweep))
+    """The metric of every setting that has the key against its value, with its spread over seeds."""
+    rows = [row for row in made(sweep) if key in row["setting"]]
+    figure = marks(rows, lambda row: row["setting"][key])
+    numbers = all(type(row["setting"][key]) in (int, float) for row in rows)
     if key in sweep["log_keys"]:
-        ticks = log_ticks([row["setting"][key] for row in made(sweep)])
+        ticks = log_ticks([row["setting"][key] for row in rows])
         figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     else:
         figure.update_xaxes(type="linear" if numbers else "category")
     layout = figures.drawing(figure, key, sweep["metric"], showlegend=True)
-    data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in made(sweep)]
+    data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in rows]
     note = "Which values do well, whatever the other keys are? Whiskers are standard deviations over seeds."
     return Figure(f"sweep_by_{key.replace('/', '_')}", f"By {key}", note, layout, data)
 

@@ -180,6 +180,7 @@ class Config:
     dependents: bool = MISSING
     seed: int = number(0)
     seeds: int | None = number(2)
+    rounds: int | None = number(2)
     precision: str = one_of("auto", "fp32", "bf16")
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

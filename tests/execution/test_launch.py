@@ -290,6 +290,6 @@ def test_every_stage_says_devices_mode_and_batch(mode, capsys):
     job = Job.__new__(Job)
     job.stage, job.main = "sft", True
     job.device = device.Device("cpu", False, 1, 1 if mode == "single" else 2, mode)
-    job.announce("824 tokens", 32, 0)
+    job.announce("824 tokens", 32, None, device.Work())
     start = "1 CPU threads, fp32 · one process" if mode == "single" else f"2 × 1 CPU threads, fp32 · {mode}"
     assert capsys.readouterr().out.startswith(f"sft          {start} · 824 tokens × 32 steps")

@@ -498,9 +498,12 @@ def test_an_option_may_stand_between_overrides(place, monkeypatch):
             ["report", "--compare", "smokey"],
             "error: --compare smokey: no other run of {runs} with a finished stage; there ",
         ),
-        (["report", "--compare"], "error: --compare: expected one argument\n"),
+        (["report", "--compare"], "error: --compare: name the run to set beside it, for example --compare demo-2\n"),
         (["run", "--compare", "other"], "error: --compare: is an option of report, not of run\n"),
-        (["report", "--comp", "other"], "error: --comp: no such option; overrides are written KEY=VALUE\n"),
+        (
+            ["report", "--comp", "other"],
+            "error: --comp: no such option; overrides are written KEY=VALUE (nearest: --compare)\n",
+        ),
     ],
 )
 def test_a_wrong_comparison_is_one_line_and_status_2(arguments, line, copied, capsys):

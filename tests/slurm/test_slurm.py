@@ -3,6 +3,7 @@
 import os
 import stat
 import types
+from collections import Counter
 
 import pytest
 from helpers import composed
@@ -468,6 +469,18 @@ def test_the_commands_print_what_was_sent_and_ended(lab, capsys):
     lab.states.clear()
     cli.main(["cancel", *own])
     assert capsys.readouterr().out == "nothing to cancel: run smoke has no jobs in Slurm\n"
+
+
+def test_all_runs_of_a_sweep_are_sent_at_once(lab, capsys):
+    cli.main(["submit", "experiment=smoke", f"runs={lab.runs}", "method=ppo,dpo", "dpo.beta=0.1,0.3"])
+    sent = Counter(work.stage for work in lab.work.values())
+    assert sent == {stage: 1 for stage in STAGES} | {"dpo": 2, "evaluate": 3}
+    assert "smoke/variants/method=dpo,dpo.beta=0.3" in capsys.readouterr().out
+    job = next(work for work in lab.work.values() if "dpo.beta=0.3" in work.overrides and work.stage == "evaluate")
+    assert {"evaluate.models=[sft,dpo]", "evaluate.reward_model=true", "dpo.beta=0.3"} <= set(job.overrides)
+    with pytest.raises(SystemExit):
+        cli.main(["submit", "experiment=smoke", "dpo.beta=0.1,0.3", "sweep.trials=2"])
+    assert "a search waits for results" in capsys.readouterr().err
 
 
 def test_without_slurm_the_command_says_so(monkeypatch, tmp_path, capsys):
