@@ -12,6 +12,7 @@ from threefold.data.preferences import Pair
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation.players import policy_name
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.fileio import write_lines
 from threefold.models import chat, ensemble, loading, template
@@ -165,9 +166,12 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
             unusable[split]["prompt leaves no room for a reply"] = {"count": before - len(after)}
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    flops = 2 * loading.parameter_count(model) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
-    total = len(asked) * len(replying)
-    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(replying))
+    total, limits = len(asked) * len(replying), job.config.sampling
+    read = sum(map(len, ids))
+    shape = (limits.batch_size, read // max(1, len(ids)))
+    work = Work(0, read * len(replying), total * limits.max_new_tokens, shape, limits.batch_size)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)
+    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, policy, work)
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
     for number, (name, folder) in enumerate(replying.items()):

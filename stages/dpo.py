@@ -16,6 +16,7 @@ from threefold.data.preferences import TokenisedPairs
 from threefold.errors import UserError
 from threefold.evaluation import statistics
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.schema.stages import BETAS, LABEL_LOSSES
@@ -47,11 +48,14 @@ def run(job: Job) -> dict[str, Any]:
     counted = hf_trainer.trained_on(job, [order], len(data.rows), batch_size, unit)
     ordered, steps = data.take(order), len(order) // batch_size
     tokens = ordered.tokens()
-    # trained, and by the reference, with kto both on mismatched replies as well; held out, by both
-    passes = (6 + 2 + (2 + 2) * (config.loss_type == "kto")) * tokens + 2 * 2 * test.tokens()
-    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * passes)
+    # scored by the reference, with kto by both on mismatched replies as well; held out, by both
+    scored = (1 + 2 * (config.loss_type == "kto")) * tokens + 2 * test.tokens()
+    rows = batch_size * (1 if of_labels else 2)
+    work = Work(tokens, scored, shape=(rows, tokens // steps // rows))
+    job.announce(f"{tokens // steps:,} tokens", steps, model, work)
     reference = None if config.reference_sync_every is None else loading.load_policy(start)
-    model = fit(job, model, tokenizer, ordered, batch_size, reference)
+    held_out = None if of_labels else hf_trainer.held_out_rows(job, test.rows, len(order))
+    model = fit(job, model, tokenizer, ordered, batch_size, reference, held_out)
     if not job.main:
         return {}
     loading.save(model, tokenizer, job.out)
@@ -134,7 +138,7 @@ class OwnRows:
         return logprobs
 
 
-class PairTrainer(OwnRows, DPOTrainer):
+class PairTrainer(hf_trainer.Undisturbed, OwnRows, DPOTrainer):
     """TRL's DPOTrainer; its loss `sft` is a mean over the tokens of an optimiser step rather than of one pass of it.
 
     With `gamma` sigmoid_norm becomes SimPO (Meng et al. 2024, arXiv 2405.14734), which has no reference and a target
@@ -164,7 +168,7 @@ class PairTrainer(OwnRows, DPOTrainer):
     def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
         """The loss of one pass."""
         if self.tokens_of_a_pass is not None:
-            share = (chosen_tokens(inputs) / self.tokens_of_a_pass).item()
+            share = (chosen_tokens(inputs) / self.tokens_of_a_pass).item() if model.training else 1.0
             weights = zip(self.loss_types, cast(Any, self.args).loss_weights, strict=True)
             self.loss_weights = [weight * share if kind == "sft" else weight for kind, weight in weights]
         return super().compute_loss(model, inputs, *rest, **options)
@@ -200,23 +204,27 @@ class KeepReference(TrainerCallback):
 
 
 def fit(
-    job: Job, model: Any, tokenizer: Any, data: TokenisedPairs | Replies, batch_size: int, reference: Any = None
-) -> Any:
+    job: Job, model: Any, tokenizer: Any, data: TokenisedPairs | Replies, batch_size: int, reference: Any = None,
+    held_out: Any = None,
+) -> Any:  # fmt: skip
     """Train with TRL on pairs or replies that are already tokenised.
 
     `reference` is a model where it moves; otherwise it is `model` before training, whose log-probabilities are computed
-    once and kept.
+    once and kept. The loss is measured on rows of pairs that are `held_out`, where there are any.
     """
     rows = with_mismatched(data.rows, batch_size) if job.config.dpo.loss_type == "kto" else data.rows
     kind: Any = PairTrainer if isinstance(data, TokenisedPairs) else LabelTrainer
     gamma = job.config.dpo.simpo_gamma if job.config.dpo.loss_type == "simpo" else None
     with ranks.main_first(job):
-        stored = on_disk(job, rows)
+        stored = on_disk(job, rows, "pairs")
+        measured = on_disk(job, held_out, "held_out") if held_out else None
     unit, options = ("pairs" if kind is PairTrainer else "replies"), arguments(job, kind, len(rows), batch_size)
-    bar = job.progress(len(rows), unit, part="reference") if reference is None else None
+    total = len(rows) + len(held_out or ())
+    bar = job.progress(total, unit, part="reference") if reference is None else None
     trainer = kind(
-        model, reference, args=options, train_dataset=stored, processing_class=tokenizer, bar=bar, gamma=gamma
-    )
+        model, reference, args=options, train_dataset=stored, eval_dataset=measured, processing_class=tokenizer,
+        bar=bar, gamma=gamma,
+    )  # fmt: skip
     if reference is not None:
         trainer.add_callback(KeepReference(trainer.accelerator.unwrap_model(trainer.ref_model), job))
     return hf_trainer.train(trainer, job, batch_size, unit)
@@ -258,9 +266,9 @@ def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
     )
 
 
-def on_disk(job: Job, rows: list[dict[str, Any]]) -> Dataset:
+def on_disk(job: Job, rows: list[dict[str, Any]], name: str) -> Dataset:
     """The rows' tokens in the checkpoint folder; TRL keeps the reference log-probabilities beside them."""
-    folder = job.checkpoints / "pairs"
+    folder = job.checkpoints / name
     if not (folder / "state.json").exists():
         Dataset.from_list(rows).save_to_disk(folder)
     return cast(Dataset, load_from_disk(folder))

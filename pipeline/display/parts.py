@@ -43,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of the report with what stands below it, in this order."""
+    """A heading of the report with what stands below it, in this order; `folded` is shown when it is opened."""
 
     name: str  # its anchor on the page
     title: str
@@ -52,6 +52,19 @@ class Section:
     points: tuple[str, ...] = ()
     html: Markup | None = None
     parts: tuple[Table | Figure, ...] = ()
+    fold: str = ""  # what the line to open says; `html` then is what is shown first
+    legend: str = ""  # how to read what is folded
+    folded: tuple[Table | Figure, ...] = ()
+
+    @property
+    def content(self) -> tuple[Table | Figure, ...]:
+        """All tables and figures, shown at once or not."""
+        return self.parts + self.folded
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is a heading alone."""
+        return not (self.lead or self.verdict or self.points or self.html or self.content)
 
 
 def terminal(width: int = 160) -> "Console":
@@ -142,7 +155,7 @@ def csv_text(data: list[dict[str, Any]]) -> str:
 def write_csv(folder: Path, sections: list[Section]) -> None:
     """Write `folder`/NAME.csv for every table and figure, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
-    files = {folder / f"{part.name}.csv": part.data for section in sections for part in section.parts}
+    files = {folder / f"{part.name}.csv": part.data for section in sections for part in section.content}
     for file, data in files.items():
         write_text(file, csv_text(data))
     for file in set(folder.glob("*.csv")) - files.keys():

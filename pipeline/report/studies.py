@@ -166,7 +166,33 @@ def frontier_section(run: Run) -> Section | None:
         "second": f"Second judge: {frontier['judges']['second']}",
     }
     drawn = [frontier_figure(frontier, score, title) for score, title in titles.items()]
-    return Section("frontier", "Frontier", lead, points=tuple(frontier["advice"]), parts=(*drawn, laws(frontier)))
+    parts = (measured(frontier), laws(frontier), *drawn)
+    told = tuple(frontier["advice"]) if run.evaluation else ()  # otherwise the report begins with it
+    return Section("frontier", "Frontier", lead, points=told, parts=parts)
+
+
+def measured(frontier: dict[str, Any]) -> Table:
+    """A row for each method and setting with KL and all scores, mean ± standard deviation over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in frontier["points"]:
+        words = setting({key: value for key, value in point.items() if key != "seed"})
+        groups.setdefault((point["method"], words), []).append(point)
+    forms = {"kl": ".2f", "gold": ".3f", "second": ".3f", "proxy": "+.2f"}
+    rows, data = [], []
+    for (method, words), some in groups.items():
+        spread = {key: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None)
+                  for key in forms for values in [[point[key] for point in some]]}  # fmt: skip
+        cells = [
+            f"{mean:{form}}" + ("" if std is None else f" ± {std:{form.lstrip('+')}}")
+            for form, (mean, std) in zip(forms.values(), spread.values(), strict=True)
+        ]
+        rows.append((NAMES[method], words, *cells))
+        stds = {f"{key}_std": None if std is None else float(std) for key, (_, std) in spread.items()}
+        data.append({"method": method, "setting": words} | {k: float(mean) for k, (mean, _) in spread.items()} | stds)
+    judges = frontier["judges"]
+    heading = ("method", "setting", "KL, nats per reply", f"gold: {judges['gold']}", f"second: {judges['second']}")
+    note = "Mean ± standard deviation over seeds; 0 episodes, or n = 1, is the SFT model."
+    return Table("frontier_points", "Points", [(*heading, "reward model"), *rows], data, note, texts=2)
 
 
 def frontier_figure(frontier: dict[str, Any], score: str, title: str) -> Figure:

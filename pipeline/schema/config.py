@@ -36,6 +36,7 @@ class RuntimeConfig:
     micro_batch_size: int | None = number(1)
     checkpoints: int = number(1)
     log_every: int = number(1)
+    evaluations: int = number(0)
 
 
 @dataclass

@@ -150,6 +150,13 @@ def test_logged_steps_equal_their_documentation(stage, smoke):
     assert written == documented(f"{stage} steps")
 
 
+def test_names_of_other_libraries_are_given_for_metrics_that_are_logged():
+    table = (ROOT / "docs/metrics.md").read_text().split("## Names elsewhere")[1]
+    named = re.findall(r"^\| `(\w+)/([^`]+)` \|", table, re.MULTILINE)
+    assert len(named) > 20
+    assert [(stage, name) for stage, name in named if name not in documented(f"{stage} steps")] == []
+
+
 DETAIL = r"^\| (\d+) \| .*? \| \[`([\w/.]+)` `(\w+)`\]\(\.\./\2#L(\d+)\) \|"
 
 
