@@ -1,5 +1,6 @@
 """Stage `pretrain`: a base model by next-token prediction on packed text, measured in held-out bits per byte."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from threefold.evaluation import baselines, held_out
 from threefold.execution import ranks
 from threefold.execution.job import Job
 from threefold.models import chat, loading
-from threefold.training import fused, hf_trainer
+from threefold.training import forward, fused, hf_trainer
 from threefold.training.muon import MuonAdamW
 from threefold.training.packing import EvenedRows, PackedRows, packed
 
@@ -99,4 +100,5 @@ def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> torch
         ),
         train_dataset=rows if processes == 1 else EvenedRows(rows, config.batch_size, processes),
     )
-    return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")
+    with forward.installed(model) if forward.serves(model, job.device) else nullcontext():
+        return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")
