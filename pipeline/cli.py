@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from threefold.errors import UserError, nearest, public, public_traceback
-from threefold.execution.launch import leave_launchers
 
 WORKING = ("run", "submit", "frontier", "sweep", "chat")  # commands that use models, or send jobs that do
 
@@ -20,6 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
+            from threefold.execution.launch import leave_launchers  # help does not wait for the schema
+
             leave_launchers()
         COMMANDS[command][0](overrides, **options)
     except UserError as error:
