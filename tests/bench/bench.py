@@ -228,7 +228,7 @@ def without_checkpoints(*given: Any, made: Any = hf_trainer.arguments, **options
 
 def equal_loss(bench: Bench, steps: int) -> None:
     """CPU time that nanoGPT's loop takes for so many steps, and ours to come to the same held-out loss."""
-    held = reading.texts(reading.load(bench.config.data.text, "validation").rows)
+    held = reading.texts(reading.load(bench.config.data.text, "test").rows)
     rows = PackedRows(packed(held, bench.tokenizer, bench.folder / "held.bin"), bench.context)
     ids = torch.stack([rows[i]["input_ids"] for i in range(min(64, len(rows)))])
     stream, (width, layers, heads) = torch.from_numpy(bench.stream.astype(np.int64)), bench.shape
@@ -275,7 +275,7 @@ def contests_of(bench: Bench, size: str, works: list[str], rounds: int) -> dict[
 def main() -> None:
     """Every contest that is asked for; tables on the terminal, and all numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
+    parser.add_argument("--works", nargs="*", default=list(WORKS), choices=WORKS)
     parser.add_argument("--sizes", nargs="+", default=None, choices=list(SIZES), help="all but 124M without a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each way, after one that warms up")
     parser.add_argument("--seconds", type=float, default=8.0, help="about what a round of pretraining takes")
