@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
-            from threefold.execution.launch import leave_launchers
+            from threefold.execution.launch import leave_launchers  # help does not wait for the schema
 
             leave_launchers()
         COMMANDS[command][0](overrides, **options)

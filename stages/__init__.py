@@ -44,7 +44,7 @@ STAGES = {
         parents=("tokenizer",),
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
-        version=2,
+        version=3,
         metric="bits_per_byte",
         several_processes=True,
     ),

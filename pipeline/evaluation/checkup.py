@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from plotly import graph_objects
-from scipy import stats
 
 from threefold.columns import Message
 from threefold.data.pairing import overlapping
@@ -145,6 +144,8 @@ def _spearman(one: Any, other: Any) -> float:
     """Spearman's correlation; 0 where one side does not vary."""
     if len(set(one)) < 2 or len(set(other)) < 2:
         return 0.0
+    from scipy import stats
+
     return float(stats.spearmanr(one, other).statistic)
 
 
