@@ -44,12 +44,12 @@ def run(job: Job) -> dict[str, Any]:
 def as_the_template_allows(
     job: Job, train: list[Pair], test: list[Pair]
 ) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
-    """The pairs whose prompts the chat template renders, what it refuses, and the marks of turns in training pairs."""
+    """The pairs that the chat template renders, what it refuses, and the marks of turns in training pairs."""
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     given = job.config.data.preferences
     source = job.config.data.replies if given.path is None else given
-    train, refused = chat.accepted(tokenizer, train, source, Pair.different_prompts)
-    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.different_prompts)
+    train, refused = chat.accepted(tokenizer, train, source, Pair.dialogues)
+    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.dialogues)
     prompts = [prompt for pair in train for prompt in pair.different_prompts()]
     removed = chat.marks_removed(
         tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
@@ -219,11 +219,8 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
         raise UserError(
             f"comparisons.scorer={folder}: is one model; pairing=uncertain needs reward.ensemble >= 2 there"
         )
-    ids = [
-        chat.prompt_ids(tokenizer, answer.prompt) + chat.reply_ids(tokenizer, answer.reply)
-        for group in groups
-        for answer in group
-    ]
+    rows = (chat.row_ids(tokenizer, answer.prompt, answer.reply) for group in groups for answer in group)
+    ids = [prompt + reply for prompt, [reply] in rows]
     bar = job.progress(len(ids) * len(scorer.members), "samples", part="scores")
     rows = iter(scorer.member_scores(ids, tokenizer.pad_token_id, bar=bar).T.cpu().numpy())
     bar.close()

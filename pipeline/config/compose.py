@@ -130,7 +130,7 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "chat_template_kwargs")
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,
