@@ -91,7 +91,7 @@ def from_checkpoint(model: Any, template_date: str, weights: bool = True) -> Any
     weights: the checkpoint's model is to be taken as well, and is looked at before.
     """
     name = f"model.checkpoint={model.checkpoint}"
-    fixed = OmegaConf.to_container(model.chat_template_kwargs)
+    fixed: Any = OmegaConf.to_container(model.chat_template_kwargs)
     if weights:
         check_checkpoint(model)
     return prepared(own_tokenizer(model), name, template_date, fixed, checkpoint_ends(model))

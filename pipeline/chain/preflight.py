@@ -168,7 +168,7 @@ def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
             continue
         if key == "data.replies":
             examples = reading.examples(source, "train", config.data.dialogue)
-            dialogues = [(example.prompt, example.reply) for example in examples]
+            dialogues: list[Any] = [(example.prompt, example.reply) for example in examples]
         else:
             rows = [row for row in reading.load(source, "train").rows if "prompt" in row]
             dialogues = [(row["prompt"], *(row[name] for name in REPLIES if name in row)) for row in rows]

@@ -23,7 +23,7 @@ from threefold.evaluation import best_of, contamination, held_out, statistics, t
 from threefold.evaluation.players import Player, most_samples
 from threefold.evaluation.tasks import Problem, Task
 from threefold.execution.job import Job
-from threefold.models import likelihood, loading
+from threefold.models import chat, likelihood, loading
 from threefold.rewards import RewardFunction
 from threefold.rewards.numeric import number_of
 from threefold.sampling import sampler
