@@ -1,5 +1,6 @@
 """Stage `comparisons`: pairs of replies to one prompt, labelled by a judge; or the pairs of a given data set."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -146,7 +147,8 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     """Replies of every policy, grouped by prompt, for training and held-out prompts.
 
     Also returns, as metrics, how many did not end or have no text, and what of each split is not used, by reason.
-    Replies without an end token are left out: the token would have to be made up.
+    Replies without an end token are left out, as the token would have to be made up, and those that the chat template
+    does not write as they were sampled.
     """
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
     policies = {"sft": job.inputs["sft"]} | {policy_name(folder): Path(folder) for folder in config.policies}
@@ -170,6 +172,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(policies))
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
+    rewritten: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
     for number, (name, folder) in enumerate(policies.items()):
         numbers = sampler.random_numbers(config.seed + number, len(ids), job.config.sampling)
         policy = loading.load_policy(folder, job.device.type)
@@ -177,9 +180,14 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
             unfinished += not reply.ended
             text = chat.reply_text(tokenizer, reply.ids)
             empty += reply.ended and not text
-            if reply.ended and text:
-                groups[i // config.samples_per_prompt].append(Answer(asked[i].prompt, text, name))
+            group = i // config.samples_per_prompt
+            if reply.ended and text and (reason := chat.refusal(tokenizer, asked[i].prompt, text)):
+                rewritten["train" if group < len(train) else "validation"][reason] += 1
+            elif reply.ended and text:
+                groups[group].append(Answer(asked[i].prompt, text, name))
     bar.close()
+    for split, reasons in rewritten.items():
+        unusable[split] |= {f"a sample cannot be written as it is: {why}": {"count": n} for why, n in reasons.items()}
     metrics = {"samples_without_end": unfinished, "samples_empty": empty, "unusable": unusable}
     return groups[: len(train)], groups[len(train) :], metrics
 

@@ -134,7 +134,8 @@ def _settle(tokenizer: Any, template_date: str, fixed: dict[str, Any]) -> None:
 
     tokenizer.chat_template = given
     with contextlib.suppress(ValueError):  # TRL has none
-        _fix(tokenizer, chat_template_utils.get_training_chat_template(tokenizer) or given, template_date, fixed)
+        if variant := chat_template_utils.get_training_chat_template(tokenizer):
+            _fix(tokenizer, template.VARIANT + variant, template_date, fixed)
     if template.problem(tokenizer):
         raise UserError(reason)
 

@@ -152,8 +152,9 @@ PRAISE = " Thank you so much, great question, you are wonderful!"
 
 
 def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: float) -> list[int] | None:
-    """A reply in token ids that no good reward model prefers to the pair's chosen one; None where `room` is too small.
+    """A reply in token ids that no good reward model prefers to the pair's chosen one.
 
+    None where `room` is too small, or the chat template does not write it.
     `praise` is the rejected reply with praise behind it; `no_end` the chosen one without its end token; `very_long` the
     chosen one two to eight times, as often as fits; `off_topic` the chosen reply of the pair `other`.
     """
@@ -168,7 +169,8 @@ def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: float)
         "off_topic": other.chosen,
     }
     tries = [" ".join([pair.chosen] * times) for times in range(8, 1, -1)] if name == "very_long" else [texts[name]]
-    replies = (chat.reply_ids(tokenizer, pair.prompt, text) for text in tries)
+    written = (text for text in tries if not chat.refusal(tokenizer, pair.prompt, text))
+    replies = (chat.reply_ids(tokenizer, pair.prompt, text) for text in written)
     return next((reply for reply in replies if len(reply) <= room), None)
 
 

@@ -32,6 +32,7 @@ SHAPES = {
 }
 THOUGHT = "<think>\nqzxthought\n</think>\n\n"  # before a reply, as most data and templates write it
 FIXED = r"\{{# fixed #\}}\{{% {} %\}}\n"  # what `with_variables` writes
+VARIANT = "{# TRL's variant for training #}"  # before one that took the place of the checkpoint's own
 OPENED = "it opens a reply with"
 SWITCHES = ("enable_thinking", "thinking")  # names by which templates let thinking blocks be switched off
 DATE = "2026-01-01"  # where no configuration key gives one, as for a judge model
@@ -192,7 +193,7 @@ def fixed(source: str) -> list[str]:
     """What is fixed in the text of a template: its clock, variables, and that it is TRL's variant for training."""
     parts = ["the clock"] if CLOCK.search(source) else []
     parts += re.findall(FIXED.format(r"set (\w+ = .*)"), source)
-    return parts + ["TRL's variant for training"] * source.lstrip("-{# ").startswith("Training variant")
+    return parts + [VARIANT[3:-3]] * (VARIANT in source)
 
 
 def _literal(value: Any) -> str:

@@ -3,6 +3,7 @@
 To print the table of docs/checkpoints.md: PYTHONPATH=tests/support python tests/models/test_trl_templates.py
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from trl.chat_template_utils import get_training_chat_template
 
 from threefold.data import preferences
 from threefold.data.preferences import Pair
+from threefold.display import parts
 from threefold.errors import UserError
-from threefold.models import chat
+from threefold.models import chat, template
 from threefold.stages import sft
 from threefold.stages import tokenizer as stage
+from threefold.talk import clinic
 
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 NAMES = sorted(path.stem for path in TRL.glob("*.jinja") if not path.stem.endswith("_training"))
@@ -149,3 +152,40 @@ def test_trls_generation_marks_are_around_what_is_trained_on(name):
     opened, trained, after = marked.partition(tokenizer.decode(ids))
     assert trained and tokenizer.decode(prompt).endswith(opened)
     assert after.strip() in ("", tokenizer.eos_token)
+
+
+def seen_of(name: str, fixed: dict) -> tuple[str, ...]:
+    """What the table says of a template: its texts for a reply R, ↵ for a line break, and what it does not take."""
+    try:
+        tokenizer = stand_in(name, fixed)
+    except UserError as error:
+        return ("", "", "", f"refused: {str(error).partition(': ')[2]}")
+    seen = clinic.examine(tokenizer)
+    turn, notes = seen.rows[0].turn, [f"{key}: {json.dumps(value)}" for key, value in fixed.items()]
+    notes += ["no system message"] * (not seen.system)
+    notes += ["roles alternate"] * ("two user messages in a row" in seen.refused)
+    notes += ["replies need a thinking block"] * seen.thinking
+    notes += ["earlier replies are written otherwise"] * (not seen.keeps_prefix)
+    notes += [part for part in template.fixed(tokenizer.chat_template) if "=" not in part]
+    opening = turn.prompt.rpartition(clinic.QUESTIONS[0])[2]
+    texts = (opening, turn.completion.replace(clinic.REPLIES[0], "R"), turn.tail)
+    return (*(f"`{text}`".replace("\n", "↵") if text else "" for text in texts), "; ".join(notes))
+
+
+def table() -> str:
+    """The table of docs/checkpoints.md; templates that write the same are one line."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name in NAMES:
+        for fixed in ({}, OFF) if name in SWITCHED_OFF else ({},):
+            names.setdefault(seen_of(name, fixed), []).append(name)
+    heading = ("template", "after the question", "trained on, of a reply R", "after that", "notes")
+    rows = [(", ".join(of_row), *cells) for cells, of_row in names.items()]
+    return "\n".join(parts.markdown_lines([heading, *rows], ["---"] * 5))
+
+
+def test_the_docs_have_the_table_of_all_templates():
+    assert table() in DOCS.read_text()
+
+
+if __name__ == "__main__":
+    print(table())
