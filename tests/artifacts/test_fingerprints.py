@@ -130,7 +130,7 @@ def the_way_that_templates_are_rendered(folder, monkeypatch):
 
 def a_variable_of_the_template(folder, monkeypatch):
     ask = ("tokenizer", "model.checkpoint=org/name")
-    return ask, lambda: None, (*ask, "model.chat_template_kwargs={enable_thinking: false}")
+    return ask, lambda: None, (*ask, "+model.chat_template_kwargs.enable_thinking=false")
 
 
 def a_value_of_the_environment(folder, monkeypatch):
