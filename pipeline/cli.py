@@ -160,6 +160,12 @@ def _chat(overrides: list[str]) -> None:
     talk(compose(overrides), overrides)
 
 
+def _template(arguments: list[str]) -> None:
+    from threefold.talk import clinic
+
+    clinic.show(arguments)
+
+
 def _dashboard(overrides: list[str], wandb: bool = False) -> None:
     from threefold.config.compose import compose
     from threefold.tracking import dashboard
@@ -195,6 +201,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "report": (_report, "write the report of a run again from its folder; --compare RUN sets another run beside it"),
     "label": (_label, "serve the page where people compare replies, on this machine alone"),
     "chat": (_chat, "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8"),
+    "template": (_template, "show what a model is given and trained on by a chat template: CHECKPOINT or RUN/STAGE"),
     "dashboard": (
         _dashboard,
         "look at tracked runs: trackio's page, or W&B's in a terminal; --wandb sets up its workspace",

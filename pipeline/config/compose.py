@@ -174,7 +174,10 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights")
+MAPPINGS = (
+    "columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights",
+    "chat_template_kwargs",
+)  # fmt: skip
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,

@@ -156,6 +156,11 @@ MISTAKES = [
         "is a mapping; write data.text.columns={NAME: VALUE}",
     ),
     (
+        "model.chat_template_kwargs={enable_thinking: false}",
+        "model.chat_template_kwargs",
+        "is for the template of a checkpoint (model=hf)",
+    ),
+    (
         "data.text.columns={1e5: text}",
         "data.text.columns={1e5: text}",
         "the name 1e5 is read as a number or truth value",

@@ -94,7 +94,7 @@ def test_help_names_every_command(capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     others = {"status", "submit", "cancel", "report", "frontier", "label", "chat", "dashboard", "sync", "config"}
-    assert set(cli.COMMANDS) == {"run", "sweep"} | others
+    assert set(cli.COMMANDS) == {"run", "sweep", "template"} | others
     assert all(f"\n  {name}" in shown and text in shown for name, (_, text) in cli.COMMANDS.items())
 
 
