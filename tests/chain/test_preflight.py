@@ -167,15 +167,24 @@ def dialogues(file, rows, with_system):
     return [f"data.replies.path={file}", "data.replies.format=messages", "model.checkpoint=here", "model=hf"]
 
 
-def rows_checked(overrides):
+def rows_checked(overrides, template=TEMPLATE):
     tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     preflight.check_rows(compose(["experiment=smoke", *overrides]), tokenizer, ["data.replies"])
 
 
 def test_a_row_that_the_template_refuses_is_named_by_file_and_line_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"chats\.jsonl, line 3 for one: System role not sup.*; give .*, or set data."):
         rows_checked(dialogues(tmp_path / "chats.jsonl", 40, {2, 5}))
+
+
+def test_replies_that_the_template_writes_after_other_text_are_refused_with_the_switch_that_helps(tmp_path):
+    opened = "{% if enable_thinking is not defined %}<think>\n{% endif %}{% endif %}"
+    thinking = TEMPLATE.removesuffix("{% endif %}") + opened
+    given = dialogues(tmp_path / "chats.jsonl", 40, {})
+    with pytest.raises(UserError, match=r"line 1 for one: it opens a reply with .*\{enable_thinking: false\}"):
+        rows_checked(given, thinking)
+    rows_checked(given, "{% set enable_thinking = false %}" + thinking)
 
 
 def test_refused_rows_at_the_top_are_held_to_all_rows(tmp_path):

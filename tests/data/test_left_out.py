@@ -163,6 +163,26 @@ def test_prompts_that_the_template_refuses_are_counted_as_such(tmp_path, monkeyp
     assert sum(map(len, train + held_out)) == count - metrics["samples_empty"] - metrics["samples_without_end"]
 
 
+def test_samples_that_the_template_writes_otherwise_are_left_out_and_counted(tmp_path, monkeypatch):
+    rows = [{"messages": [said("user", f"{i}"), said("assistant", "yes")]} for i in range(60)]
+    more = ["comparisons.prompts=100", "comparisons.eval_prompts=100", "comparisons.samples_per_prompt=2"]
+    job = make_job("comparisons", tmp_path / "job", *own(lines(tmp_path / "chats.jsonl", rows)), *more)
+    job.inputs["sft"], tokenizer = write_model(tiny_policy(), tmp_path / "sft"), copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'].split('so: ')[-1]")
+    replies = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("yes", "so: yes")]
+    monkeypatch.setattr(comparisons.chat, "require_same_template", lambda _: tokenizer)
+    monkeypatch.setattr(
+        comparisons.sampler,
+        "sample",
+        lambda _, ids, *__: [Reply(replies[i % 2], [], True, []) for i in range(len(ids))],
+    )
+    *groups, metrics = comparisons.sampled_answers(job)
+    reason = "a sample cannot be written as it is: it leaves a part of the reply out"
+    for split, answers in zip(("train", "validation"), groups, strict=True):
+        assert all([answer.reply for answer in group] == ["yes"] for group in answers) and answers
+        assert metrics["unusable"][split][reason] == {"count": len(answers)}
+
+
 def test_training_and_held_out_pairs_that_the_template_refuses_are_counted(tmp_path, monkeypatch):
     pairs = [Pair([said("system", "s")] * (i < 3) + [said("user", "<|end|>")], "a", "b", None, "x") for i in range(10)]
     job = make_job("comparisons", tmp_path, *own("x.jsonl", "data.replies.max_unusable_share=0.9"))
