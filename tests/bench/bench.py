@@ -31,6 +31,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from threefold.config.compose import compose
 from threefold.data import preferences, reading
 from threefold.data.preferences import Pair
+from threefold.evaluation import held_out
 from threefold.execution.job import Job, quiet_libraries
 from threefold.models import loading
 from threefold.stages import dpo, pretrain, reward, sft
@@ -159,7 +160,7 @@ def finetuning(bench: Bench) -> dict[str, Callable[[], Round]]:
         job, model = bench.job("sft"), bench.model()
 
         def work() -> float:
-            tokens = [sft.tokenised(bench.tokenizer, example) for example in bench.examples]
+            tokens = [sft.labelled(*ids) for ids in held_out.reply_pairs(bench.tokenizer, bench.examples)]
             order = hf_trainer.in_order([len(row["input_ids"]) for row in tokens], batch, 1, 1)
             sft.fit(job, model, bench.tokenizer, [tokens[i] for i in order], batch)
             return len(order)

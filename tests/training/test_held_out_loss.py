@@ -9,7 +9,7 @@ from helpers import PAIRS, SENTENCES, flat, make_job, plain_logprobs, tiny_polic
 
 from threefold.data import preferences
 from threefold.data.reading import Example
-from threefold.evaluation import baselines
+from threefold.evaluation import baselines, held_out
 from threefold.execution import device
 from threefold.execution.device import Work
 from threefold.fileio import read_lines
@@ -27,7 +27,7 @@ def pretrained(job):
 
 def finetuned(job):
     examples = [Example([{"role": "user", "content": "hello"}], sentence) for sentence in SENTENCES * 4]
-    rows = [sft.tokenised(tiny_tokenizer(), example) for example in examples]
+    rows = [sft.labelled(*ids) for ids in held_out.reply_pairs(tiny_tokenizer(), examples)]
     return sft.fit(job, tiny_policy(), tiny_tokenizer(), rows[:10], 2, rows[10:15])
 
 
@@ -73,11 +73,9 @@ def test_measuring_the_held_out_loss_changes_nothing(kind, tmp_path):
 def test_the_held_out_loss_is_that_of_the_model(tmp_path):
     job = make_job("sft", tmp_path, "sft.batch_size=2", "runtime.evaluations=1")
     model = finetuned(job).eval()
-    prompt = sft.tokenised(tiny_tokenizer(), Example([{"role": "user", "content": "hello"}], "x"))["labels"].count(-100)
-    losses = []
-    for sentence in (SENTENCES * 4)[10:15]:
-        ids = sft.tokenised(tiny_tokenizer(), Example([{"role": "user", "content": "hello"}], sentence))["input_ids"]
-        losses.append(-plain_logprobs(model, ids[:prompt], ids[prompt:]).mean().item())
+    examples = [Example([{"role": "user", "content": "hello"}], sentence) for sentence in (SENTENCES * 4)[10:15]]
+    pairs = held_out.reply_pairs(tiny_tokenizer(), examples)
+    losses = [-plain_logprobs(model, prompt, reply).mean().item() for prompt, reply in pairs]
     measured = [row["eval_loss"] for row in read_lines(job.out / "log.jsonl") if "eval_loss" in row]
     assert measured == [pytest.approx(np.mean(losses), rel=1e-4)]
 
