@@ -36,12 +36,25 @@ def compose(*overrides: str) -> Config:
 def make(*overrides: str) -> "Run":
     """Bring `target`, or the whole chain, up to date, as `threefold run` does; returns the run.
 
-    `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed. Raises `UserError` for bad input, before
-    any long work.
+    `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed, `rounds=N` one for each round of DPO.
+    Raises `UserError` for bad input, before any long work.
     """
-    config = compose(*overrides)
-    bring_up_to_date(config, list(overrides))
+    config, last = last_round(compose(*overrides), list(overrides))
+    bring_up_to_date(config, last)
     return Run(Path(config.runs) / config.run)
+
+
+def last_round(config: Any, overrides: list[str]) -> tuple[Any, list[str]]:
+    """The last round of `rounds`, all before it made: its configuration and overrides. Without rounds both as given."""
+    if config.rounds is None:
+        return config, overrides
+    from threefold.runs import rounds
+
+    *earlier, last = rounds.overrides_of(config, overrides)
+    for number, given in enumerate(earlier, 1):
+        if bring_up_to_date(compose(*given), given):
+            print(f"round {number} of {config.rounds} is made", flush=True)
+    return compose(*last), last
 
 
 def bring_up_to_date(config: Any, overrides: list[str]) -> bool:

@@ -17,7 +17,7 @@ FLOORS = (
     "door",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "sklearn", "scipy.stats", "pandas")  # each takes a third of a second and more
-DOOR = ("threefold", "threefold.api", "threefold.cli", "threefold.__main__")
+DOOR = ("threefold", "threefold.api", "threefold.arguments", "threefold.cli", "threefold.__main__")
 # rooms, files and modules that are answered from within a second
 LIGHT = (
     "threefold", "threefold.api", "threefold.cli", "threefold.config.compose", "threefold.chain",
