@@ -46,7 +46,7 @@ def compose(overrides: list[str]) -> DictConfig:
     for file in _own_files(overrides):
         check_own_file(file)
     try:
-        config = _merged(composed_in([_addable(as_typed(override)) for override in overrides], folders), folders)
+        config = _merged([_addable(as_typed(override)) for override in overrides], folders)
         interpolations.note_variables(OmegaConf.to_container(config))
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
@@ -65,32 +65,35 @@ def compose(overrides: list[str]) -> DictConfig:
     return config
 
 
-def _merged(overrides: list[str], folders: Iterable[str] = ()) -> DictConfig:
-    """`conf/` with `overrides`, unresolved: its files as a copy of what Hydra made of the same choices before."""
+def _merged(overrides: list[str], folders: list[str]) -> DictConfig:
+    """`conf/` with `overrides`, unresolved: its files as a copy of what Hydra made of the same choices before.
+
+    Files may lie in a user's own `folders` as well.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     _register()
-    if any(override.lstrip("+~").startswith("hydra") for override in overrides):  # may name other folders of files
-        return pickle.loads(_files.__wrapped__(tuple(overrides), None, folders))
-    folder = Path(threefold.conf.__file__).parent
-    choices = [override for override in overrides if _chooses(override, folder)]
-    state = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*.yaml")))
-    config = pickle.loads(_files(tuple(choices), state))
-    values = [override for override in overrides if not _chooses(override, folder)]
+    places = (Path(threefold.conf.__file__).parent, *map(Path, folders))
+    files = [file for place in places for file in sorted(place.rglob("*.yaml"))]
+    state = tuple((str(file), file.stat().st_mtime_ns) for file in files)
+    chosen = [override for override in overrides if _chooses(override, places)]
+    config = pickle.loads(_of_files(tuple(composed_in(chosen, folders)), tuple(folders), state))
+    values = [override for override in overrides if override not in chosen]
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
     return config
 
 
-def _chooses(override: str, folder: Path) -> bool:
-    """Whether an override chooses a file below `folder`, for Hydra: `model=tiny`, and not `model={...}`."""
+def _chooses(override: str, places: tuple[Path, ...]) -> bool:
+    """Whether an override chooses a file, for Hydra: `model=tiny`, and not `model={...}`; or is one of Hydra's own."""
     key, _, value = override.lstrip("+~").partition("=")
-    return not value.startswith("{") and ("@" in key or (folder / key.replace(".", "/")).is_dir())
+    group = "@" in key or any((place / key.replace(".", "/")).is_dir() for place in places)
+    return key.startswith("hydra") or (group and not value.startswith("{"))
 
 
 @functools.lru_cache(maxsize=64)
-def _files(choices: tuple[str, ...], state: Any, folders: Iterable[str] = ()) -> bytes:
-    """The pickled configuration of `choices`, while the files of `conf/` are in this `state`.
+def _of_files(chosen: tuple[str, ...], folders: tuple[str, ...], state: Any) -> bytes:
+    """The pickled configuration of `chosen` files, while those of all places are in this `state`.
 
     Hydra reads and merges some forty files, which takes ten times as long as all else that a composition does.
     """
@@ -98,7 +101,7 @@ def _files(choices: tuple[str, ...], state: Any, folders: Iterable[str] = ()) ->
     from hydra import initialize_config_module
 
     with initialize_config_module("threefold.conf", version_base="1.3"):
-        config = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
+        config = hydra_compose("config", overrides=list(chosen), return_hydra_config=True)
     check_file_texts(config.hydra.runtime.choices, folders)
     with open_dict(config):
         del config["hydra"]
