@@ -192,22 +192,9 @@ def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
 def test_every_number_of_every_run_is_in_the_long_form(compared):
     with (compared.folder / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    columns = [
-        "run",
-        "method",
-        "ppo.kl_coef",
-        "ppo.seed",
-        "dpo.beta",
-        "dpo.seed",
-        "best_of_n.n",
-        "state",
-        "reason",
-        "stage",
-        "model",
-        "metric",
-        "value",
-    ]
-    assert [name for name in rows[0] if name in columns] == columns
+    keys = "method ppo.kl_coef ppo.seed dpo.beta dpo.seed best_of_n.n".split()
+    columns = ["run", *keys, "state", "reason", "stage", "model", "metric", "value"]
+    assert list(rows[0]) == columns
     test_kl = [row for row in rows if row["metric"] == "kl" and row["model"] not in ("sft", "human")]
     assert len(test_kl) == 14 and Counter(row["model"] for row in test_kl) == {
         "ppo": 6, "dpo": 6, "best_of_4": 1, "best_of_16": 1,
