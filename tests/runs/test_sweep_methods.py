@@ -192,7 +192,7 @@ def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
 def test_every_number_of_every_run_is_in_the_long_form(compared):
     with (compared.folder / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    keys = "method ppo.kl_coef ppo.seed dpo.beta dpo.seed best_of_n.n".split()
+    keys = ["method", "ppo.kl_coef", "ppo.seed", "dpo.beta", "dpo.seed", "best_of_n.n"]
     columns = ["run", *keys, "state", "reason", "stage", "model", "metric", "value"]
     assert list(rows[0]) == columns
     test_kl = [row for row in rows if row["metric"] == "kl" and row["model"] not in ("sft", "human")]
