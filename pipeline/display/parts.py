@@ -99,12 +99,15 @@ def _markdown_row(cells: Iterable[str], line_break: str) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+def table_lines(table: Table) -> list[str]:
+    """A table as lines of Markdown; its columns of numbers are flush right."""
+    rule = [":--" if place < table.texts else "--:" for place in range(len(table.rows[0]))]
+    return markdown_lines(table.rows, rule)
+
+
 def markdown(table: Table) -> str:
     """A table in Markdown below its title, with its note."""
-    rule = [*["---"] * table.texts, *["---:"] * (len(table.rows[0]) - table.texts)]
-    return "\n".join(
-        [f"## {table.title}", "", *markdown_lines(table.rows, rule), *(["", table.note] if table.note else [])]
-    )
+    return "\n".join([f"## {table.title}", "", *table_lines(table), *(["", table.note] if table.note else [])])
 
 
 def latex(table: Table) -> str:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, Template, select_autoescape
 from markupsafe import Markup
 
 from threefold.display.figures import PALETTE
-from threefold.display.parts import Figure, Section, Table, markdown_lines, print_rows, terminal
+from threefold.display.parts import Figure, Section, Table, print_rows, table_lines, terminal
 from threefold.evaluation import checkup
 from threefold.report import evaluation, models, stages, studies, summary
 from threefold.report.run import Run, in_order, notices, read
@@ -134,12 +134,6 @@ def reward_model_markdown(run: Run) -> str:
     for table in stages.reward_tables(metrics):
         lines += ["", f"## {table.title}", "", *table_lines(table)]
     return "\n".join([*lines, ""])
-
-
-def table_lines(table: Table) -> list[str]:
-    """A table as lines of Markdown; its columns of numbers are flush right."""
-    rule = [":--" if place < table.texts else "--:" for place in range(len(table.rows[0]))]
-    return markdown_lines(table.rows, rule)
 
 
 def print_table(folder: Path) -> None:

@@ -209,7 +209,7 @@ def of_models(measured: dict[str, Any]) -> Table:
         spreads = {name: row.get(name) or {} for name in (*columns, "seconds", "device_hours")}
         numbers = {f"{name}_{end}": spread.get(end) for name, spread in spreads.items() for end in ("mean", "std")}
         data.append({METHOD: method, "model": row["model"], "runs": row["made"]} | row["setting"] | numbers)
-    return Table("methods", "Methods and settings", rows, data, NOTE.format(unit=unit(measured)), texts=2)
+    return Table("sweep_methods", "Methods and settings", rows, data, NOTE.format(unit=unit(measured)), texts=2)
 
 
 def of_tests(measured: dict[str, Any]) -> Table:
@@ -236,7 +236,7 @@ def of_tests(measured: dict[str, Any]) -> Table:
         intervals = {f"{name}ci95": statistics.ends(row[f"{name}ci95"]) for name in ("", "seeds_")}
         ends = {f"{name}_{end}": pair[i] for name, pair in intervals.items() for i, end in enumerate(("low", "high"))}
         data.append({name: value for name, value in row.items() if name not in intervals} | ends)
-    return Table("methods_tests", "Paired tests", rows, data, TESTS_NOTE, texts=3)
+    return Table("sweep_methods_tests", "Paired tests", rows, data, TESTS_NOTE, texts=3)
 
 
 def of_shared(measured: dict[str, Any]) -> Table:
@@ -249,7 +249,7 @@ def of_shared(measured: dict[str, Any]) -> Table:
         row | {"devices": " ".join(row["devices"])}
         for row in (*measured["shared"], {"stage": "all"} | measured["total"])
     ]
-    return Table("methods_shared", "Shared stages", rows, data, SHARED_NOTE)
+    return Table("sweep_methods_shared", "Shared stages", rows, data, SHARED_NOTE)
 
 
 def unit(measured: dict[str, Any]) -> str:

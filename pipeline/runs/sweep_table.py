@@ -114,10 +114,10 @@ def lines(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Columns: run, trial, setting, seeds, state and error, stage, model (of those that the evaluation compares), metric
     and value.
     """
-    rows = []
+    rows, keys = [], dict.fromkeys(key for run in runs for key in (*run["setting"], *run["repetition"]))
     for run in runs:
         about = {
-            "run": run["run"], **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"],
+            "run": run["run"], **({"trial": run["trial"]} if "trial" in run else {}), **keys, **run["setting"],
             **run["repetition"], "state": run["state"], "reason": run["reason"],
         }  # fmt: skip
         of_run = list(measured(folder / run["run"])) if run["state"] == "complete" else [{}]

@@ -341,7 +341,7 @@ def test_markdown_has_the_summary_and_the_tables_for_a_pull_request(whole):
 
 
 def test_a_cell_cannot_end_its_column_in_markdown():
-    from threefold.report.page import table_lines
+    from threefold.display.parts import table_lines
 
     lines = table_lines(Table("t", "t", [("a", "b"), ("x|y", "one\ntwo")], []))
     assert lines == ["| a | b |", "| :-- | --: |", "| x\\|y | one two |"]

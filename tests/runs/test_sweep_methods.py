@@ -192,8 +192,9 @@ def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
 def test_every_number_of_every_run_is_in_the_long_form(compared):
     with (compared.folder / "sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    columns = ["run", "method", "ppo.kl_coef", "ppo.seed", "state", "reason", "stage", "model", "metric", "value"]
-    assert [name for name in rows[0] if name in columns] == columns
+    keys = ["method", "ppo.kl_coef", "ppo.seed", "dpo.beta", "dpo.seed", "best_of_n.n"]
+    columns = ["run", *keys, "state", "reason", "stage", "model", "metric", "value"]
+    assert list(rows[0]) == columns
     test_kl = [row for row in rows if row["metric"] == "kl" and row["model"] not in ("sft", "human")]
     assert len(test_kl) == 14 and Counter(row["model"] for row in test_kl) == {
         "ppo": 6, "dpo": 6, "best_of_4": 1, "best_of_16": 1,
@@ -225,7 +226,7 @@ def test_what_runs_share_is_counted_once_and_stands_apart(compared):
 
 def test_the_table_is_in_the_report_in_markdown_and_in_latex(compared):
     tables = sweep_table.tables(compared.results)
-    assert [table.name for table in tables] == ["methods", "methods_tests", "methods_shared"]
+    assert [table.name for table in tables] == ["sweep_methods", "sweep_methods_tests", "sweep_methods_shared"]
     section = studies.sweep_section(Run("smoke", compared.folder, {}, {}))
     assert [part.name for part in section.parts][:3] == [table.name for table in tables]
     assert [part.name for part in section.parts if "by_dpo" in part.name] == ["sweep_by_dpo.beta"]
