@@ -7,6 +7,7 @@ run.steps("ppo")[["step", "kl", "score"]]
 run.sample("ppo", ["Hello there"], count=2)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:  # these take seconds to import
 def compose(*overrides: str) -> Config:
     """The checked, read-only configuration of `conf/` with `overrides` in Hydra's syntax, as "ppo.kl_coef=0.1".
 
+    That of a run which is there starts from what the run was told, as every command does.
     Raises `UserError`, one line, for an unknown key or choice, a wrong type, or a value outside its limits.
     """
-    from threefold.config import compose as composition
+    from threefold.config import choices
 
-    return cast(Config, composition.compose(list(overrides)))
+    return cast(Config, choices.compose_run(overrides)[0])
 
 
 def make(*overrides: str) -> "Run":
@@ -39,9 +41,21 @@ def make(*overrides: str) -> "Run":
     `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed. Raises `UserError` for bad input, before
     any long work.
     """
-    config = compose(*overrides)
-    bring_up_to_date(config, list(overrides))
+    config, told = begin(overrides)
+    bring_up_to_date(config, told)
     return Run(Path(config.runs) / config.run)
+
+
+def begin(overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """The configuration of a run that is to be made, and all overrides that it is composed from."""
+    from threefold.config import choices
+
+    config, told = choices.compose_run(overrides)
+    if config.takeover:
+        from threefold.slurm import job_records
+
+        job_records.let_go(config)
+    return config, told
 
 
 def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
@@ -61,7 +75,7 @@ def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
         return True
     from threefold import chain
 
-    return bool(chain.bring_up_to_date(config))
+    return bool(chain.bring_up_to_date(config, overrides))
 
 
 def status(*overrides: str) -> "DataFrame":
@@ -69,8 +83,9 @@ def status(*overrides: str) -> "DataFrame":
     import pandas
 
     from threefold import chain
+    from threefold.config import choices
 
-    return pandas.DataFrame(chain.status(cast(Any, compose(*overrides))))
+    return pandas.DataFrame(chain.status(choices.compose_run(overrides, reads=True)[0]))
 
 
 def open_run(folder: str | Path) -> "Run":

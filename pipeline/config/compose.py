@@ -44,6 +44,8 @@ def compose(overrides: list[str]) -> DictConfig:
             typed = [_addable(as_typed(override)) for override in overrides]
             config = hydra_compose("config", overrides=typed, return_hydra_config=True)
         check_file_texts(config.hydra.runtime.choices)
+        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+        CHOSEN[tuple(overrides)] = {group: choice for group, choice in choices.items() if group in GROUPS}
         with open_dict(config):
             del config["hydra"]
         interpolations.note_variables(OmegaConf.to_container(config))
@@ -60,6 +62,16 @@ def compose(overrides: list[str]) -> DictConfig:
     check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
+
+
+CHOSEN: dict[tuple[str, ...], dict[str, Any]] = {}  # by the overrides that were composed
+
+
+def chosen(overrides: list[str]) -> dict[str, Any]:
+    """The choice of every group under `overrides`."""
+    if tuple(overrides) not in CHOSEN:
+        compose(overrides)
+    return CHOSEN[tuple(overrides)]
 
 
 @functools.cache

@@ -14,9 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
+from threefold import chain
 from threefold.errors import UserError
-from threefold.runs import sweep_table, trials
+from threefold.runs import sweep_space, sweep_table, trials
 from threefold.runs.sweep_space import Dimension, combinations
+from threefold.stages import needed_by
 from threefold.tracking.trackers import installed
 
 
@@ -27,6 +29,9 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     and makes failed runs alone. Raises `UserError` for bad input.
     """
     with alone(config):
+        asked = sweep_space.asked(config)  # by the sweep for its own runs, behind all that was told
+        told = overrides[:-1] if overrides[-1:] == [asked] else overrides
+        chain.keep_choices(config, told, needed_by(config.target, config))
         if config.sweep.trials:
             installed("optuna", "sweep.trials")
             from threefold.runs import sweep_search

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from threefold import chain
+from threefold.config import choices
 from threefold.config.compose import compose
 from threefold.errors import UserError, nearest
 from threefold.stages import STAGES, needed_by
@@ -48,10 +49,10 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
     Raises `UserError` for what is wrong with them.
     """
     fixed, space = parse(overrides)
-    config = compose(fixed)
+    config, fixed = choices.compose_run(fixed, [dimension.key for dimension in space])
     check_names(config)
-    if asked := validation_override(config):
-        fixed = [*fixed, *asked]
+    if added := validation_override(config):
+        fixed = [*fixed, *added]
         config = compose(fixed)
     check(config, fixed, space)
     return config, fixed, space
@@ -185,7 +186,12 @@ def validation_override(config: DictConfig) -> list[str]:
     """The override that has the evaluation measure the objective; none where `config` does so already."""
     if not objective(config).startswith("evaluate.validation.") or config.evaluate.validation_prompts:
         return []
-    return [f"evaluate.validation_prompts={config.evaluate.prompts}"]
+    return [asked(config)]
+
+
+def asked(config: DictConfig) -> str:
+    """The override that has the evaluation measure on as many validation prompts as test prompts."""
+    return f"evaluate.validation_prompts={config.evaluate.prompts}"
 
 
 def kl_metric(config: DictConfig) -> str | None:

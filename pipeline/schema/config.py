@@ -175,6 +175,7 @@ class Config:
 
     run: str = MISSING
     runs: str = MISSING
+    takeover: bool = MISSING
     target: str | None = MISSING
     dependents: bool = MISSING
     seed: int = number(0)
