@@ -249,7 +249,7 @@ def _require_same(told: Choices, groups: dict[str, Any], config: DictConfig, bas
     changed = {name: (told.groups[name], groups.get(name)) for name in MADE_OF if name in told.groups}
     changed |= {key: (value, _written(config, key)) for key, value in told.data.items()}
     differences = [
-        f"{key} {former} → {now}"
+        f"{key} {former} → {now}" if former != now else f"{key} {_place(base, former)} → {_place(Path.cwd(), now)}"
         for key, (former, now) in changed.items()
         if not (key in LATER and None in (former, now)) and not _same(base, former, now)
     ]

@@ -194,7 +194,9 @@ def test_another_choice_of_a_group_leaves_out_what_the_last_one_was_given(quick,
     assert config_of("run=mine", "reward@ppo.reward=composed").ppo.reward.parts.repetition.weight == 2
     capsys.readouterr()
     assert threefold_("run", "run=mine", "target=tokenizer", "reward@ppo.reward=length") == 0
-    assert "reward@ppo.reward composed → length, without ppo.reward.parts.repetition.weight=2" in capsys.readouterr().err
+    assert (
+        "reward@ppo.reward composed → length, without ppo.reward.parts.repetition.weight=2" in capsys.readouterr().err
+    )
     assert told()["overrides"] == ["data.text.path=a.txt", "reward@ppo.reward=length"]
 
 
@@ -251,14 +253,15 @@ def test_votes_on_the_runs_own_replies_are_no_other_data(quick):
     assert threefold_("run", "run=mine", "target=tokenizer", "data.preferences.path=a.txt") == 2
 
 
-def test_paths_begin_where_the_run_was_told_of_them(quick, monkeypatch):
-    threefold_(*MINE)
+def test_paths_begin_where_the_run_was_told_of_them(quick, monkeypatch, capsys):
+    threefold_(*MINE, "data.replies.path=b.txt")
     (quick / "elsewhere").mkdir()
     monkeypatch.chdir(quick / "elsewhere")
     Path("a.txt").write_text("other data of the same name\n")
     runs = f"runs={quick}/runs"
     assert config_of("run=mine", runs).data.text.path == f"{quick}/a.txt"
     assert threefold_("run", "run=mine", "target=tokenizer", runs, "data.text.path=a.txt") == 2
+    assert f"data.text.path {quick}/a.txt → {quick}/elsewhere/a.txt" in capsys.readouterr().err
     assert config_of("run=mine", runs, "data.text.path=../a.txt").data.text.path == "../a.txt"
 
 
