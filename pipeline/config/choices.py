@@ -71,16 +71,16 @@ def compose_run(typed: Sequence[str], varied: Iterable[str] = (), reads: bool = 
     base = Path(os.path.normpath(folder.resolve() / stored.folder)) if stored else Path.cwd()
     kept = _kept(stored, typed, varied, base) if stored else []
     full = last_of_each([*kept, *typed])
-    if stored and _last(full, "experiment") is None:
-        full = [f"experiment={stored.groups['experiment']}", *full]
+    if stored and _last(full, "experiment") is None and (experiment := stored.groups.get("experiment")):
+        full = [f"experiment={experiment}", *full]
     full = [*(text for text in full if key_of(text) != "run"), texts.assigned("run", run)]
     try:
         config = compose(full)
     except UserError as error:
-        raise _explained(error, kept, folder) from error
+        raise _explained(error, _untouched(kept, typed), folder) from error
     if not anew:
         _require_same(stored or _of_stages(folder), chosen(full), config, base)
-    if stored and (line := _difference(stored, kept, typed)):
+    if stored and (line := _difference(stored, _untouched(kept, typed), typed)):
         print(public(f"run {run}{line}"), file=sys.stderr)
     return config, full
 
@@ -92,7 +92,8 @@ def keep(config: DictConfig, overrides: list[str]) -> None:
     """
     folder = Path(config.runs) / config.run
     kept = [text for text in last_of_each(overrides) if _is_kept(text)]
-    groups, data = chosen(overrides), {key: _written(config, key) for key in DATA}
+    groups = {group: choice for group, choice in chosen(overrides).items() if group not in PASSING}
+    data = {key: _written(config, key) for key in DATA}
     choices = Choices(groups, kept, data, os.path.relpath(Path.cwd(), folder.resolve()))
     folder.mkdir(parents=True, exist_ok=True)
     if config.takeover:
@@ -120,7 +121,7 @@ def run_names(runs: Path, inside: str = "") -> list[str]:
     names = []
     for folder in sorted(runs.joinpath(inside).iterdir()) if runs.is_dir() else ():
         name = f"{inside}/{folder.name}".lstrip("/")
-        if not folder.is_dir() or folder.name in (*STAGES, "variants", "report") or name == "artifacts":
+        if not folder.is_dir() or folder.name in ((*STAGES, "variants", "report") if inside else ("artifacts",)):
             continue
         if (folder / "choices.json").is_file() or any((folder / stage).exists() for stage in STAGES):
             names.append(name)
@@ -192,23 +193,25 @@ def _section(key: str) -> str:
     if key == "tasks":
         return "evaluate.tasks"
     group, _, section = key.partition("@")
-    return section or (group if key in GROUPS or key == "runtime" else "")
+    return section or (group if key in GROUPS else "")
 
 
 def _kept(stored: Choices, typed: Sequence[str], varied: Iterable[str], base: Path) -> list[str]:
     """The stored overrides that hold for a command; relative paths among them begin in `base`.
 
-    What is given a new value goes, and with another choice of a group the values below that group's section.
+    With another choice of a group the values below that group's section go, and so does what a sweep varies.
     """
-    values = {key_of(text): text.partition("=")[2] for text in typed} | dict.fromkeys(varied, "")
-    mappings = {key for key, value in values.items() if value.startswith("{")}
+    swept = dict.fromkeys(map(key_of, varied), "")
+    values = {key_of(text): text.partition("=")[2] for text in typed} | swept
     sections = [_section(key) for key, value in values.items() if _plain(value) != _plain(stored.groups.get(key))]
     gone = tuple(f"{section}." for section in sections if section)
-    return [
-        _from(base, text)
-        for text in stored.overrides
-        if (key_of(text) not in values or key_of(text) in mappings) and not key_of(text).startswith(gone)
-    ]
+    held = [text for text in stored.overrides if key_of(text) not in swept and not key_of(text).startswith(gone)]
+    return [_from(base, text) for text in held]
+
+
+def _untouched(kept: list[str], typed: Sequence[str]) -> list[str]:
+    """Those of `kept` that no typed override replaces."""
+    return [text for text in kept if key_of(text) not in set(map(key_of, typed))]
 
 
 def _plain(choice: Any) -> str:
@@ -220,7 +223,7 @@ def _from(base: Path, text: str) -> str:
     key = key_of(text)
     if base == Path.cwd() or texts.kind_of(key) is not str or PATHS.isdisjoint(key.split(".")):
         return text
-    path = texts.parse(texts.as_typed(text)).value()
+    path: Any = texts.parse(texts.as_typed(text)).value()
     return texts.assigned(key, str(base / path)) if path and (base / path).exists() else text
 
 
@@ -240,7 +243,10 @@ def _of_stages(folder: Path) -> Choices:
     for stage in STAGES:
         file = folder / stage / "config.yaml"
         seen: Any = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-        data |= {key: _written(seen, key) for key in DATA if OmegaConf.select(seen, key.rpartition(".")[0]) is not None}
+        for key in DATA:
+            section, _, name = key.rpartition(".")
+            if name in (OmegaConf.select(seen, section) or ()):
+                data[key] = _written(seen, key)
     return Choices(data=data)
 
 

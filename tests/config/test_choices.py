@@ -200,6 +200,14 @@ def test_another_choice_of_a_group_leaves_out_what_the_last_one_was_given(quick,
     assert told()["overrides"] == ["data.text.path=a.txt", "reward@ppo.reward=length"]
 
 
+def test_a_key_that_was_added_is_given_other_values_without_the_plus(tmp_path):
+    own = ["experiment=smoke", f"runs={tmp_path}"]
+    choices.keep(*choices.compose_run([*own, "+comparisons.judge.args.more=3"]))
+    config, overrides = choices.compose_run([*own, "comparisons.judge.args.more=4"])
+    assert config.comparisons.judge.args.more == 4 and "+comparisons.judge.args.more=4" in overrides
+    assert "more" not in choices.compose_run([*own, "~comparisons.judge.args.more"])[0].comparisons.judge.args
+
+
 def test_the_last_value_of_a_key_stays_and_mappings_add_up():
     last = choices.last_of_each
     assert last(["a=1", "b=2", "a=3"]) == ["b=2", "a=3"]
