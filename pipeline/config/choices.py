@@ -88,10 +88,11 @@ def compose_run(typed: Sequence[str], varied: Iterable[str] = (), reads: bool = 
 def keep(config: DictConfig, overrides: list[str]) -> None:
     """Store what the run of `config` was told, composed from `overrides`; with takeover=true the run loses its links.
 
-    An override that holds a password, or a value that the environment gives, is not stored.
+    What a command adds by itself, behind `run`, is not stored, nor what holds a password or a value of the environment.
     """
     folder = Path(config.runs) / config.run
-    kept = [text for text in last_of_each(overrides) if _is_kept(text)]
+    end = max((place for place, text in enumerate(overrides, 1) if key_of(text) == "run"), default=len(overrides))
+    kept = [text for text in last_of_each(overrides[:end]) if _is_kept(text)]
     groups = {group: choice for group, choice in chosen(overrides).items() if group not in PASSING}
     data = {key: _written(config, key) for key in DATA}
     choices = Choices(groups, kept, data, os.path.relpath(Path.cwd(), folder.resolve()))

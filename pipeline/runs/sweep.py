@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from threefold import chain
 from threefold.errors import UserError
-from threefold.runs import sweep_space, sweep_table, trials
+from threefold.runs import sweep_table, trials
 from threefold.runs.sweep_space import Dimension, combinations
 from threefold.stages import needed_by
 from threefold.tracking.trackers import installed
@@ -29,9 +29,7 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     and makes failed runs alone. Raises `UserError` for bad input.
     """
     with alone(config):
-        asked = sweep_space.asked(config)  # by the sweep for its own runs, behind all that was told
-        told = overrides[:-1] if overrides[-1:] == [asked] else overrides
-        chain.keep_choices(config, told, needed_by(config.target, config))
+        chain.keep_choices(config, overrides, needed_by(config.target, config))
         if config.sweep.trials:
             installed("optuna", "sweep.trials")
             from threefold.runs import sweep_search

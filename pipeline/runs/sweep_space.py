@@ -51,8 +51,8 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
     fixed, space = parse(overrides)
     config, fixed = choices.compose_run(fixed, [dimension.key for dimension in space])
     check_names(config)
-    if added := validation_override(config):
-        fixed = [*fixed, *added]
+    if asked := validation_override(config):
+        fixed = [*fixed, *asked]
         config = compose(fixed)
     check(config, fixed, space)
     return config, fixed, space
@@ -186,12 +186,7 @@ def validation_override(config: DictConfig) -> list[str]:
     """The override that has the evaluation measure the objective; none where `config` does so already."""
     if not objective(config).startswith("evaluate.validation.") or config.evaluate.validation_prompts:
         return []
-    return [asked(config)]
-
-
-def asked(config: DictConfig) -> str:
-    """The override that has the evaluation measure on as many validation prompts as test prompts."""
-    return f"evaluate.validation_prompts={config.evaluate.prompts}"
+    return [f"evaluate.validation_prompts={config.evaluate.prompts}"]
 
 
 def kl_metric(config: DictConfig) -> str | None:
