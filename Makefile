@@ -4,6 +4,13 @@ VENV ?= .venv
 THREEFOLD = $(VENV)/bin/threefold
 STAGES = tokenizer pretrain sft comparisons reward dpo ppo evaluate
 
+# a variable on the command line that is none of these would be dropped: make ppo kl_coef=0.1
+TYPED := $(sort $(foreach name,$(filter-out PYTHON VENV ARGS SHELL,$(.VARIABLES)),$(if $(filter command,$(origin $(name))),$(name))))
+ifneq ($(TYPED),)
+OVERRIDES := $(strip $(ARGS) $(foreach name,$(TYPED),$(name)=$(value $(name))))
+$(error overrides go into ARGS: make $(MAKECMDGOALS) ARGS="$(OVERRIDES)"; variables of the environment stand before make)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo arithmetic $(STAGES) frontier sweep report submit status cancel label chat dashboard sync test \
 	test-all test-slurm bench-ppo bench-sampler bench-labels lint docs clean

@@ -38,11 +38,12 @@ def compose(*overrides: str) -> Config:
 def make(*overrides: str) -> "Run":
     """Bring `target`, or the whole chain, up to date, as `threefold run` does; returns the run.
 
-    `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed. Raises `UserError` for bad input, before
-    any long work.
+    `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed, `rounds=N` one for each round of DPO.
+    Raises `UserError` for bad input, before any long work.
     """
     config, told = begin(overrides)
-    bring_up_to_date(config, told)
+    config, last = last_round(config, told)
+    bring_up_to_date(config, last)
     return Run(Path(config.runs) / config.run)
 
 
@@ -51,11 +52,30 @@ def begin(overrides: Sequence[str]) -> tuple[Any, list[str]]:
     from threefold.config import choices
 
     config, told = choices.compose_run(overrides)
+    let_go(config)
+    return config, told
+
+
+def let_go(config: Any) -> None:
+    """With takeover=true, have jobs that were sent for the run link nothing into it any more."""
     if config.takeover:
         from threefold.slurm import job_records
 
         job_records.let_go(config)
-    return config, told
+
+
+def last_round(config: Any, overrides: list[str]) -> tuple[Any, list[str]]:
+    """The last round of `rounds`, all before it made: its configuration and overrides. Without rounds both as given."""
+    if config.rounds is None:
+        return config, overrides
+    from threefold.config.compose import compose
+    from threefold.runs import rounds
+
+    *earlier, last = rounds.overrides_of(config, overrides)
+    for number, given in enumerate(earlier, 1):
+        if bring_up_to_date(compose(given), given):
+            print(f"round {number} of {config.rounds} is made", flush=True)
+    return compose(last), last
 
 
 def bring_up_to_date(config: Any, overrides: list[str]) -> bool:

@@ -1,13 +1,12 @@
 """The command line: `threefold COMMAND [overrides]`. It answers help, status and mistakes without importing torch."""
 
-import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from threefold.errors import UserError, nearest, public, public_traceback
-from threefold.execution.launch import leave_launchers
+from threefold.arguments import parse
+from threefold.errors import UserError, public, public_traceback
 
 WORKING = ("run", "submit", "frontier", "sweep", "chat")  # commands that use models, or send jobs that do
 
@@ -20,6 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
+            from threefold.execution.launch import leave_launchers
+
             leave_launchers()
         COMMANDS[command][0](overrides, **options)
     except UserError as error:
@@ -30,50 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-OPTIONS = {"compare": "report", "wandb": "dashboard"}  # option → the command that it belongs to
-
-
 def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    commands = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="threefold",
-        usage="threefold COMMAND [KEY=VALUE ...]",
-        allow_abbrev=False,
-        exit_on_error=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Pretrain, fine-tune and align a language model.\n\ncommands:\n{commands}",
-        epilog="Overrides use Hydra's syntax: threefold run target=ppo ppo.kl_coef=0.1 experiment=demo\n"
-        "Every key with its meaning is in conf/; `threefold config`, or --cfg job, prints them with their values.",
-    )
-    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    parser.add_argument("--compare", metavar="RUN", help=argparse.SUPPRESS)
-    parser.add_argument("--wandb", action="store_const", const=True, help=argparse.SUPPRESS)
-    parser.add_argument("--cfg", "-c", choices=("job",), help=argparse.SUPPRESS)  # as Hydra's applications have it
-    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
-    try:
-        parsed, unknown = parser.parse_known_intermixed_args(arguments)  # an option may stand between overrides
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name}: {error.message}") from error
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such option; overrides are written KEY=VALUE")
-    if "=" in (parsed.command or "") and (parsed.cfg or parsed.multirun):  # these need no command
-        parsed.command, parsed.overrides = None, [parsed.command, *parsed.overrides]
-    if parsed.multirun:
-        sweep = shlex.join(["threefold", "sweep", *parsed.overrides])
-        raise UserError(f"--multirun: sweeps have a command of their own: {sweep}")
-    if parsed.command is None and not parsed.cfg:
-        parser.print_help()
-        sys.exit(0)
-    if parsed.command not in COMMANDS and not (parsed.command is None and parsed.cfg):
-        raise UserError(
-            f"{parsed.command}: no such command{nearest(parsed.command, COMMANDS)}; there are {', '.join(COMMANDS)}"
-        )
-    options = {name: value for name in OPTIONS if (value := getattr(parsed, name)) is not None}
-    for name in options:
-        if parsed.command != OPTIONS[name]:
-            raise UserError(f"--{name}: is an option of {OPTIONS[name]}, not of {parsed.command}")
-    return ("config", parsed.overrides, {}) if parsed.cfg else (parsed.command, parsed.overrides, options)
+    return parse(arguments, {name: text for name, (_, text) in COMMANDS.items()})
 
 
 def _run(overrides: list[str]) -> None:
@@ -85,6 +44,7 @@ def _run(overrides: list[str]) -> None:
         from threefold.execution.nodes import help_out
 
         return help_out(config.launch, Path(config.runs) / "artifacts", take_part)
+    config, overrides = api.last_round(config, overrides)
     if not api.bring_up_to_date(config, overrides):
         print("nothing to do: every stage is fresh")
     # a wrong key does not wait for the libraries of the report
@@ -98,29 +58,45 @@ def _submit(overrides: list[str]) -> None:
     from threefold.chain import keep_choices, wanted
     from threefold.chain.plans import Member
     from threefold.display.parts import print_rows
+    from threefold.runs import seeds, sweep_space, trials
     from threefold.slurm import submission
 
-    config, overrides = api.begin(overrides)
-    members = [Member(config, overrides)]
-    if config.seeds is not None:
-        from threefold.runs import seeds
-
-        members = seeds.composed(config, overrides)
-        keep_choices(config, overrides, wanted(config))
+    if several := sweep_space.is_sweep(overrides):
+        config, overrides, space = sweep_space.read(overrides)
+        api.let_go(config)
+        members = trials.composed(config, overrides, space)
+    else:
+        config, overrides = api.begin(overrides)
+        several = config.seeds is not None
+        members = seeds.composed(config, overrides) if several else [Member(config, overrides)]
     rows = submission.rows(submission.submit(members))
+    if several:
+        keep_choices(config, overrides, wanted(config))
     if not rows:
         print("nothing to do: every stage is fresh")
     else:
         print_rows([("stage", "job", "after", "asks for", "for"), *rows])
 
 
+def _composed(overrides: list[str]) -> Any:
+    """The configuration, with `rounds` that of the last round, which is the run itself."""
+    from threefold.config.choices import compose_run
+
+    config, told = compose_run(overrides, reads=True)
+    if config.rounds is None:
+        return config
+    from threefold.config.compose import compose
+    from threefold.runs import rounds
+
+    return compose(rounds.overrides_of(config, told)[-1])
+
+
 def _status(overrides: list[str]) -> None:
     from threefold.chain import status
-    from threefold.config.choices import compose_run
     from threefold.display.parts import print_rows
     from threefold.slurm import job_records
 
-    config, _ = compose_run(overrides, reads=True)
+    config = _composed(overrides)
     columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
     rows = [[row[name] for name in columns] for row in job_records.with_jobs(config, status(config))]
     print_rows([(*columns[:-1], "main metric"), *rows])
@@ -141,9 +117,8 @@ def _cancel(overrides: list[str]) -> None:
 
 def _report(overrides: list[str], compare: str | None = None) -> None:
     from threefold import chain
-    from threefold.config.choices import compose_run
 
-    config, _ = compose_run(overrides, reads=True)
+    config = _composed(overrides)
     chain.require_finished(config)  # the report's libraries take seconds to load
     from threefold.report import print_table, write_report
 
@@ -163,13 +138,11 @@ def _frontier(overrides: list[str]) -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
+    from threefold import api
     from threefold.runs import sweep_space
 
     config, fixed, space = sweep_space.read(overrides)
-    if config.takeover:
-        from threefold.slurm import job_records
-
-        job_records.let_go(config)
+    api.let_go(config)
     from threefold.runs import sweep
 
     swept = sweep.run(config, fixed, space)
@@ -232,7 +205,10 @@ def _runs(overrides: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (_run, "make what is stale: the whole chain, or target=STAGE with everything that it needs"),
-    "submit": (_submit, "send what is stale to Slurm, a job for each stage after those it needs, and return at once"),
+    "submit": (
+        _submit,
+        "send what is stale to Slurm, of a sweep for all runs, a job for each stage, and return at once",
+    ),
     "status": (_status, "show each stage: fresh, stale and why, queued, running, failed"),
     "runs": (_runs, "list the runs: when their last stage was made, and the main metric of every finished stage"),
     "cancel": (_cancel, "end the jobs of a run in Slurm, and of its variants"),

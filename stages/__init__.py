@@ -1,6 +1,6 @@
 """The chain: every stage with what it needs. Importing this package imports no stage and no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,6 +25,8 @@ class Stage:
     models: tuple[str, ...] = ()  # keys of model folders, or names on the hub, whose content is in its fingerprint
     named: tuple[str, ...] = ()  # keys of `folders` whose names, RUN/STAGE, stand in its results and so count as well
     without: tuple[str, ...] = ()  # keys below its `keys` that it does not read
+    # keys that it was given since, with the value under which it does as before: with that they are in no fingerprint
+    added: dict[str, Any] = field(default_factory=dict)
     version: int = 1
     metric: str = ""  # the metric that tables show
     several_processes: bool = False  # whether several processes can run it together (`launch`)
@@ -64,6 +66,7 @@ STAGES = {
             ("comparisons.earlier", ("comparisons",)),
             ("comparisons.scorer", ("reward",)),
         ),
+        added={"comparisons.sft": True},
         version=4,
         metric="pairs",
     ),
@@ -78,6 +81,16 @@ STAGES = {
     "dpo": Stage(
         parents=("sft", "comparisons"),
         keys=("dpo", "data.preferences.max_unusable_share", "precision"),
+        folders=(("dpo.start", ("pretrain", "sft", "dpo", "ppo")),),
+        added={
+            "dpo.start": [],
+            "dpo.simpo_gamma": None,
+            "dpo.ld_alpha": None,
+            "dpo.desirable_weight": 1.0,
+            "dpo.undesirable_weight": 1.0,
+            "dpo.reference_sync_every": None,
+            "dpo.reference_mixup": 1.0,
+        },
         version=3,
         metric="accuracy",
         several_processes=True,
@@ -109,6 +122,7 @@ STAGES = {
         models=("evaluate.judge_model.path",),
         folders=(("evaluate.earlier", ("sft", "dpo", "ppo")),),
         named=("evaluate.earlier",),
+        without=("evaluate.reward_model",),
         version=8,
         metric="ppo_gold_mean",
     ),
@@ -130,7 +144,8 @@ def parents(name: str, config: Any) -> list[str]:
     """The stages whose artifacts stage `name` needs under `config`, in the order they run.
 
     PPO with a reward by rules alone needs no reward model. The evaluation needs the models that it compares, SFT as the
-    reference of KL, and the comparisons and reward model only where one of these was made with them, or for best-of-n.
+    reference of KL, and the comparisons and reward model only where one of these was made with them, for best-of-n, and
+    with evaluate.reward_model.
     The frontier needs the model of the method that it measures.
     """
     if name == "ppo" and not rewards.uses_model(config.ppo.reward):
@@ -143,7 +158,7 @@ def parents(name: str, config: Any) -> list[str]:
         ]
     if name == "evaluate":
         taking_part = [players.player(name, "evaluate.models") for name in config.evaluate.models]
-        compared = {"sft"} | players.stages_of(taking_part)
+        compared = {"sft"} | players.stages_of(taking_part) | ({"reward"} if config.evaluate.reward_model else set())
         made_with = {needed for stage in compared for needed in needed_by(stage, config)}
         return [stage for stage in STAGES if stage in compared or stage in made_with & {"comparisons", "reward"}]
     return list(STAGES[name].parents)

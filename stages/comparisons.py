@@ -12,6 +12,7 @@ from threefold.data.preferences import Pair
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation.players import policy_name
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.fileio import write_lines
 from threefold.models import chat, ensemble, loading, template
@@ -100,7 +101,7 @@ def earlier_pairs(job: Job, test: list[Pair]) -> tuple[list[Pair], int]:
 def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     """Pairs of samples of the SFT model (and of other policies), and of two people's replies to one context.
 
-    Labelled by the judge, or left in pool.jsonl for people to label.
+    Labelled by the judge or by the order of the policies, or left in pool.jsonl for people to label.
     """
     config, generator = job.config.comparisons, np.random.default_rng(job.config.comparisons.seed)
     judge = rewards.load(config.judge, rewards.GIVEN["comparisons"]) if config.label_by == "judge" else None
@@ -109,12 +110,12 @@ def made(job: Job) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
     test, _, unscored_held_out = paired(job, held_out, judge, generator)
     pool = write_pool(job.out / "pool.jsonl", train, test, generator)
     metrics: dict[str, Any] = {"pool": pool, "kept_share": kept, **left_out}
-    if judge is None:
+    if config.label_by == "people":
         job.say(f"{pool:,} pairs to compare; label them with: make label ARGS=run={job.config.run}")
         return [], [], metrics
     samples_unscored = unscored + unscored_held_out
     require_scores(samples_unscored, sum(map(len, sampled + held_out)))
-    human, human_kept, human_unscored = people(job, judge, generator)
+    human, human_kept, human_unscored = people(job, judge, generator) if judge else ([], 0.0, 0)
     if samples_unscored + human_unscored:
         job.say(f"{samples_unscored:,} samples and {human_unscored:,} replies of people have no score of the judge")
     labels = [pairing.labelled(c, "samples") for c in train] + human
@@ -149,8 +150,8 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     Replies without an end token are left out: the token would have to be made up.
     """
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
-    policies = {"sft": job.inputs["sft"]} | {policy_name(folder): Path(folder) for folder in config.policies}
-    tokenizer = chat.require_same_template(policies)
+    replying = policies(job)
+    tokenizer = chat.require_same_template({"sft": job.inputs["sft"], **replying})
     model = loading.load_policy(job.inputs["sft"], "meta")
     train = reading.draw(reading.prompts(source, "train", dialogue), config.prompts, config.seed)
     held_out = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_prompts, config.seed)
@@ -165,12 +166,15 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
             unusable[split]["prompt leaves no room for a reply"] = {"count": before - len(after)}
     asked = [example for example in train + held_out for _ in range(config.samples_per_prompt)]
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in asked]
-    flops = 2 * loading.parameter_count(model) * sum(len(prompt) + job.config.sampling.max_new_tokens for prompt in ids)
-    total = len(asked) * len(policies)
-    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, flops * len(policies))
+    total, limits = len(asked) * len(replying), job.config.sampling
+    read = sum(map(len, ids))
+    shape = (limits.batch_size, read // max(1, len(ids)))
+    work = Work(0, read * len(replying), total * limits.max_new_tokens, shape, limits.batch_size)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)
+    job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, policy, work)
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
-    for number, (name, folder) in enumerate(policies.items()):
+    for number, (name, folder) in enumerate(replying.items()):
         numbers = sampler.random_numbers(config.seed + number, len(ids), job.config.sampling)
         policy = loading.load_policy(folder, job.device.type)
         for i, reply in enumerate(sampler.sample(policy, ids, job.config.sampling, tokenizer, numbers, bar)):
@@ -182,6 +186,13 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     bar.close()
     metrics = {"samples_without_end": unfinished, "samples_empty": empty, "unusable": unusable}
     return groups[: len(train)], groups[len(train) :], metrics
+
+
+def policies(job: Job) -> dict[str, Path]:
+    """The folders of the policies that reply, by their names."""
+    config = job.config.comparisons
+    folders = {policy_name(folder): Path(folder) for folder in config.policies}
+    return {"sft": job.inputs["sft"], **folders} if config.sft else folders
 
 
 def with_room(examples: list[Example], tokenizer: Any, model: Any, limits: Any) -> list[Example]:
@@ -199,6 +210,8 @@ def paired(
     """
     config = job.config.comparisons
     judged = pairing.judged(groups, judge) if judge else [None] * len(groups)
+    if config.label_by == "order":
+        judged = pairing.ranked(groups, list(policies(job)))
     scored = member_scores(job, groups) if config.scorer else [None] * len(groups)
     pairs, possible, good = [], 0, 0
     for group, by_judge, by_model in zip(groups, judged, scored, strict=True):

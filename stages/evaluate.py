@@ -15,6 +15,7 @@ from threefold.evaluation import arena, contamination, held_out, judge_model, me
 from threefold.evaluation.measuring import Played, Shared
 from threefold.evaluation.players import MODELS, Player, most_samples, player, policy_name
 from threefold.evaluation.tasks import Task
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.fileio import read_json, read_lines, write_lines
 from threefold.models import chat, ensemble, loading
@@ -262,9 +263,10 @@ def with_interval(name: str, scores: list[float | None], verdicts: bool) -> dict
 def announce(job: Job, taking_part: dict[str, dict[str, Player]], prompts: int, problems: int, model: Any) -> None:
     """One line: device, precision, what is sampled, and the time that sampling and four passes over it may take."""
     replies = replies_in_all(taking_part, prompts, problems)
-    flops = 2 * 6 * loading.parameter_count(model) * replies * job.config.sampling.max_new_tokens
+    tokens = replies * job.config.sampling.max_new_tokens
+    work = Work(0, 5 * tokens, tokens, together=job.config.sampling.batch_size)
     asked = f"{prompts} held-out prompts" + (f" and {problems:,} problems" if problems else "")
-    job.announce(f"{replies:,} replies of {len(taking_part)} models to {asked}", None, flops)
+    job.announce(f"{replies:,} replies of {len(taking_part)} models to {asked}", None, model, work)
 
 
 def checked_for_copies(

@@ -9,6 +9,7 @@ from threefold import rewards
 from threefold.data.reading import Example
 from threefold.errors import UserError
 from threefold.evaluation import best_of, held_out
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.fileio import read_json, write_lines
 from threefold.models import chat, ensemble, likelihood, loading
@@ -109,5 +110,6 @@ def replies_scored(
 
 def announce(job: Job, model: Any, replies: int) -> None:
     """One line: device, precision, and what is sampled."""
-    flops = 2 * 3 * loading.parameter_count(model) * replies * job.config.sampling.max_new_tokens
-    job.announce(f"{replies:,} replies for the frontier of {job.config.frontier.method}", None, flops)
+    tokens = replies * job.config.sampling.max_new_tokens
+    work = Work(0, 2 * tokens, tokens, together=job.config.sampling.batch_size)
+    job.announce(f"{replies:,} replies for the frontier of {job.config.frontier.method}", None, model, work)

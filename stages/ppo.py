@@ -33,6 +33,7 @@ from threefold import rewards
 from threefold.errors import UserError
 from threefold.evaluation import checkup
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, likelihood, loading
 from threefold.ppo import actors, rollouts, safety
@@ -99,6 +100,8 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
             ppo.ratios.clear()
             metrics |= update(ppo, rollout, advantages, returns, number)
             metrics |= {"kl_coef": ppo.kl_coef, "episodes": (number + 1) * config.batch_size}
+            speed = config.batch_size / (time.perf_counter() - started)
+            metrics |= {"learning_rate": config.learning_rate * (1 - number / total), "episodes_per_second": speed}
             ppo.kl_coef = estimators.next_kl_coef(ppo.kl_coef, metrics["kl"], config)
             reason = ranks.decided(guards.tripped(metrics, config), ppo.accelerator)
         if reason is not None:
@@ -108,6 +111,7 @@ def train(ppo: Ppo, prompts: list[Prompt]) -> dict[str, Any]:
         job.log(number + 1, metrics, {"rollout": number + 1})
         if job.tracked:
             job.show(views(job, ppo.tokenizer, number + 1, batch, rollout, advantages, ppo.ratios), number + 1)
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("score", "kl")}, refresh=False)
         bar.update(config.batch_size)
         if number + 1 in snapshots(config.snapshots, total) and ppo.accelerator.is_main_process:
             episodes = (number + 1) * config.batch_size
@@ -154,18 +158,16 @@ def plan(job: Job) -> list[Prompt]:
     longest = max(len(prompt.ids) for prompt in prompts) + limits.max_new_tokens
     length = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + limits.max_new_tokens / 2
     trained = 1 + (meta_models.critic is not None and not meta_models.shared)
-    passes = 6 * trained * config.epochs + 2 * (2 + trained)  # updated; sampled, and scored
-    size = loading.parameter_count(getattr(meta_models.policy, "base", meta_models.policy))
-    total = max(1, config.episodes // config.batch_size)
+    total, micro = max(1, config.episodes // config.batch_size), micro_batch_size(job)
+    tokens, new = (part * config.batch_size * total for part in (length, limits.max_new_tokens))
+    work = Work(trained * config.epochs * tokens, (2 + trained) * tokens, new, (micro, int(length)), limits.batch_size)
     batch = f"about {length * config.batch_size / config.minibatches:,.0f} tokens"
-    flops = passes * size * length * config.batch_size * total
-    job.announce(batch, total * config.minibatches * config.epochs, flops)
+    steps = total * config.minibatches * config.epochs
+    job.announce(batch, steps, loading.load_policy(job.inputs["sft"], job.device.type), work)
     sampled = min(limits.batch_size, config.batch_size) if config.sampler == "own" else 0
-    needed = safety.memory_needed(meta_models, longest, sampled, micro_batch_size(job))
-    free = safety.memory_available(job.device.type)
-    job.say(safety.memory_line(needed, free))
-    if advice := safety.memory_shortage(needed, free):
-        job.say(advice)
+    needed, free = safety.memory_needed(meta_models, longest, sampled, micro), safety.memory_available(job.device.type)
+    for line in filter(None, (safety.memory_line(needed, free), safety.memory_shortage(needed, free))):
+        job.say(line)
     return prompts
 
 

@@ -9,11 +9,12 @@ from transformers import Trainer, TrainingArguments, get_wsd_schedule
 from threefold.data import reading
 from threefold.evaluation import baselines, held_out
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, loading
 from threefold.training import fused, hf_trainer
 from threefold.training.muon import MuonAdamW
-from threefold.training.packing import EvenedRows, PackedRows, packed
+from threefold.training.packing import EvenedRows, PackedRows, document_start, packed
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def run(job: Job) -> dict[str, Any]:
     train_texts, test_texts = (
         reading.texts(reading.load(job.config.data.text, split).rows) for split in ("train", "test")
     )
+    texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
     model = start(job, tokenizer)
     steps = config.tokens // (config.batch_size * config.context)
     if steps:
@@ -30,13 +32,15 @@ def run(job: Job) -> dict[str, Any]:
         shuffled = reading.draw(train_texts, len(train_texts), config.seed)
         with ranks.main_first(job):
             stream = packed(shuffled, tokenizer, job.checkpoints / "tokens.bin")
-        flops = loading.parameter_count(model) * (6 * config.tokens + 2 * 2 * config.eval_tokens)  # windows overlap
-        job.announce(f"{config.batch_size * config.context:,} tokens", steps, flops)
-        model = fit(job, model, PackedRows(stream, config.context, steps * config.batch_size), steps)
+        # windows of what is scored overlap by half
+        work = Work(config.tokens, 2 * config.eval_tokens, shape=(config.batch_size, config.context))
+        compared = baselines.estimated_seconds(train_texts, texts)
+        job.announce(f"{config.batch_size * config.context:,} tokens", steps, model, work, compared)
+        rows = PackedRows(stream, config.context, steps * config.batch_size)
+        model = fit(job, model, rows, steps, held_out_rows(job, tokenizer, texts, len(rows)))
     if not job.main:
         return {}
     loading.save(model, tokenizer, job.out)
-    texts = held_out.first_texts(test_texts, tokenizer, config.eval_tokens)
     bar = job.progress(config.eval_tokens, "tokens", part="held out")
     bits = held_out.text_bits_per_byte(model.eval(), tokenizer, texts, config.context, bar)
     bar.close()
@@ -50,6 +54,15 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
+def held_out_rows(job: Job, tokenizer: Any, texts: list[str], trained: int) -> Any:
+    """Rows of held-out texts on which the loss is measured during training; None where they do not fill one."""
+    ids = [id for text in tokenizer(texts, add_special_tokens=False)["input_ids"]
+           for id in (document_start(tokenizer), *text)]  # fmt: skip
+    context = job.config.pretrain.context
+    rows = [ids[at : at + context] for at in range(0, len(ids) - context + 1, context)]
+    return hf_trainer.held_out_rows(job, [{"input_ids": row, "labels": row} for row in rows], trained)
+
+
 def start(job: Job, tokenizer: Any) -> torch.nn.Module:
     """The model before training: new, or the checkpoint of the configuration."""
     if job.config.model.checkpoint:
@@ -57,7 +70,7 @@ def start(job: Job, tokenizer: Any) -> torch.nn.Module:
     return loading.from_scratch(job.config.model, tokenizer, job.config.pretrain.seed)
 
 
-class MuonTrainer(Trainer):
+class MuonTrainer(hf_trainer.Undisturbed, Trainer):
     """A Trainer with Muon and AdamW under a warm-up, stable, decay schedule.
 
     It makes them when it trains: processes that share out the weights do so first.
@@ -88,8 +101,8 @@ class MuonTrainer(Trainer):
         return self.lr_scheduler
 
 
-def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> torch.nn.Module:
-    """The trained model."""
+def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int, held_out: Any = None) -> torch.nn.Module:
+    """The trained model; its loss is measured on rows that are `held_out`, where there are any."""
     config, processes = job.config.pretrain, job.device.processes
     trainer = MuonTrainer(
         job,
@@ -98,5 +111,6 @@ def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int) -> torch
             **hf_trainer.arguments(job, config.batch_size, steps, config.seed), max_grad_norm=config.max_grad_norm
         ),
         train_dataset=rows if processes == 1 else EvenedRows(rows, config.batch_size, processes),
+        eval_dataset=held_out,
     )
     return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")

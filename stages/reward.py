@@ -15,6 +15,7 @@ from threefold.data import preferences
 from threefold.data.preferences import Pair, TokenisedPairs
 from threefold.errors import UserError
 from threefold.evaluation import checkup
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, ensemble, likelihood, loading, lora
 from threefold.models.ensemble import Ensemble
@@ -38,7 +39,10 @@ def run(job: Job) -> dict[str, Any]:
     counted = hf_trainer.trained_on(job, orders, len(train.rows), batch_size, "pairs")
     announce(job, [train.take(order) for order in orders], batch_size, test)
     samples = sft_samples(job, tokenizer, test.pairs) if job.main else []
-    members = [member(job, i, tokenizer, train.take(order), batch_size, samples) for i, order in enumerate(orders)]
+    unseen = hf_trainer.held_out_rows(job, test.rows, len(orders[0]))
+    members = [
+        member(job, i, tokenizer, train.take(order), batch_size, samples, unseen) for i, order in enumerate(orders)
+    ]
     if not job.main:
         return {}
     model = combined(job, members, tokenizer, samples)
@@ -70,13 +74,13 @@ def require_margins(config: Any, train: TokenisedPairs) -> None:
 def announce(job: Job, ordered: list[TokenisedPairs], batch_size: int, test: TokenisedPairs) -> None:
     """One line: device, batch, and the time of sampling, of training all members, and of the check-up."""
     config, limits = job.config.reward, job.config.sampling
-    size = loading.parameter_count(loading.load_policy(job.inputs["sft"], "meta"))
     steps, tokens = len(ordered[0].rows) // batch_size, sum(pairs.tokens() for pairs in ordered)
-    length = test.tokens() / 2 / len(test.rows)
+    length = test.tokens() // 2 // len(test.rows)
     scored = config.ensemble * sequences_checked(config, test) * length
-    sampled = len(_prompts(test.pairs)) * (length + limits.max_new_tokens)
-    batch = f"{tokens // steps // config.ensemble:,} tokens"
-    job.announce(batch, steps * config.ensemble, size * (6 * tokens + 2 * (scored + sampled)))
+    sampled = len(_prompts(test.pairs)) * limits.max_new_tokens
+    work = Work(tokens, scored, sampled, (2 * batch_size, length), limits.batch_size)
+    policy = loading.load_policy(job.inputs["sft"], job.device.type)  # as fast as the model with a score head
+    job.announce(f"{tokens // steps // config.ensemble:,} tokens", steps * config.ensemble, policy, work)
 
 
 def sequences_checked(config: Any, test: TokenisedPairs) -> int:
@@ -86,15 +90,16 @@ def sequences_checked(config: Any, test: TokenisedPairs) -> int:
 
 
 def member(
-    job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, batch_size: int, samples: list[list[int]]
-) -> Any:
+    job: Job, number: int, tokenizer: Any, ordered: TokenisedPairs, batch_size: int, samples: list[list[int]],
+    held_out: Any = None,
+) -> Any:  # fmt: skip
     """The `number`-th model of the ensemble, with its own head and order of pairs; a finished one is read."""
     out = member_folder(job, number)
     done = job.checkpoints / str(number) / "done"
     if done.exists():
         return loading.load_reward_model(out, job.device.type)
     model = with_score_head(job, tokenizer, member_seed(job, number))
-    model = fit(job, model, tokenizer, ordered, batch_size, number).eval()
+    model = fit(job, model, tokenizer, ordered, batch_size, number, held_out).eval()
     if job.main:
         normalise(model, tokenizer, samples)
         loading.save(model, tokenizer, out)
@@ -125,7 +130,7 @@ def with_score_head(job: Job, tokenizer: Any, seed: int) -> Any:
     return model
 
 
-class SmoothedTrainer(RewardTrainer):
+class SmoothedTrainer(hf_trainer.Undisturbed, RewardTrainer):
     """TRL's loss as if a share `smoothing` of the labels were wrong (Mitchell 2023, on DPO with noisy labels).
 
     (1 - e) softplus(-d) + e softplus(d) is softplus(-d) + e d, with d the score of the chosen reply less that of the
@@ -144,8 +149,13 @@ class SmoothedTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def fit(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size: int, number: int = 0) -> Any:
-    """Train with TRL on rows that are already tokenised; LoRA adapters are merged, and left in adapter/ as well."""
+def fit(
+    job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size: int, number: int = 0, held_out: Any = None
+) -> Any:
+    """Train with TRL on rows that are already tokenised; LoRA adapters are merged, and left in adapter/ as well.
+
+    The loss is measured on rows that are `held_out`, where there are any.
+    """
     config, folder = job.config.reward, job.checkpoints / str(number)
     steps = len(train.rows) // batch_size
     arguments = RewardConfig(
@@ -161,11 +171,12 @@ def fit(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size:
         peft_config = lora.adapter_config(model, config.lora_rank, config.lora_alpha, **options)
     if train.unpaired:
         classifier = model if peft_config is None else get_peft_model(model, peft_config)
-        trainer = classifier_trainer(job, classifier, tokenizer, train, arguments)
+        trainer = classifier_trainer(job, classifier, tokenizer, train, arguments, held_out)
     else:
         trainer = SmoothedTrainer(
-            model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config
-        )
+            model, arguments, train_dataset=columns(train, config), processing_class=tokenizer, peft_config=peft_config,
+            eval_dataset=Dataset.from_list([side_by_side(row) for row in held_out]) if held_out else None,
+        )  # fmt: skip
         trainer.smoothing = config.label_smoothing
     trained: Any = hf_trainer.train(trainer, job, batch_size, "pairs", number * steps)
     if peft_config is None:
@@ -175,32 +186,49 @@ def fit(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, batch_size:
     return trained.merge_and_unload()
 
 
-def classifier_trainer(job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, arguments: RewardConfig) -> Trainer:
+class Classifier(hf_trainer.Undisturbed, Trainer):
+    """A Trainer, undisturbed by what is measured."""
+
+
+def classifier_trainer(
+    job: Job, model: Any, tokenizer: Any, train: TokenisedPairs, arguments: RewardConfig, held_out: Any = None
+) -> Trainer:
     """A Trainer for replies that were labelled one by one: cross-entropy of good and bad, the score being the logit.
 
     A batch has the good and the bad reply of each of its pairs; with `label_smoothing` e the targets are 1 - e and e.
     """
     config = job.config.reward
     targets = 1 - config.label_smoothing, config.label_smoothing
-    rows = [
-        {"input_ids": ids, "labels": [target]}
-        for row in train.rows
-        for ids, target in zip(preferences.sequences(row), targets, strict=True)
-    ]
+
+    def labelled(rows: Any) -> Dataset:
+        return Dataset.from_list([
+            {"input_ids": ids, "labels": [target]}
+            for row in rows
+            for ids, target in zip(preferences.sequences(row), targets, strict=True)
+        ])  # fmt: skip
+
     arguments.per_device_train_batch_size *= 2
     model.config.problem_type = "multi_label_classification"  # transformers' name for this loss
     collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(rows), data_collator=collator)
+    measured = labelled(held_out) if held_out else None
+    trainer = Classifier(
+        model, arguments, train_dataset=labelled(train.rows), eval_dataset=measured, data_collator=collator
+    )
     trainer.model_accepts_loss_kwargs = False  # the model's loss is a mean over rows: the Trainer divides it by passes
     return trainer
 
 
 def columns(train: TokenisedPairs, config: Any) -> Dataset:
     """The rows as TRL reads them; with `margin_coef` the gap of each pair asks for that much of a score gap."""
-    rows = [dict(zip(("chosen_ids", "rejected_ids"), preferences.sequences(row), strict=True)) for row in train.rows]
+    rows = [side_by_side(row) for row in train.rows]
     if config.margin_coef:
         rows = [row | {"margin": config.margin_coef * pair.gap} for row, pair in zip(rows, train.pairs, strict=True)]
     return Dataset.from_list(rows)
+
+
+def side_by_side(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Both replies of a pair, each with its prompt, as TRL reads them."""
+    return dict(zip(("chosen_ids", "rejected_ids"), preferences.sequences(row), strict=True))
 
 
 def sft_samples(job: Job, tokenizer: Any, test: list[Pair]) -> list[list[int]]:

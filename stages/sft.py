@@ -10,6 +10,7 @@ from threefold.data.reading import Example
 from threefold.errors import require_most
 from threefold.evaluation import held_out
 from threefold.execution import ranks
+from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, loading
 from threefold.sampling import sampler
@@ -31,24 +32,24 @@ def run(job: Job) -> dict[str, Any]:
     asked = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
     asked, held_out_refused = chat.accepted(tokenizer, asked, source)
     pairs = held_out.reply_pairs(tokenizer, asked)
-    prompts = [prompt for prompt, _ in pairs]
     fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
     require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
     measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
-    prompts = [prompts[i] for i in sampler.with_room(prompts, model, job.config.sampling)]
+    prompts = [pairs[i][0] for i in sampler.with_room([prompt for prompt, _ in pairs], model, job.config.sampling)]
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(rows))
     order = hf_trainer.in_order([len(row["input_ids"]) for row in rows], batch_size, config.epochs, config.seed)
-    steps = len(order) // batch_size
-    tokens = sum(len(rows[i]["input_ids"]) for i in order)
+    steps, tokens = len(order) // batch_size, sum(len(rows[i]["input_ids"]) for i in order)
     job.say(f"{len(rows):,} examples, {too_long} longer than {config.max_length} tokens dropped")
     counted = hf_trainer.trained_on(job, [order], len(rows), batch_size, "examples")
     if removed or refused:
         count = sum(refused.values())
         job.say(f"{removed:,} turn marks were removed from the training text; the template refuses {count:,} examples")
-    passed = len(fitting) * (3 * tokens / len(order) + job.config.sampling.max_new_tokens)  # twice, and sampled
-    job.announce(f"{tokens // steps:,} tokens", steps, loading.parameter_count(model) * (6 * tokens + 2 * passed))
+    shape, new = (batch_size, tokens // len(order)), len(prompts) * job.config.sampling.max_new_tokens
+    work = Work(tokens, 2 * len(fitting) * shape[1], new, shape, job.config.sampling.batch_size)  # scored twice
+    job.announce(f"{tokens // steps:,} tokens", steps, model, work)
     before = bits_per_byte(job, model, tokenizer, *measured) if job.main else None
-    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size)
+    unseen = hf_trainer.held_out_rows(job, [labelled(*pair) for pair in measured[0]], len(order))
+    model = fit(job, model, tokenizer, [rows[i] for i in order], batch_size, unseen)
     if not job.main:
         return {}
     loading.save(model, tokenizer, job.out)
@@ -70,12 +71,25 @@ def run(job: Job) -> dict[str, Any]:
 
 def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
     """A training row: the prompt's labels are -100, the reply's and its end token's are themselves."""
-    prompt, reply = chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply)
+    return labelled(chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply))
+
+
+def labelled(prompt: list[int], reply: list[int]) -> dict[str, list[int]]:
+    """The row of a prompt and a reply in token ids."""
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int) -> Any:
-    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them."""
+class Trainer(hf_trainer.Undisturbed, SFTTrainer):
+    """TRL's, undisturbed by what is measured."""
+
+
+def fit(
+    job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], batch_size: int, held_out: Any = None
+) -> Any:
+    """The model, trained with TRL on tokenised rows, so that TRL neither truncates nor renders them.
+
+    Its loss is measured on rows that are `held_out`, where there are any.
+    """
     config, processes, steps = job.config.sft, job.device.processes, len(rows) // batch_size
     if processes > 1:
         unseen = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100, -100]}
@@ -87,7 +101,10 @@ def fit(job: Job, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], 
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    measured = Dataset.from_list(held_out) if held_out else None
+    trainer = Trainer(
+        model, arguments, train_dataset=Dataset.from_list(rows), eval_dataset=measured, processing_class=tokenizer
+    )
     return hf_trainer.train(trainer, job, batch_size, "examples")
 
 

@@ -17,6 +17,7 @@ from threefold.evaluation import tasks
 from threefold.execution import launch
 from threefold.rewards.numeric import numeric_match
 from threefold.rewards.scores import require_all
+from threefold.schema.stages import LABEL_LOSSES
 from threefold.stages import STAGES, sources
 from threefold.tracking import trackers
 
@@ -38,11 +39,12 @@ def check(config: DictConfig, planned: dict[str, Planned]) -> None:
 
 def check_pairs(config: DictConfig, planned: dict[str, Planned]) -> None:
     """Raise `UserError` where DPO is to be made of replies that were labelled one by one."""
-    given = config.data.preferences
-    if given.path and given.format == "unpaired" and "dpo" in planned and not planned["dpo"].artifact.finished:
+    given, wanted = config.data.preferences, "dpo" in planned and not planned["dpo"].artifact.finished
+    if given.path and given.format == "unpaired" and wanted and config.dpo.loss_type not in LABEL_LOSSES:
         raise UserError(
-            "data.preferences.format=unpaired: replies that were labelled one by one are no pairs, which dpo needs; "
-            "set target=reward or ppo, or take dpo out of evaluate.models"
+            "data.preferences.format=unpaired: replies that were labelled one by one are no pairs, which "
+            f"dpo.loss_type={config.dpo.loss_type} needs; set dpo.loss_type=kto, or target=reward or ppo, or take "
+            "dpo out of evaluate.models"
         )
 
 

@@ -63,6 +63,8 @@ def wanted(config: DictConfig) -> list[str]:
     """The stages that `config.target` (or the whole chain) needs, and with `dependents` those of the run behind it."""
     if config.target is not None and config.target not in STAGES:
         raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
+    if config.rounds is not None:
+        raise UserError(f"rounds={config.rounds}: is for threefold run and threefold.make; leave it out here")
     names = needed_by(config.target, config)
     if config.target and config.dependents and not config.takeover:
         run = Path(config.runs) / config.run
@@ -104,7 +106,7 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
     checkpoint = config.model.checkpoint if "model.checkpoint" in parts else None
     if checkpoint and Path(checkpoint).is_dir():
         parts = _replaced(parts, "model.checkpoint", checkpoint_digest(Path(checkpoint)))
-    return parts
+    return {key: value for key, value in parts.items() if key not in stage.added or value != stage.added[key]}
 
 
 def _source_parts(config: DictConfig, key: str) -> dict[str, Any]:

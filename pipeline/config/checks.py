@@ -8,6 +8,8 @@ import re
 from omegaconf import DictConfig, OmegaConf
 
 from threefold import rewards
+from threefold.config.losses import check_dpo, check_whole
+from threefold.config.names import JUDGES, REWARDS
 from threefold.data.preferences import PREFERENCE_FORMATS
 from threefold.errors import UserError, nearest
 from threefold.evaluation import judge_template
@@ -17,8 +19,6 @@ from threefold.schema.stages import PROBES
 from threefold.stages import STAGES
 from threefold.tracking.trackers import KINDS
 
-JUDGES = ("comparisons.judge", "evaluate.judge", "evaluate.second_judge")
-REWARDS = (*JUDGES, "ppo.reward")  # keys that hold a choice of the group `reward`
 # parameters of sbatch that `cluster.parameters` may not hold: they have keys of their own, or Threefold sets them
 SET_ELSEWHERE = (
     "partition", "account", "qos", "constraint", "nodes", "ntasks", "ntasks_per_node", "cpus_per_task", "gpus_per_node",
@@ -55,10 +55,7 @@ def check_together(config: DictConfig) -> None:
     _check_ppo(config.ppo)
     _check_tracker(config.tracker)
     _check_date("tokenizer.template_date", config.tokenizer.template_date)
-    if config.dpo.label_smoothing and config.dpo.loss_type != "robust":
-        raise UserError(f"dpo.label_smoothing: dpo.loss_type={config.dpo.loss_type} has none; use loss_type=robust")
-    if config.dpo.label_smoothing >= 0.5:
-        raise UserError(f"dpo.label_smoothing={config.dpo.label_smoothing}: must be below 0.5")
+    check_dpo(config.dpo)
     _check_resources(config)
     least, most = config.data.dialogue.reply_min_chars, config.data.dialogue.reply_max_chars
     if None not in (least, most) and least > most:
@@ -118,8 +115,14 @@ def _check_reward_model(reward: DictConfig) -> None:
 
 def _check_comparisons(comparisons: DictConfig, given: bool) -> None:
     _check_policies("comparisons.policies", comparisons.policies, ["sft"])
-    if given and comparisons.label_by == "people":
-        raise UserError("comparisons.label_by=people: data.preferences has labels already; set one of the two")
+    replying = len(comparisons.policies) + comparisons.sft
+    if not replying and not given:
+        raise UserError("comparisons.sft=false: nobody replies; name comparisons.policies, or set it true")
+    if comparisons.label_by == "order" and replying < 2 and not given:
+        raise UserError("comparisons.label_by=order: one policy has no order; name comparisons.policies, weakest first")
+    if given and comparisons.label_by != "judge":
+        key = f"comparisons.label_by={comparisons.label_by}"
+        raise UserError(f"{key}: data.preferences has labels already; set one of the two")
     if comparisons.pairing == "uncertain" and comparisons.scorer is None:
         raise UserError("comparisons.pairing=uncertain: needs comparisons.scorer, a reward model with several members")
     if comparisons.pairing == "random" and comparisons.scorer is not None:
@@ -157,6 +160,8 @@ def check_shares(config: DictConfig, stages: list[str]) -> None:
         if processes > 1:
             _check_share(config, stage, processes)
             _check_sharded(config, stage)
+        if stage == "dpo":
+            check_whole(config, processes)
         if stage != "ppo":
             _check_micro_batch(config, stage, processes)
 
@@ -191,6 +196,10 @@ def _check_sharded(config: DictConfig, stage: str) -> None:
     if stage == "pretrain" and mode == "deepspeed_zero3":
         raise UserError(
             "launch.mode=deepspeed_zero3: cuts up the matrices that pretrain's Muon needs whole; use launch=fsdp2"
+        )
+    if stage == "dpo" and config.dpo.reference_sync_every is not None:
+        raise UserError(
+            f"dpo.reference_sync_every: launch.mode={mode} shares out the models, also one that moves; use launch=ddp"
         )
     if stage == "reward" and config.reward.lora_rank is not None:
         raise UserError(f"reward.lora_rank: launch.mode={mode} shares out whole models; use launch=ddp, or set it null")

@@ -8,23 +8,30 @@ Texts in the files of `conf/`: YAML reads `run: 2026_11_28` as a number, which w
 import functools
 import math
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import threefold.conf
-from threefold.config.checks import REWARDS, check_together
+from threefold.config.checks import check_together
+from threefold.config.names import GROUPS, check_folders, choices, keys, nearest_key
+from threefold.config.overrides import (
+    SeveralValuesError,
+    as_arguments,
+    as_typed,
+    composed_in,
+    kind_of,
+    own_folders,
+    register_own_limit,
+)
 from threefold.errors import UserError, nearest
 from threefold.execution import interpolations
 from threefold.schema.config import Config
 from threefold.schema.stages import RewardPartConfig, TaskConfig
-
-GROUPS = ["model", "data", "tasks", "tracker", "launch", "launcher", "cluster", "resources", "experiment"]
-GROUPS += [f"reward@{key}" for key in REWARDS]
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -36,14 +43,16 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    from threefold.config.overrides import as_typed
-
     _register()
+    folders = own_folders(overrides)
+    check_folders(folders)
+    for file in _own_files(overrides):
+        check_own_file(file)
     try:
         with initialize_config_module("threefold.conf", version_base="1.3"):
-            typed = [_addable(as_typed(override)) for override in overrides]
+            typed = composed_in([_addable(as_typed(override)) for override in overrides], folders)
             config = hydra_compose("config", overrides=typed, return_hydra_config=True)
-        check_file_texts(config.hydra.runtime.choices)
+        check_file_texts(config.hydra.runtime.choices, folders)
         choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         CHOSEN[tuple(overrides)] = {group: choice for group, choice in choices.items() if group in GROUPS}
         with open_dict(config):
@@ -52,6 +61,8 @@ def compose(overrides: list[str]) -> DictConfig:
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
         _find_home(config)
+    except SeveralValuesError as error:
+        raise UserError(f"{error}; a run for each is made by: threefold sweep {as_arguments(overrides)}") from error
     except UserError:
         raise
     except Exception as error:  # Hydra answers some wrong overrides with errors of Python's own
@@ -79,13 +90,12 @@ def _register() -> None:
     """Tell Hydra the schema and the resolvers of `conf/`, once: an eighth of a composition."""
     from hydra.core.config_store import ConfigStore
 
-    from threefold.config.overrides import register_own_limit
-
     ConfigStore.instance().store(name="schema", node=Config)
     register_own_limit()
 
 
-PATHS = {"path", "runs", "checkpoint", "policies", "earlier", "scorer", "pairs", "votes"}  # keys of files and folders
+# keys of files and folders
+PATHS = {"path", "runs", "checkpoint", "policies", "start", "earlier", "scorer", "pairs", "votes"}
 
 
 def _find_home(config: DictConfig) -> None:
@@ -101,7 +111,7 @@ def _find_home(config: DictConfig) -> None:
 def make_command(target: str, overrides: list[str], without: str) -> str:
     """The command that makes a stage under the same overrides, but for those below the section `without`."""
     kept = [override for override in overrides if not override.lstrip("+~").startswith(f"{without}.")]
-    return f'make {target} ARGS="{" ".join(map(shlex.quote, kept))}"' if kept else f"make {target}"
+    return f'make {target} ARGS="{as_arguments(kept)}"' if kept else f"make {target}"
 
 
 def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
@@ -113,7 +123,7 @@ def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
     for name in config:
         key = f"{prefix}{name}"
         if name not in entries:
-            raise UserError(f"{key} is not a configuration key{nearest(key, keys())}")
+            raise UserError(f"{key} is not a configuration key{nearest_key(key)}")
         value = config[name]
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             check(value, OmegaConf.get_type(value), f"{key}.")
@@ -126,6 +136,8 @@ def check(config: DictConfig, schema: Any, prefix: str = "") -> None:
 
 def _check_value(key: str, value: Any, limits: Any) -> None:
     choices, low, high = limits.get("choices"), limits.get("low"), limits.get("high")
+    if choices and value in limits.get("instead", {}):
+        raise UserError(f"{key}={value}: {limits['instead'][value]}")
     if choices and value not in choices:
         raise UserError(f"{key}={value}: must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -142,20 +154,11 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters")
+MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights")
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,
 }  # mappings from names to sections, and what each holds
-
-
-def keys(schema: Any = Config, prefix: str = "") -> list[str]:
-    """Every key of the configuration with its dots, as overrides spell it."""
-    dotted: list[str] = []
-    for entry in fields(schema):
-        nested = is_dataclass(entry.type)
-        dotted += keys(entry.type, f"{prefix}{entry.name}.") if nested else [prefix + entry.name]
-    return dotted
 
 
 def _keys_of_named(key: str) -> list[str]:
@@ -166,55 +169,113 @@ def _keys_of_named(key: str) -> list[str]:
     return [f"{section}.{entry}" for entry in entries] if name not in entries else []
 
 
+KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
+# what Hydra and OmegaConf write, and what it means; {key} is the key that they name, {0} what the first group matches
+ANSWERS = {
+    r"Value '(.*)' of type '\w+' could not be converted to (\w+)": "{key}={0}: must be {kind}",
+    r"Value '(.*)' is not a valid bool": "{key}={0}: must be true or false",
+    r"Invalid type assigned: .* is not a subclass of .* value: (.*)": "{key}={0}: {key} is a section of keys",
+    r"Interpolation key '(.+?)' not found": "{key}: ${{{0}}} is not found: no key has that name",
+    r"Environment variable '(.+?)' not found": "{key}: the environment has no variable {0}",
+    r"does not support deletion": "{key}: is needed and cannot be taken out; give it a value instead",
+    r"Could not delete from config\. .*?'(.+?)'": "{0}: is not there, or has another value; give it a value instead",
+    r"(\S+) appears more than once in the": "+{0}: {0} has a choice already; write it without the +",
+    r"An item is already at '(.+?)'": "+{0}: {0} has a value already; write it without the +",
+    r"Multiple values for (\S+)\. To override": "{0}: has a choice already; write `override /{0}: NAME` in a file",
+    r"Config group override must be a string": "a group takes the name of a choice, for example experiment=demo",
+}
+
+
 def _explain(error: BaseException, overrides: list[str]) -> str:
-    """Hydra's and OmegaConf's errors on one line, with the nearest existing name."""
+    """Hydra's and OmegaConf's errors on one line, in our words, with the nearest existing name."""
     text = str(error)
     while error.__cause__ is not None:
         error = error.__cause__
         text = f"{error}\n{text}"
-    unknown_key = re.search(r"Key '(.+?)' (?:is not in struct|not in '\w+')", text)
-    unknown_choice = re.search(
-        r"Could not find '(.+?)/([^/]+?)'.*?Available options.*?:\n(.+?)(?:\nConfig|$)", text, re.S
-    )
-    unknown_group = re.search(r"Could not override '(.+?)'", text)
-    full_key = re.search(r"full_key: (\S+)", text)
-    if unknown_choice:
-        group, choice, options = unknown_choice[1], unknown_choice[2], unknown_choice[3].split()
-        return f"{group}={choice}: no such choice{nearest(choice, options)}; there are {', '.join(options)}"
-    if unknown := unknown_key or unknown_group:
-        name = (full_key or unknown)[1]
-        name = next(
-            (o.partition("=")[0].lstrip("+~") for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), name
-        )
-        return f"{name} is not a configuration key{nearest(name, GROUPS + keys() + _keys_of_named(name))}"
-    if twice := re.search(r"An item is already at '(.+?)'", text):
-        return f"+{twice[1]}: {twice[1]} has a value already; write it without the +"
-    if full_key:
-        return f"{full_key[1]}: {text.splitlines()[0]}"
-    message = " ".join(text.split()).split(" See https://hydra")[0]
-    return (
-        f"{' '.join(overrides)}: {message}" if not any(o.partition("=")[0] in message for o in overrides) else message
-    )
+    key = match[1] if (match := re.search(r"full_key: (\S+)", text)) else ""
+    below = next((o for o in overrides if key and o.lstrip("+").startswith(f"{key}.")), None)
+    if choice := re.search(r"Could not (?:find|load) '([^'/]+)/([^']*)'", text):
+        group, name, there = choice[1], choice[2], choices(choice[1], own_folders(overrides))
+        return f"{group}={name}: no such choice{nearest(name, there)}; there are {', '.join(there)}"
+    if unknown := re.search(r"Key '(.+?)' (?:is not in struct|not in '\w+')|Could not override '(.+?)'", text):
+        return _unknown(key or unknown[1] or unknown[2], overrides)
+    if below and kind_of(key) in (int, float, bool, str):
+        return _unknown(key, overrides)
+    for pattern, answer in ANSWERS.items():
+        if match := re.search(pattern, text):
+            kind = KINDS.get(match[match.lastindex or 0], "of another kind")
+            return answer.format(*match.groups(), key=key, kind=kind)
+    message = " ".join((text.splitlines()[0] if key else text).split()).split(" See https://hydra")[0]
+    return f"{key or as_arguments(overrides)}: {message}"
+
+
+def _unknown(name: str, overrides: list[str]) -> str:
+    """The answer to a key that is none: as it was typed, or with the file of a user's own that has it."""
+    where = ""
+    if typed := next((o for o in overrides if re.match(rf"[+~]*{re.escape(name)}\b", o)), None):
+        name = typed.partition("=")[0].lstrip("+~")
+    elif file := next((f for f in _own_files(overrides) if name.rpartition(".")[2] in _words(f)), None):
+        where = f"{file}: "
+    return f"{where}{name} is not a configuration key{nearest_key(name, _keys_of_named(name))}"
+
+
+def _own_files(overrides: list[str]) -> list[Path]:
+    """The files in a user's own folders that overrides choose."""
+    named = [text.lstrip("+").partition("=") for text in overrides]
+    chosen = [Path(key.partition("@")[0]) / f"{name}.yaml" for key, _, name in named]
+    files = [Path(folder) / file for folder in own_folders(overrides) for file in chosen]
+    return [file for file in files if file.is_file()]
+
+
+def _words(file: Path) -> set[str]:
+    return set(re.findall(r"\w+", file.read_text()))
+
+
+def check_own_file(file: Path) -> None:
+    """Hold a file of a user's own to set keys, and an experiment to its form; raises `UserError` with what to write."""
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{file}{line}: cannot be read as YAML: {error.problem}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must set keys, for example seed: 2")
+    if file.parent.name != "experiment":
+        return
+    header = PACKAGE.search(file.read_text())
+    if not header or header[1] != "_global_":
+        raise UserError(f"{file}: begin it with the line `# @package _global_`, so that it sets keys of every section")
+    entries = [entry for entry in content.pop("defaults", ()) if isinstance(entry, dict)]
+    for name, value in ((str(name), value) for entry in [*entries, content] for name, value in entry.items()):
+        bare = name.removeprefix("override ").lstrip("/")
+        if bare in GROUPS and not isinstance(value, dict) and name != f"override /{bare}":
+            raise UserError(f"{file}: {bare} is chosen below `defaults:`, by the line `- override /{bare}: {value}`")
+        if name == "hydra":
+            raise UserError(f"{file}: hydra is not used here; leave it out")
+        if "." in name and name in keys():
+            section, _, key = name.rpartition(".")
+            raise UserError(f"{file}: {name} is written `{key}: {value}` below `{section.replace('.', ': ')}:`")
 
 
 PACKAGE = re.compile(r"^# @package (\S+)$", re.MULTILINE)  # Hydra's: the section that a file fills
 
 
-def check_file_texts(choices: Mapping[str, Any]) -> None:
-    """Hold the texts in the files that are chosen, by group, to be no numbers for YAML; raises `UserError`."""
-    for group, names in choices.items():
+def check_file_texts(chosen: Mapping[str, Any], folders: Iterable[str] = ()) -> None:
+    """Hold the texts in the files that are chosen, by group, to be no numbers for YAML; raises `UserError`.
+
+    They lie in conf/, or in a user's own `folders`.
+    """
+    for group, names in chosen.items():
         if group.startswith(("hydra/", "section", "stage")):
             continue
         folder, _, section = group.partition("@")
         for name in [names] if isinstance(names, str) else names or ():
-            file = Path(threefold.conf.__file__).parent / folder / f"{name}.yaml"
-            if file.is_file():
-                _check_file(file, section or folder)
+            for place in (Path(threefold.conf.__file__).parent, *map(Path, folders)):
+                if (file := place / folder / f"{name}.yaml").is_file():
+                    _check_file(file, section or folder)
 
 
 def _check_file(file: Path, section: str) -> None:
-    from threefold.config.overrides import kind_of
-
     content = file.read_text()
     header = PACKAGE.search(content)
     package = header[1].replace("_global_", "") if header else section

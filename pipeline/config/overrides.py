@@ -2,12 +2,18 @@
 
 Hydra reads `run=2026_11_28` as a number and refuses `data.text.path=~/a=b.jsonl`. Here the type of a key decides: the
 value of a text key is the text after "=", in quotes or not. `null`, `???` and interpolations are what they are.
+
+A user's own folders beside conf/ are an override as well, Hydra's `hydra.searchpath`: so they go wherever overrides go,
+into jobs of Slurm and runs of a sweep. People write and read `--config-dir FOLDER`.
 """
 
 import functools
 import re
+import shlex
 import types
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
 from hydra.core.override_parser.overrides_parser import create_functions
@@ -18,10 +24,17 @@ from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, Over
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, OmegaConf
 
+from threefold.config.names import GROUPS, REWARDS, choices, keys, nearest_key
 from threefold.errors import UserError
 from threefold.schema.config import Config
 
+SEARCH_PATH = "hydra.searchpath"
+NAME = re.compile(r"[A-Za-z_][\w.@/$:-]*")  # of a key or group
 QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"")
+
+
+class SeveralValuesError(UserError):
+    """A key was given several values where it takes one."""
 
 
 class Typed(str):
@@ -52,21 +65,71 @@ class _Visitor(HydraOverrideVisitor):
 def as_typed(text: str) -> str:
     """The override `text` in Hydra's grammar, with the text of text keys in quotes.
 
-    Raises `UserError` for what is no override, and for several values, which `threefold sweep` takes.
+    Raises `UserError` for what is no override, and `SeveralValuesError` for what `threefold sweep` takes.
     """
     prefix, key, value = _split(text)
     kind = kind_of(key)
+    _require_ours(text, key, value)
     if prefix == "~" or value is None:
         return cast(str, parse(text).input_line)
     if kind is str and (typed := _typed(text, value)) is not None:
         return f"{prefix}{assigned(key, typed)}"
     override = parse(text)
     if override.is_sweep_override():
-        raise UserError(_several(text, key, value, kind))
+        if get_origin(kind) is list:
+            raise UserError(_no_list(key, value))
+        raise SeveralValuesError(f"{text}: gives {key} several values{_decimal_point(value, kind)}")
     _require_kind(override.value(), text, kind)
     if not holds_text(kind) or not isinstance(override.value(), list | dict):
         return cast(str, override.input_line)
     return f"{prefix}{key}={override.get_value_element_as_str()}"
+
+
+def _require_ours(text: str, key: str, value: str | None) -> None:
+    """Raise `UserError` for keys that Hydra's grammar or Hydra itself would take, and that mean nothing here."""
+    if value is None:
+        return
+    if not NAME.fullmatch(key):
+        raise UserError(f"{text}: {f'{key} is no key' if key else 'names no key'}; overrides are written KEY=VALUE")
+    if re.match(r"hydra\b", key) and key != SEARCH_PATH:
+        raise UserError(f"{text}: {key} is a key of Hydra's that is not used here; {SEARCH_PATH} alone is")
+    if key in ("stage", "section"):  # groups whose files are parts of every run
+        raise UserError(f"{key} is not a configuration key{nearest_key(key)}")
+    if key in GROUPS and re.fullmatch(r"|null|[\d.]+|true|false", value.strip(), re.IGNORECASE):
+        none = f"; write {key}=[] for none" if key == "tasks" else ""
+        raise UserError(f"{text}: names no choice; there are {', '.join(choices(key))}{none}")
+
+
+def search_path(folders: Iterable[str | Path]) -> str:
+    """The override that lets `conf/` find groups in a user's own folders as well; relative ones lie here."""
+    places = dict.fromkeys(str(Path(folder).expanduser().absolute()) for folder in folders)
+    return f"{SEARCH_PATH}=[{','.join(_quoted(f'file://{place}') for place in places)}]"
+
+
+def own_folders(overrides: Iterable[str]) -> list[str]:
+    """The user's own folders that `overrides` name; raises `UserError` where they are no list."""
+    places: list[str] = []
+    for text in (text for text in overrides if _split(text)[1] == SEARCH_PATH):
+        value: Any = parse(text).value()
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise UserError(_no_list(SEARCH_PATH, text.partition("=")[2]))
+        places += [entry.removeprefix("file://") for entry in value]
+    return places
+
+
+def composed_in(overrides: list[str], folders: list[str]) -> list[str]:
+    """`overrides` with one search path, of all `folders`: of several Hydra would read the first."""
+    others = [text for text in overrides if _split(text)[1] != SEARCH_PATH]
+    return [search_path(folders), *others] if folders else others
+
+
+def as_arguments(overrides: Iterable[str]) -> str:
+    """Overrides as they are given to a command, each quoted where the shell needs it."""
+    words: list[str] = []
+    for text in overrides:
+        folders = own_folders([text])
+        words += [word for folder in folders for word in ("--config-dir", folder)] if folders else [text]
+    return shlex.join(words)
 
 
 def _typed(text: str, value: str) -> str | None:
@@ -85,12 +148,9 @@ def _typed(text: str, value: str) -> str | None:
     return str(element) if isinstance(element, str) and not is_call else value.strip()
 
 
-def _several(text: str, key: str, value: str, kind: Any) -> str:
-    if get_origin(kind) is list:
-        return _no_list(key, value)
+def _decimal_point(value: str, kind: Any) -> str:
     number = kind is float and re.fullmatch(r"\s*-?\d+,\d+\s*", value)
-    point = f"; write {value.strip().replace(',', '.')} with a decimal point" if number else ""
-    return f"{text}: several values are for `threefold sweep`; give one, or quote a text that has a comma{point}"
+    return f"; write {value.strip().replace(',', '.')} with a decimal point" if number else ""
 
 
 def _require_kind(value: Any, text: str, kind: Any) -> None:
@@ -104,12 +164,32 @@ def _require_kind(value: Any, text: str, kind: Any) -> None:
         raise UserError(f"{text}: {key} is a mapping; write {key}={{NAME: VALUE}}")
     if kind is int and not (type(value) is int or (isinstance(value, str) and value.lstrip("+-").isdecimal())):
         raise UserError(f"{text}: must be a whole number, written without point and exponent")
-    if kind is float and isinstance(value, bool | list | dict):
+    if kind is float and (isinstance(value, bool | list | dict) or not _is_number(value)):
         raise UserError(f"{text}: must be a number")
+    if is_dataclass(kind) and key.lstrip("+") not in GROUPS and not isinstance(value, dict):
+        raise UserError(f"{text}: {_section(key.lstrip('+'))}")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _section(key: str) -> str:
+    """How to give a section of keys what was given to it as a whole."""
+    if key in REWARDS:
+        return f"{key} is a section; choose one with reward@{key}=NAME, or give {key}.function"
+    if uses := [group for group in GROUPS if group.startswith(f"{key}@")]:
+        return f"say what it is for: {', '.join(f'{use}=NAME' for use in uses)}"
+    first = next(name for name in keys() if name.startswith(f"{key}."))
+    return f"{key} is a section of keys; give one of them, for example {first}=VALUE"
 
 
 def _no_list(key: str, written: str) -> str:
-    return f"{key}={written}: {key.lstrip('+')} is a list; write {key}=[{written}]"
+    return f"{key}={written}: {key.lstrip('+')} is a list; write {key}=[{written.strip('[] ')}]"
 
 
 def assigned(key: str, text: str) -> str:
@@ -155,10 +235,30 @@ def _in_quotes(text: str, kind: Any, error: HydraException) -> Override:
 
 
 def _unreadable(text: str) -> str:
-    key = text.partition("=")[0]
-    if key == text:
-        return f"{text}: overrides are written KEY=VALUE, for example {key.lstrip('+~') or 'run'}=VALUE"
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text}: overrides are written KEY=VALUE{_meant(text)}"
+    if not NAME.fullmatch(key.lstrip("+~")) or ".." in key or key.endswith("."):
+        return f"{key} is not a configuration key{nearest_key(key.strip('+~.'))}"
+    if kind_of(key.lstrip("+")) in (int, float) and re.match(r"[=:\s]", value):
+        return f"{text}: must be a number"
     return f"{text}: cannot be read; put each text with spaces or other signs in quotes, for example 'a b'"
+
+
+def _meant(word: str) -> str:
+    """What someone who writes one word may mean."""
+    from threefold.stages import STAGES
+
+    key, colon, value = word.partition(":")
+    if colon and kind_of(key) is not None:
+        return f": {key}={value.strip()}"
+    if word in STAGES:
+        return f"; a stage is chosen with target={word}"
+    for group in GROUPS:
+        if word in choices(group):
+            return f", for example {group}={word}"
+    bare = word.lstrip("+~")
+    return f", for example {bare}=VALUE" if NAME.fullmatch(bare) else ""
 
 
 def _number_as_name(value: Any, kind: Any) -> str | None:

@@ -40,6 +40,14 @@ def judged(groups: list[list[Answer]], judge: Callable[..., list[float | None]])
     return [[next(scores) for _ in group] for group in groups]
 
 
+def ranked(groups: list[list[Answer]], models: list[str]) -> list[list[float | None]]:
+    """In place of a judge's scores: the place of each answer's model among `models`, the better the later.
+
+    Geng et al. 2025 (arXiv 2507.06187): what is learnt from is the difference of two models, weak as both may be.
+    """
+    return [[float(models.index(answer.model)) for answer in group] for group in groups]
+
+
 def candidates(
     group: list[Answer], judged: list[float | None] | None, scored: np.ndarray | None = None
 ) -> list[Candidate]:

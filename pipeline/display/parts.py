@@ -43,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of the report with what stands below it, in this order."""
+    """A heading of the report with what stands below it, in this order; `folded` is shown when it is opened."""
 
     name: str  # its anchor on the page
     title: str
@@ -52,6 +52,19 @@ class Section:
     points: tuple[str, ...] = ()
     html: Markup | None = None
     parts: tuple[Table | Figure, ...] = ()
+    fold: str = ""  # what the line to open says; `html` then is what is shown first
+    legend: str = ""  # how to read what is folded
+    folded: tuple[Table | Figure, ...] = ()
+
+    @property
+    def content(self) -> tuple[Table | Figure, ...]:
+        """All tables and figures, shown at once or not."""
+        return self.parts + self.folded
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is a heading alone."""
+        return not (self.lead or self.verdict or self.points or self.html or self.content)
 
 
 def terminal(width: int = 160) -> "Console":
@@ -86,6 +99,49 @@ def _markdown_row(cells: Iterable[str], line_break: str) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+def markdown(table: Table) -> str:
+    """A table in Markdown below its title, with its note."""
+    rule = [*["---"] * table.texts, *["---:"] * (len(table.rows[0]) - table.texts)]
+    return "\n".join(
+        [f"## {table.title}", "", *markdown_lines(table.rows, rule), *(["", table.note] if table.note else [])]
+    )
+
+
+def latex(table: Table) -> str:
+    """A table in LaTeX, for the packages booktabs and graphicx, with its title and note as the caption."""
+    from pandas import DataFrame
+
+    heading, *rows = ([_latex_text(cell) for cell in row] for row in table.rows)
+    styled = DataFrame(rows, columns=heading).style.hide(axis="index")
+    columns = "l" * table.texts + "r" * (len(heading) - table.texts)
+    body = styled.to_latex(hrules=True, column_format=columns).rstrip()
+    caption = _latex_text(" ".join(filter(None, (f"{table.title}.", table.note))))
+    return LATEX.format(body=body, caption=caption, label=table.name)
+
+
+LATEX = """\
+\\begin{{table}}
+\\centering
+\\caption{{{caption}}}
+\\label{{tab:{label}}}
+\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%
+{body}
+}}
+\\end{{table}}
+"""
+# signs that LaTeX takes for its own, and those that older ones do not know
+SIGNS = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "≤": r"$\le$", "–": "--",
+    "…": r"\dots{}", "[": "{[}", "*": "{*}",  # at the beginning of a row these would belong to the end of the last
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    return "".join(SIGNS.get(sign, sign) for sign in " ".join(text.split()))
+
+
 def csv_text(data: list[dict[str, Any]]) -> str:
     """Rows as CSV; columns are the union of their keys in the order that they first occur, what is missing is empty."""
     columns = list(dict.fromkeys(key for row in data for key in row))
@@ -99,7 +155,7 @@ def csv_text(data: list[dict[str, Any]]) -> str:
 def write_csv(folder: Path, sections: list[Section]) -> None:
     """Write `folder`/NAME.csv for every table and figure, and remove those of an earlier report."""
     folder.mkdir(exist_ok=True)
-    files = {folder / f"{part.name}.csv": part.data for section in sections for part in section.parts}
+    files = {folder / f"{part.name}.csv": part.data for section in sections for part in section.content}
     for file, data in files.items():
         write_text(file, csv_text(data))
     for file in set(folder.glob("*.csv")) - files.keys():

@@ -3,6 +3,7 @@
 import bz2
 import lzma
 import math
+import time
 
 import numpy as np
 from sklearn.feature_extraction.text import CountVectorizer
@@ -15,6 +16,16 @@ def text_baselines(train: list[str], held_out: list[str], longest: int = 4) -> d
     grams = {f"{n}-gram": bits for n, bits in enumerate(ngram_bits_per_byte(old, new, longest), start=1)}
     packed = {"bz2": len(bz2.compress(new, 9)), "xz": len(lzma.compress(new, preset=9))}
     return grams | {name: 8 * size / len(new) for name, size in packed.items()}
+
+
+def estimated_seconds(train: list[str], held_out: list[str]) -> float:
+    """The seconds that `text_baselines` takes, from a hundredth of the training text; sorting takes n log n."""
+    part = train[: max(1, len(train) // 100)]
+    sizes = [len(_joined(texts)) for texts in (train, part)]
+    started = time.perf_counter()
+    ngram_bits_per_byte(_joined(part), _joined(held_out[:10]), 4)
+    small = time.perf_counter() - started
+    return small * sizes[0] * math.log(sizes[0]) / max(1.0, sizes[1] * math.log(sizes[1]))
 
 
 def _joined(texts: list[str]) -> bytes:

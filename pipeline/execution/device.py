@@ -1,4 +1,4 @@
-"""The device, threads and precision that a stage runs with, its memory, and a guess at its speed."""
+"""The device, threads and precision that a stage runs with, its memory, and how fast it is."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -101,20 +102,51 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def estimated_seconds(flops: float) -> float:
-    """A guess at the seconds that `flops` floating-point operations of training take on this CPU.
+@dataclass(frozen=True)
+class Work:
+    """What a stage has a model do, in tokens: trained on, passed forward, and sampled, each after the one before it."""
 
-    Assumes 40 % of the speed of a matrix product measured for some milliseconds.
+    trained: float = 0.0
+    scored: float = 0.0
+    sampled: float = 0.0
+    shape: tuple[int, int] = (8, 64)  # of a batch that is trained on or scored: rows and tokens of each
+    together: int = 64  # replies that are sampled together
+
+
+MEASURED_SECONDS, MEASURED_TOKENS = 0.1, 1024  # of one measurement, about, and the most tokens of its batch
+
+
+def estimated_seconds(model: Any, work: Work, bf16: bool = False) -> float:
+    """The seconds that `work` takes on this CPU: each kind of it is done with `model` for a moment, and measured."""
+    rows, length = max(1, work.shape[0]), max(2, min(work.shape[1], MEASURED_TOKENS))
+    passes = (min(rows, max(1, MEASURED_TOKENS // length)), length)
+    kinds = ((work.trained, passes, True), (work.scored, passes, False), (work.sampled, (work.together, 1), False))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return sum(tokens * seconds_per_token(model, shape, trained) for tokens, shape, trained in kinds if tokens)
+
+
+def seconds_per_token(model: Any, shape: tuple[int, int], trained: bool) -> float:
+    """Seconds that a forward pass (`trained`: and the backward one) of tokens [B, T] takes for each of them.
+
+    Weights, gradients and the random state stay as they were.
     """
-    side = 512
-    a, b = torch.ones(side, side), torch.ones(side, side)
-    a @ b
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.05:
-        a @ b
-        rounds += 1
-    speed = rounds * 2 * side**3 / (time.perf_counter() - started)
-    return flops / (0.4 * speed)
+    ids, parameters = torch.ones(shape, dtype=torch.long), [p for p in model.parameters() if p.requires_grad]
+
+    def once() -> float:
+        started = time.perf_counter()
+        with torch.set_grad_enabled(trained):
+            logits = model(input_ids=ids, use_cache=False).logits
+            if trained:
+                torch.autograd.grad(logits.float().logsumexp(-1).mean(), parameters, allow_unused=True)
+        return time.perf_counter() - started
+
+    first = once()  # allocates, and is left out where there is time for another
+    if first > 10 * MEASURED_SECONDS:
+        return first / ids.numel()
+    took = [once()]
+    while sum(took) < MEASURED_SECONDS:
+        took.append(once())
+    return sum(took) / len(took) / ids.numel()
 
 
 def reset_peak_memory() -> None:

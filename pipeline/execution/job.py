@@ -27,6 +27,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+STEP_SECONDS = 0.01  # that a step takes beside the model's passes, about: optimiser, and the Trainer's own work
+
+
 class Job:
     """One execution of a stage.
 
@@ -67,17 +70,24 @@ class Job:
         if self.main:
             tqdm.write(f"{self.stage:<12} {text}")
 
-    def announce(self, batch: str, steps: int | None, flops: float) -> None:
-        """State devices, precision, mode, batch of all processes or amount of work, and estimated time from `flops`."""
-        share = flops / self.device.processes
-        mode = "one process" if self.device.processes == 1 else self.device.mode
-        about = f", about {_duration(device.estimated_seconds(share))}" if self.device.type == "cpu" else ""
+    def announce(self, batch: str, steps: int | None, model: Any, work: device.Work, more: float = 0.0) -> None:
+        """State devices, precision, mode, batch of all processes or amount of work, and on a CPU the estimated time.
+
+        That is the time of `work` with `model`, of a Trainer's `steps`, and `more` seconds.
+        """
+        if not self.main:
+            return
+        mode, about = "one process" if self.device.processes == 1 else self.device.mode, ""
+        if self.device.type == "cpu":
+            seconds = device.estimated_seconds(model, work, self.device.bf16) / self.device.processes
+            about = f", about {_duration(seconds + STEP_SECONDS * (steps or 0) + more)}"
         self.say(f"{self.device} · {mode} · {batch}{f' × {steps:,} steps' if steps else ''}{about}")
 
     def progress(self, total: int, unit: str, initial: int = 0, part: str = "") -> tqdm:
         """A progress bar in `unit`s (tokens, pairs, episodes) with speed and time left, of a `part` of the stage."""
         quiet = not sys.stderr.isatty()
-        bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]"
+        bar = "{desc:<12} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} "
+        bar += "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         return tqdm(
             total=total, initial=initial, unit=unit, unit_scale=True, bar_format=bar,
             desc=f"{self.stage} {part}".strip(),
@@ -121,8 +131,9 @@ class Job:
             write_json(self.out / "metrics.json", metrics | cost)
         if self.trackers:
             self.trackers.finish(metrics | cost, self.out)
+        devices = {"devices": {"type": self.device.type, "count": self.device.processes}}
         environment = {"python": platform.python_version(), "device": str(self.device)} | commit()
-        return cost | {"environment": environment | {name: version(name) for name in VERSIONED}}
+        return cost | devices | {"environment": environment | {name: version(name) for name in VERSIONED}}
 
     def close(self) -> None:
         """End tracking, whether the stage succeeded or not, and leave the GPU's memory to others."""

@@ -5,7 +5,6 @@ Every page works without the script; the script sends the same forms and puts th
 
 import contextlib
 import logging
-import shlex
 import signal
 import socket
 import unicodedata
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from werkzeug.serving import make_server
 
 from threefold.config.compose import make_command
+from threefold.config.overrides import as_arguments
 from threefold.errors import UserError
 from threefold.labelling import votes_arena
 from threefold.labelling.queue import CHOICES, Labelling
@@ -71,7 +71,7 @@ def pairs_and_votes(config: DictConfig) -> tuple[Path, Path]:
 
 def report_command(overrides: list[str]) -> str:
     """The command that shows the arena by people's votes, with the overrides that chose this run and its votes."""
-    return f'make report ARGS="{" ".join(map(shlex.quote, overrides))}"'
+    return f'make report ARGS="{as_arguments(overrides)}"'
 
 
 def next_command(votes: Path, overrides: list[str]) -> str:

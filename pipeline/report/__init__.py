@@ -12,16 +12,17 @@ from threefold.report.run import configured, in_order
 
 __all__ = ["in_order", "print_table", "write_report"]
 
-# what stands below the summary, in this order; each takes the run and gives its section, or None where it has no place
+# what the page has beside the summary, in this order, a sweep and a frontier before it; each takes the run and gives
+# its section, or None where it has no place
 SECTIONS = (
+    studies.sweep_section,
+    studies.frontier_section,
     stages.section,
     compare.section,
     models.section,
     studies.seeds_section,
     evaluation.paired_section,
     evaluation.arena_section,
-    studies.frontier_section,
-    studies.sweep_section,
     evaluation.tasks_section,
     evaluation.contamination_section,
     stages.reward_section,
@@ -39,11 +40,11 @@ def write_report(config: DictConfig, compare: str | None = None) -> Path:
     run = configured(config, compare)
     folder = run.folder
     write_json(folder / "summary.json", {"run": run.name} | run.stages | {"outdated": run.outdated})
-    sections = [section for section in (make(run) for make in SECTIONS) if section is not None]
-    told = summary.groups(run)
+    sections = [section for section in (make(run) for make in SECTIONS) if section is not None and not section.empty]
+    told, verdict = summary.groups(run), summary.verdict(run)
     write_csv(folder / "report", sections)
-    write_text(folder / "report.md", page.markdown(run, told, sections))
+    write_text(folder / "report.md", page.markdown(run, verdict, told, sections))
     if stages.checked(run):
         write_text(folder / "reward_model.md", page.reward_model_markdown(run))
-    write_text(folder / "report.html", page.html(run, told, sections))
+    write_text(folder / "report.html", page.html(run, verdict, told, sections))
     return folder

@@ -11,8 +11,9 @@ from threefold.display import figures
 from threefold.display.parts import Figure, Section, Table
 from threefold.evaluation import statistics
 from threefold.labelling import votes_arena
-from threefold.report.run import Run, aligned, in_order
+from threefold.report.run import Run, aligned, display_name, in_order, opening
 
+SURE = 0.05  # p from which a test says nothing
 PAIRED_LEAD = (
     "Both models' replies to the same prompts, by the two judges: the mean difference, its 95 % interval, and p "
     "of the paired permutation test; the last p is corrected for all comparisons of the table."
@@ -29,9 +30,24 @@ def paired_section(run: Run) -> Section | None:
     tables = [paired(run.evaluation), *(changed(model, run.samples()) for model in in_order(aligned(run)))]
     drift = run.evaluation.get("dpo_drift")
     verdict = (not drift["alarm"], f"{statistics.alarm_in_words(drift)}.") if drift else None
+    folded, fold = tuple(t for t in tables if t), "Paired tests, and the most changed prompts"
     return Section(
-        "effects", "Who is better, and what changed", (PAIRED_LEAD,), verdict, parts=tuple(t for t in tables if t)
-    )
+        "effects", "Who is better, and what changed", (differences(run.evaluation),) if tables[0] else (), verdict,
+        fold=fold if folded else "", legend=PAIRED_LEAD, folded=folded,
+    )  # fmt: skip
+
+
+def differences(evaluate: dict[str, Any]) -> str:
+    """Which of the paired tests are clear after the correction for all of them."""
+    names, tests = {"gold": evaluate["judge"], "second": evaluate["second_judge"]}, evaluate["paired"]
+    clear = [
+        f"{display_name(test['model'])} {'above' if test['difference'] > 0 else 'below'} "
+        f"{display_name(test['against'])} by {names[test['judge']]} ({test['difference']:+.3f})"
+        for test in tests
+        if test["p_holm"] < SURE
+    ]
+    said = f"These are clear: {'; '.join(clear)}" if clear else "None is clear"
+    return f"{len(tests)} differences were tested on the same prompts, and p was corrected for all. {said}."
 
 
 def paired(evaluate: dict[str, Any]) -> Table | None:
@@ -135,8 +151,8 @@ def _accuracy(metrics: dict[str, Any], key: str) -> str:
 
 
 CONTAMINATION_LEAD = (
-    "An item is a copy where all of its word 8-grams occur in a stage's training text, nearly one from half of them. "
-    "Prompts are looked for with people's replies, held-out pairs with both replies."
+    "An item is a copy where all of its runs of eight words occur in a stage's training text, and a near copy where at "
+    "least half do. Prompts are looked for with people's replies, held-out pairs with both replies."
 )
 KINDS = {"copies": "whole", "near_copies": "nearly", "clean": "not", "too_short": "too short to tell"}
 SET_NAMES = {
@@ -150,7 +166,7 @@ Counts = dict[str, Any]  # of one evaluation set: by training stage, and how man
 
 
 def contamination_section(run: Run) -> Section | None:
-    """The counts of every set; None where there is no evaluation."""
+    """What occurs in training text, in words; folded, the counts of every set. None where there is no evaluation."""
     by_set = contamination_counts(run)
     if by_set is None:
         return None
@@ -160,7 +176,8 @@ def contamination_section(run: Run) -> Section | None:
         for stage, counts in by_stage(sets).items()
     ]
     shown = Table("contamination", "Test items that occur in training text", contamination_rows(by_set), data)
-    return Section("contamination", "Contamination", (CONTAMINATION_LEAD,), parts=(shown,))
+    words, fold = contamination_sentence(by_set), "Counts by set and stage"
+    return Section("contamination", "Contamination", (words,), fold=fold, legend=CONTAMINATION_LEAD, folded=(shown,))
 
 
 def contamination_counts(run: Run) -> dict[str, Counts] | None:
@@ -199,13 +216,13 @@ def contamination_sentence(by_set: dict[str, Counts]) -> str:
     copied = [(name, stage, counts) for name, sets in by_set.items() for stage, counts in by_stage(sets).items()]
     copied = [(name, stage, counts) for name, stage, counts in copied if counts["copies"] or counts["near_copies"]]
     if not copied:
-        return f"In training text occurs nothing of these: {', '.join(map(set_name, by_set))}{_removed(by_set)}."
+        return f"None of these occurs in training text: {', '.join(map(set_name, by_set))}{_removed(by_set)}."
     clauses = [
-        f"{set_name(name)} in {stage} {counts['copies']} whole and {counts['near_copies']} nearly, "
-        f"{counts['clean']} not"
+        f"{counts['copies']} of {sum(counts[kind] for kind in KINDS):,} {set_name(name)} whole and "
+        f"{counts['near_copies']} nearly in {stage}"
         for name, stage, counts in copied
     ]
-    return f"Of the evaluation this occurs in training text: {'; '.join(clauses)}{_removed(by_set)}."
+    return f"Some test items occur in training text: {'; '.join(clauses)}{_removed(by_set)}."
 
 
 def _removed(by_set: dict[str, Counts]) -> str:
@@ -227,8 +244,24 @@ def arena_section(run: Run) -> Section | None:
         return None
     if not run.evaluation.get("arena"):
         return Section("arena", "Arena", (run.lacks("evaluate") or "This evaluation was made without an arena.",))
-    parts = [part for judge, arena in run.evaluation["arena"].items() for part in of_judge(run, judge, arena)]
-    return Section("arena", "Arena", (ARENA_LEAD,), parts=tuple(parts))
+    arenas = run.evaluation["arena"]
+    parts = [part for judge, arena in arenas.items() for part in of_judge(run, judge, arena)]
+    points = tuple(ranking(judge_name(run, judge), arena) for judge, arena in arenas.items())
+    fold = "Standings, Elo points and win rates by judge"
+    return Section("arena", "Arena", points=points, fold=fold, legend=ARENA_LEAD, folded=tuple(parts))
+
+
+def ranking(judge: str, arena: dict[str, Any]) -> str:
+    """Which model comes first by one judge, and how far ahead of the anchor that is."""
+    models = [row for row in arena["standings"] if row["model"] != "human"] or arena["standings"]
+    first, anchor = models[0], arena_anchor(arena)
+    if first["model"] == anchor:
+        return f"{opening(judge)}. First of the models: {display_name(anchor)}."
+    wins = _share(arena["win_rates"][first["model"]].get(anchor))
+    return (
+        f"{opening(judge)}. First of the models: {display_name(first['model'])}, {first['elo']:.0f} points "
+        f"{statistics.shown(first['ci95'], '.0f')}, with {wins} of meetings with {display_name(anchor)} won."
+    )
 
 
 def judge_name(run: Run, judge: str) -> str:

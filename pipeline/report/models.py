@@ -36,7 +36,9 @@ def section(run: Run) -> Section | None:
         return Section("models", title, (run.lacks("evaluate"),))
     judged = table(run, JUDGED, "models", "What the judges say, and KL")
     text = table(run, TEXT, "models_text", "What became of the text")
-    return Section("models", title, lead(run), parts=(judged, *plots(run, judged.data), text))
+    by_model, *by_kl = plots(run, judged.data)
+    fold = "The text of the replies, and the gold judge's means as a figure"
+    return Section("models", title, lead(run), parts=(judged, *by_kl), fold=fold, folded=(text, by_model))
 
 
 def plots(run: Run, judged: list[dict[str, Any]]) -> list[Figure]:

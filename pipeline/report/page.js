@@ -14,24 +14,49 @@ function coloured(value) {
   return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, coloured(inner)]));
 }
 
-function draw() {
-  for (const plot of document.querySelectorAll(".plot")) {
+// plotly.js is in the page compressed. It is unpacked when first needed; its hash lets it run.
+let library;
+
+function plotly() {
+  return library ??= (async () => {
+    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), letter => letter.charCodeAt(0));
+    const script = document.createElement("script");
+    script.textContent = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    document.body.append(script);
+  })();
+}
+
+async function draw(plots) {
+  if (!plots.length) return;
+  await plotly();
+  for (const plot of plots) {
     const figure = figures[plot.dataset.figure], {data, layout} = dark.matches ? coloured(figure) : structuredClone(figure);
     const family = getComputedStyle(plot).fontFamily, width = print.matches ? 320 : undefined;
     Plotly.react(plot, data, {...layout, width, font: {...layout.font, family}}, {displayModeBar: false, responsive: true});
+    plot.dataset.drawn = true;
   }
 }
+
+// A figure is drawn when it comes near to what is seen; what is folded has no place on the page until it is opened.
+const near = new IntersectionObserver(entries => {
+  const plots = entries.filter(entry => entry.isIntersecting).map(entry => entry.target);
+  for (const plot of plots) near.unobserve(plot);
+  draw(plots);
+}, {rootMargin: "500px"});
+const plots = [...document.querySelectorAll(".plot")], drawn = () => plots.filter(plot => plot.dataset.drawn);
+if (!window.DecompressionStream) for (const plot of plots) plot.textContent = "This browser is too old to draw figures; their numbers are in the folder report.";
+else for (const plot of plots) near.observe(plot);
+if (plots.length && window.DecompressionStream) (window.requestIdleCallback ?? setTimeout)(plotly);  // printing does not wait
 
 function forPrint() {
   for (const details of document.querySelectorAll("details")) {
     if (print.matches) details.dataset.was = details.open;
     details.open = print.matches || details.dataset.was === "true";
   }
-  draw();
+  draw(print.matches && window.DecompressionStream ? plots : drawn());
 }
 
-draw();
-dark.addEventListener("change", draw);
+dark.addEventListener("change", () => draw(drawn()));
 print.addEventListener("change", forPrint);
 
 // The link of the section that is being read.
@@ -47,7 +72,8 @@ const reading = new IntersectionObserver(entries => {
 for (const section of document.querySelectorAll("main > section")) reading.observe(section);
 
 // Samples: what is typed and chosen decides which prompts and replies are shown, and in which order.
-const controls = document.querySelector(".controls"), scores = read("scores");
+const controls = document.querySelector(".controls"), more = document.querySelector(".more"), scores = read("scores");
+const FIRST = 1;  // prompts that are shown until more are asked for
 
 function percentiles() {
   const sorted = {};
@@ -78,6 +104,8 @@ function sample() {
     })),
   };
 
+  let all = cards.length <= FIRST;
+
   function update() {
     const chosen = new FormData(controls), models = chosen.getAll("model"), judge = chosen.get("judge");
     const words = chosen.get("text").toLowerCase().split(/\s+/).filter(Boolean);
@@ -95,7 +123,12 @@ function sample() {
       shown += !card.hidden;
     }
     const key = card => keys[chosen.get("order")](Number(card.dataset.number), judge, models), by = new Map(cards.map(card => [card, key(card)]));
-    document.querySelector(".samples").append(...[...cards].sort((a, b) => by.get(b) - by.get(a) || a.dataset.number - b.dataset.number));
+    const sorted = [...cards].sort((a, b) => by.get(b) - by.get(a) || a.dataset.number - b.dataset.number);
+    document.querySelector(".samples").append(...sorted);
+    const late = all ? [] : sorted.filter(card => !card.hidden).slice(FIRST);
+    for (const card of cards) card.classList.toggle("late", late.includes(card));
+    more.hidden = !late.length;
+    more.textContent = `Show ${late.length} more`;
     controls.querySelector("output").value = `${shown} of ${cards.length} prompts`;
     mark(words);
   }
@@ -103,7 +136,7 @@ function sample() {
   function mark(words) {
     if (!CSS.highlights) return;
     const ranges = [];
-    for (const text of document.querySelectorAll(".sample:not([hidden]) :is(.prompt q, .reply p)")) for (const node of text.childNodes) {
+    for (const text of document.querySelectorAll(".sample:not([hidden], .late) :is(.prompt q, .reply p)")) for (const node of text.childNodes) {
       if (node.nodeType !== Node.TEXT_NODE) continue;
       for (const word of words) for (let at = -1; (at = node.data.toLowerCase().indexOf(word, at + 1)) >= 0;) {
         const range = new Range();
@@ -116,6 +149,7 @@ function sample() {
   }
 
   controls.hidden = false;
+  more.addEventListener("click", () => { all = true; update(); });
   controls.addEventListener("input", update);
   controls.addEventListener("submit", event => event.preventDefault());
   controls.addEventListener("reset", () => setTimeout(update));

@@ -1,10 +1,12 @@
 """The report as a page, as Markdown for a pull request, and as tables on the terminal.
 
-The page is one HTML file that asks no host for anything: its policy lets only its own two scripts run.
+The page is one HTML file that asks no host for anything: its policy lets only its own two scripts run. One of them,
+plotly.js, is in it compressed; the other unpacks it where a figure is about to be seen.
 """
 
 import base64
 import functools
+import gzip
 import hashlib
 import time
 from importlib.resources import files
@@ -31,31 +33,39 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def html(run: Run, told: list[summary.Group], sections: list[Section]) -> str:
-    """The page: what is missing, the summary, and every section."""
+def html(run: Run, verdict: summary.Verdict, told: list[summary.Group], sections: list[Section]) -> str:
+    """The page: the verdict, what is missing, the summary, and every section."""
     from plotly.offline import get_plotlyjs
 
-    parts = [part for section in sections for part in section.parts]
+    parts = [part for section in sections for part in section.content]
     figures = {part.name: part.drawing for part in parts if isinstance(part, Figure)}
-    scripts = [Markup(text) for text in (*([get_plotlyjs()] if figures else []), file_text("page.js"))]
+    plotly, script = get_plotlyjs() if figures else "", file_text("page.js")
     return template("page.html").render(
         run=run,
         written=time.strftime("%Y-%m-%d %H:%M"),
         notices=notices(run),
+        verdict=verdict,
+        judges=judges(run, [verdict.example.row]) if verdict.example else {},
         summary=told,
         cards=summary.cards(run),
         sections=sections,
         parts=parts,
         figures=figures,
         style=Markup(file_text("page.css")),
-        scripts=scripts,
-        hashes=[digest(text) for text in scripts],
+        script=Markup(script),
+        plotly=Markup(packed(plotly)) if plotly else "",
+        hashes=[digest(text) for text in (script, plotly) if text],
     )
 
 
 def file_text(name: str) -> str:
     """The text of a file of this folder."""
     return files("threefold.report").joinpath(name).read_text()
+
+
+def packed(script: str) -> str:
+    """A script compressed by gzip, in base64; the same text always gives the same."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 
 def digest(script: str) -> str:
@@ -95,17 +105,23 @@ def reply_cards(run: Run, rows: list[dict[str, Any]]) -> Markup:
 
 
 # names of tables that a pull request is to see begin with these
+STUDIES = ("sweep", "frontier")  # what a report of one of these begins with
 SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "sweep", "tasks", "compare")
 
 
-def markdown(run: Run, summary: list[Group], sections: list[Section]) -> str:
+def markdown(run: Run, verdict: summary.Verdict, told: list[Group], sections: list[Section]) -> str:
     """The whole of `report.md`; of the sections it takes the tables that fit a pull request."""
-    lines = [f"# Run {run.name}", *(f"\n> {notice}." for notice in notices(run))]
-    for group in summary:
+    lines = [f"# Run {run.name}", "", " ".join(verdict.sentences), *([f"\n**{verdict.alarm}**"] * bool(verdict.alarm))]
+    lines += [f"\n> {notice}." for notice in notices(run)]
+    tables = [part for section in sections for part in section.content if isinstance(part, Table)]
+    tables = [table for table in tables if not table.folded and table.name.startswith(SHOWN)]
+    of_studies = [table for table in tables if table.name.startswith(STUDIES)]
+    for table in of_studies:
+        lines += ["", f"## {table.title}", "", *table_lines(table)]
+    for group in told:
         lines += ["", f"## {group.title}", "", *(f"- {line}" for line in group.sentences)]
-    for table in (part for section in sections for part in section.parts if isinstance(part, Table)):
-        if not table.folded and table.name.startswith(SHOWN):
-            lines += ["", f"## {table.title}", "", *table_lines(table)]
+    for table in (table for table in tables if table not in of_studies):
+        lines += ["", f"## {table.title}", "", *table_lines(table)]
     last = "Everything else: `report.html` beside this file, its numbers in `report/*.csv`."
     return "\n".join([*lines, "", last, ""])
 

@@ -13,6 +13,7 @@ from threefold.errors import UserError, nearest
 from threefold.evaluation.players import player
 from threefold.fileio import read_json, read_lines
 from threefold.labelling import votes_arena
+from threefold.runs import frontier, sweep_table
 from threefold.stages import STAGES, needed_by, parents
 
 ORDER = ("human", "base", "sft", "dpo", "ppo")
@@ -92,11 +93,19 @@ def configured(config: DictConfig, compare: str | None = None) -> Run:
     try:
         planned, unknown = chain.plan(config), ""
         states = {name: state_in_run(entry, run.manifests.get(name)) for name, entry in planned.items()}
+        if studies_in(folder) and "evaluate" not in run.stages:  # what its variants have, the run itself need not have
+            states = {name: state for name, state in states.items() if state.word not in ("missing", "unlinked")}
     except UserError as error:  # a run can be read on a machine without its data
         states = {name: State(FRESH if name in run.stages else "missing") for name in needed_by(None, config)}
         unknown = str(error)
     add_votes(run.stages, config)
     return Run(run.name, folder, run.stages, run.manifests, config, states, unknown, other)
+
+
+def studies_in(folder: Path) -> list[str]:
+    """Which of a sweep and a frontier the run in `folder` has, made from the stages that it has now."""
+    kinds = {"sweep": sweep_table.current, "frontier": frontier.current}
+    return [name for name, current in kinds.items() if current(folder) is not None]
 
 
 def add_votes(stages: dict[str, Any], config: DictConfig) -> None:

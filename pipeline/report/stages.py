@@ -67,13 +67,12 @@ def _gold_means(models: dict[str, Any], words: dict[str, str]) -> str:
 
 
 def section(run: Run) -> Section:
-    """The diagram, and the table of what each stage reached."""
+    """The table of what each stage reached; below it, folded, the diagram."""
     drawn = Markup("").join(lineage.diagram(run, frame) for frame in lineage.FRAMES)
-    lead = (
-        "Each box is a stage with its fingerprint; an arrow says what it was made from. A stage is made again when its "
-        "configuration, its code's version or anything above it changes.",
+    fold = "Lineage: each stage with its fingerprint, and what it was made from"
+    return Section(
+        "stages", "Stages and lineage", html=drawn, parts=(table(run),), fold=fold, folded=(lineage.table(run),)
     )
-    return Section("stages", "Stages and lineage", lead, html=drawn, parts=(table(run), lineage.table(run)))
 
 
 def table(run: Run) -> Table:
@@ -90,12 +89,11 @@ def table(run: Run) -> Table:
 
 
 def environment_section(run: Run) -> Section:
-    """Tables of the environment and of the keys that fingerprints cover."""
+    """When it was made; folded, tables of the environment and of the keys that fingerprints cover."""
     made = sorted(manifest["created"] for manifest in run.manifests.values())
     lead = f"Made between {made[0].replace('T', ' ')} and {made[-1].replace('T', ' ')}, local time of the machine."
-    return Section(
-        "environment", "Environment and configuration", (lead,), parts=(environments(run), covered_keys(run))
-    )
+    title, fold = "Environment and configuration", "Libraries, device and every key"
+    return Section("environment", title, (lead,), fold=fold, folded=(environments(run), covered_keys(run)))
 
 
 def environments(run: Run) -> Table:
@@ -154,8 +152,9 @@ def reward_section(run: Run) -> Section | None:
         return Section("reward", title, (run.lacks("reward") or "This reward model was made without a check-up.",))
     first, *rest = checkup.verdict(metrics, run.config.reward.gate)
     passes = not checkup.failures(metrics, run.config.reward.gate)
-    parts = (*reward_plots(metrics, run.config.reward.gate), *reward_tables(metrics))
-    return Section("reward", title, verdict=(passes, first), points=tuple(rest), parts=parts)
+    folded = (*reward_plots(metrics, run.config.reward.gate), *reward_tables(metrics))
+    fold = "Calibration, accuracy by parts of the pairs, and probes"
+    return Section("reward", title, verdict=(passes, first), points=tuple(rest), fold=fold, folded=folded)
 
 
 def checked(run: Run) -> bool:
@@ -236,16 +235,18 @@ class Curve:
     columns: dict[str, tuple[str, str]]
 
 
-LOSS_NOTE = "Has training come to rest, and does nothing spike?"
+LOSS_NOTE = "Has training come to rest, and does the held-out loss still fall?"
+LOSS = {"loss": ("loss", "one"), "eval_loss": ("held out", "human")}
 CURVES = {
-    "pretrain": [Curve("loss", "training loss, nats per token", LOSS_NOTE, {"loss": ("loss", "base")})],
-    "sft": [Curve("loss", "training loss, nats per reply token", LOSS_NOTE, {"loss": ("loss", "sft")})],
+    "pretrain": [Curve("loss", "training loss, nats per token", LOSS_NOTE, LOSS | {"loss": ("loss", "base")})],
+    "sft": [Curve("loss", "training loss, nats per reply token", LOSS_NOTE, LOSS | {"loss": ("loss", "sft")})],
     "reward": [
         Curve("loss", "Bradley-Terry loss, nats", "Below ln 2 = 0.693 it tells replies apart.",
-              {"loss": ("loss", "reward")}),
+              LOSS | {"loss": ("loss", "reward")}),
         Curve("accuracy", "training accuracy", "How far above one half is it?", {"accuracy": ("accuracy", "reward")}),
     ],
     "dpo": [
+        Curve("loss", "DPO loss, nats", LOSS_NOTE, LOSS | {"loss": ("loss", "dpo")}),
         Curve(
             "logps", "log-probability of replies, nats", "Do chosen replies stay likely, or do both fall?",
             {"logps/chosen": ("chosen", "dpo"), "logps/rejected": ("rejected", "human")},
@@ -272,23 +273,30 @@ CURVES = {
 }  # fmt: skip
 
 
+FIRST = ("ppo_score", "ppo_kl")  # what is looked at first
+
+
 def curves_section(run: Run) -> Section:
-    """A figure for every curve of which at least two steps were logged."""
+    """A figure for every curve of which at least two steps were logged; all but PPO's score and KL are folded."""
     drawn = [figure for stage in CURVES if stage in run.stages for figure in stage_curves(run, stage)]
     lacking = [run.lacks(stage) for stage in CURVES if run.asks_for(stage) and stage not in run.stages]
-    return Section("curves", "Curves by stage", tuple(lacking), parts=tuple(drawn))
+    first = tuple(figure for figure in drawn if figure.name in FIRST)
+    others = tuple(figure for figure in drawn if figure.name not in FIRST)
+    fold = f"{'All other' if first else 'All'} curves ({len(others)})" if others else ""
+    return Section("curves", "Curves by stage", tuple(lacking), parts=first, fold=fold, folded=others)
 
 
 def stage_curves(run: Run, stage: str) -> list[Figure]:
     """The figures of one training stage."""
     steps, drawn = read_lines(run.folder / stage / "log.jsonl"), []
     for curve in CURVES[stage]:
+        columns = {key: drawn_as for key, drawn_as in curve.columns.items() if any(key in row for row in steps)}
         data = [
-            {"step": row["step"], **{key: row.get(key) for key in curve.columns}}
+            {"step": row["step"], **{key: row.get(key) for key in columns}}
             for row in steps
-            if any(key in row for key in curve.columns)
+            if any(key in row for key in columns)
         ]
         if len(data) > 1:
             title = f"{stage}: {curve.title}"
-            drawn.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, curve.columns))
+            drawn.append(figures.lines(f"{stage}_{curve.name}", title, curve.note, data, columns))
     return drawn

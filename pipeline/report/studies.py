@@ -32,21 +32,14 @@ def sweep_section(run: Run) -> Section | None:
     if sweep is None:
         return Section("sweep", "Sweep", (OLD_SWEEP,))
     points = (*sweep_table.sentences(sweep), *sweep_table.failures(sweep))
-    return Section("sweep", "Sweep", points=points, parts=(settings(sweep), *drawn(sweep)))
-
-
-def settings(sweep: Sweep) -> Table:
-    """A row for each setting, the best first."""
-    rows, places = sweep_table.table(sweep), ("trial", "state", "made", "mean", "std", "kl")
-    data = [row["setting"] | {place: row[place] for place in places if place in row} for row in sweep["settings"]]
-    return Table("sweep", f"Settings by {sweep['metric']}", rows, data, texts=0)
+    return Section("sweep", "Sweep", points=points, parts=(*sweep_table.tables(sweep), *drawn(sweep)))
 
 
 def drawn(sweep: Sweep) -> list[Figure]:
     """The figures that the sweep has numbers for."""
     if not any(made(sweep)):
         return []
-    drawings = [by_key(sweep, key) for key in sweep["keys"]]
+    drawings = [by_key(sweep, key) for key in sweep["keys"] if any(key in row["setting"] for row in made(sweep))]
     if sweep["importance"]:
         drawings.append(importance(sweep))
     if any(row["kl"] is not None for row in made(sweep)):
@@ -55,16 +48,17 @@ def drawn(sweep: Sweep) -> list[Figure]:
 
 
 def by_key(sweep: Sweep, key: str) -> Figure:
-    """The metric of every setting against its value of one key, with its spread over seeds."""
-    figure = marks(made(sweep), lambda row: row["setting"][key])
-    numbers = all(type(row["setting"][key]) in (int, float) for row in made(sweep))
+    """The metric of every setting that has the key against its value, with its spread over seeds."""
+    rows = [row for row in made(sweep) if key in row["setting"]]
+    figure = marks(rows, lambda row: row["setting"][key])
+    numbers = all(type(row["setting"][key]) in (int, float) for row in rows)
     if key in sweep["log_keys"]:
-        ticks = log_ticks([row["setting"][key] for row in made(sweep)])
+        ticks = log_ticks([row["setting"][key] for row in rows])
         figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     else:
         figure.update_xaxes(type="linear" if numbers else "category")
     layout = figures.drawing(figure, key, sweep["metric"], showlegend=True)
-    data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in made(sweep)]
+    data = [{key: row["setting"][key], "mean": row["mean"], "std": row["std"]} for row in rows]
     note = "Which values do well, whatever the other keys are? Whiskers are standard deviations over seeds."
     return Figure(f"sweep_by_{key.replace('/', '_')}", f"By {key}", note, layout, data)
 
@@ -172,7 +166,33 @@ def frontier_section(run: Run) -> Section | None:
         "second": f"Second judge: {frontier['judges']['second']}",
     }
     drawn = [frontier_figure(frontier, score, title) for score, title in titles.items()]
-    return Section("frontier", "Frontier", lead, points=tuple(frontier["advice"]), parts=(*drawn, laws(frontier)))
+    parts = (measured(frontier), laws(frontier), *drawn)
+    told = tuple(frontier["advice"]) if run.evaluation else ()  # otherwise the report begins with it
+    return Section("frontier", "Frontier", lead, points=told, parts=parts)
+
+
+def measured(frontier: dict[str, Any]) -> Table:
+    """A row for each method and setting with KL and all scores, mean ± standard deviation over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for point in frontier["points"]:
+        words = setting({key: value for key, value in point.items() if key != "seed"})
+        groups.setdefault((point["method"], words), []).append(point)
+    forms = {"kl": ".2f", "gold": ".3f", "second": ".3f", "proxy": "+.2f"}
+    rows, data = [], []
+    for (method, words), some in groups.items():
+        spread = {key: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None)
+                  for key in forms for values in [[point[key] for point in some]]}  # fmt: skip
+        cells = [
+            f"{mean:{form}}" + ("" if std is None else f" ± {std:{form.lstrip('+')}}")
+            for form, (mean, std) in zip(forms.values(), spread.values(), strict=True)
+        ]
+        rows.append((NAMES[method], words, *cells))
+        stds = {f"{key}_std": None if std is None else float(std) for key, (_, std) in spread.items()}
+        data.append({"method": method, "setting": words} | {k: float(mean) for k, (mean, _) in spread.items()} | stds)
+    judges = frontier["judges"]
+    heading = ("method", "setting", "KL, nats per reply", f"gold: {judges['gold']}", f"second: {judges['second']}")
+    note = "Mean ± standard deviation over seeds; 0 episodes, or n = 1, is the SFT model."
+    return Table("frontier_points", "Points", [(*heading, "reward model"), *rows], data, note, texts=2)
 
 
 def frontier_figure(frontier: dict[str, Any], score: str, title: str) -> Figure:

@@ -1,4 +1,4 @@
-"""The report in plain words: what training did, what it cost, and how far to trust it, from the run's numbers alone.
+"""The report in plain words: the verdict, what training did, what it cost, and how far to trust it, from numbers alone.
 
 A sentence calls a difference clear only where its 95 % interval leaves out zero and the evaluation's own test,
 corrected for all its tests, agrees.
@@ -10,8 +10,8 @@ from threefold.evaluation import checkup, statistics
 from threefold.report import compare, evaluation, stages
 from threefold.report.compare import Difference, Row
 from threefold.report.models import roles
-from threefold.report.run import REFERENCE, Run, aligned, display_name, opening
-from threefold.runs import frontier, seeds
+from threefold.report.run import REFERENCE, Run, aligned, display_name, opening, studies_in
+from threefold.runs import frontier, seeds, sweep_table
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def gains(run: Run, rows: list[Row]) -> list[str]:
     return sentences
 
 
-def _at_kl(run: Run, name: str) -> str:
+def _at_kl(run: Run, name: str, unit: bool = True) -> str:
     kl = run.models[name].get("kl")
-    return "" if kl is None else f", at KL {kl:.2f} nats per reply"
+    return "" if kl is None else f", at KL {kl:.2f}{' nats per reply' * unit}"
 
 
 def _alone(run: Run, name: str) -> str:
@@ -209,10 +209,17 @@ def caveats(run: Run) -> list[str]:
     return sentences
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words: 42 s, 7 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def cards(run: Run) -> list[Card]:
     """The numbers that the page begins with."""
     rows, shown, stages = run.samples(), [], run.stages
-    for name in aligned(run):
+    for name in trained(run):
         if gain := compare.between(rows, name, REFERENCE):
             note = f"{run.evaluation['judge']} over SFT, {statistics.shown(gain.interval, '+.3f')}"
             shown.append(Card(f"{opening(display_name(name))}, gain", f"{gain.mean:+.3f}", note, name))
@@ -225,5 +232,128 @@ def cards(run: Run) -> list[Card]:
         bits = stages["pretrain"]["bits_per_byte"]
         shown.append(Card("Base model", f"{bits:.3f}", "bits per byte, held out", "base"))
     seconds = sum(metrics["seconds"] for metrics in stages.values())
-    shown.append(Card("Time", f"{seconds / 60:,.0f} min", f"{len(stages)} stages together"))
+    shown.append(Card("Time", duration(seconds), f"{len(stages)} stages together"))
     return shown
+
+
+ALIGNING = ("comparisons", "reward", "dpo", "ppo")  # the stages whose time alignment costs
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with the replies of some models, and the rule that chose it."""
+
+    rule: str
+    row: Row
+    models: list[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences, whether they say that all went well (None: nothing is claimed), DPO's alarm, and an example."""
+
+    sentences: list[str]
+    good: bool | None = None
+    alarm: str = ""
+    example: Example | None = None
+
+
+Gains = dict[str, Difference]  # model → gold judge's score over SFT
+
+
+def verdict(run: Run) -> Verdict:
+    """The verdict of a run; of a sweep or a frontier without an evaluation of its own, what these came to."""
+    if not run.evaluation:
+        return Verdict(studied(run) or ["Whether alignment worked is not known yet: this run has no evaluation."])
+    rows, names = run.samples(), trained(run)
+    gains = {name: gain for name in names if (gain := compare.tested(run.evaluation, rows, name, REFERENCE))}
+    if not gains:
+        scores = ", ".join(f"{display_name(name)} {run.models[name]['gold_mean']:.3f}" for name in run.models)
+        beside = "SFT was not evaluated beside an aligned model" if names else "no aligned model was evaluated"
+        return Verdict([f"Whether alignment worked is not known: {beside}. By {run.evaluation['judge']}: {scores}."])
+    best = max(gains, key=lambda name: gains[name].mean)
+    second = compare.tested(run.evaluation, rows, best, REFERENCE, "second")
+    drift = run.evaluation.get("dpo_drift", {})
+    alarm = f"{statistics.alarm_in_words(drift)}." if drift.get("alarm") else ""
+    good = (gains[best].sign > 0 and second is not None and second.sign >= 0 and not alarm) if _clear(gains) else None
+    sentences = [worked(run, gains, best), doubts(run, rows, best, second), cost(run, best)]
+    return Verdict([line for line in sentences if line], good, alarm, example(run, rows, best, list(gains)))
+
+
+def studied(run: Run) -> list[str]:
+    """What a sweep and a frontier of the run came to."""
+    kinds, sentences = studies_in(run.folder), []
+    if "sweep" in kinds and (sweep := sweep_table.current(run.folder)):
+        first, *others = sweep_table.sentences(sweep)
+        sentences += [line for line in others if line.startswith("Best: ")] or [first]
+    if "frontier" in kinds and (measured := frontier.current(run.folder)):
+        sentences += measured["advice"]
+    return sentences
+
+
+def trained(run: Run) -> list[str]:
+    """The models that were trained by preferences or rewards; without any, those whose replies are chosen by them."""
+    names = aligned(run)
+    return [name for name in names if name in ("dpo", "ppo")] or names
+
+
+def _clear(gains: Gains) -> bool:
+    return any(gain.sign for gain in gains.values())
+
+
+def worked(run: Run, gains: Gains, best: str) -> str:
+    """Whether the gold judge prefers the aligned models to SFT, by how much, and at what KL; the best first."""
+    judge = f"the gold judge, {run.evaluation['judge']}"
+    if gains[best].sign > 0:
+        word = f"Alignment worked by {judge}"
+    elif _clear(gains):
+        word = f"Alignment did not work: by {judge}, it made replies worse"
+    else:
+        word = f"No effect of alignment is clear by {judge}"
+    order = [best, *(name for name in gains if name != best)]
+    clauses = [f"{display_name(name)} {gains[name].shown()}{_at_kl(run, name, name == best)}" for name in order]
+    return f"{word}. Scores over SFT's {gains[best].other:.3f}: {'; '.join(clauses)}."
+
+
+def doubts(run: Run, rows: list[Row], best: str, second: Difference | None) -> str:
+    """What the second judge and the base model say to the gold judge's verdict on the `best` model."""
+    judge = f"the second judge, {run.evaluation['second_judge']}"
+    if second is None:
+        seen = f"{judge}, scored too few replies to say"
+    else:
+        word = {1: "sees a rise", 0: "sees no clear change", -1: "sees a fall"}[second.sign]
+        seen = f"{judge}, {word} ({second.shown()})"
+    base = compare.between(rows, best, "base")
+    if base is None or base.sign > 0:
+        return f"Of {display_name(best)}, {seen}."
+    below = "by the gold judge it is not clearly above the base model, which nobody aligned"
+    return f"Of {display_name(best)}, {seen}; {below}."
+
+
+def cost(run: Run, best: str) -> str:
+    """The time of the stages that align, and what became of length and base text."""
+    seconds = sum(run.stages[stage]["seconds"] for stage in ALIGNING if stage in run.stages)
+    before, after = run.models[REFERENCE], run.models[best]
+    changes = [f"replies go from {before['length']:.0f} to {after['length']:.0f} characters"]
+    if "text_bits_per_byte" in before and "text_bits_per_byte" in after:
+        bits = [metrics["text_bits_per_byte"] for metrics in (before, after)]
+        changes.append(f"held-out text from {bits[0]:.3f} to {bits[1]:.3f} bits per byte")
+    return f"It cost {duration(seconds)} after SFT; with {display_name(best)}, {' and '.join(changes)}."
+
+
+def example(run: Run, rows: list[Row], best: str, models: list[str]) -> Example | None:
+    """The prompt at which `best` gains the median over SFT; None where the configuration asks for no samples."""
+    changes = []
+    for number, row in enumerate(rows):
+        if all(name in row for name in (best, REFERENCE, *models)):
+            after, before = (compare.value(row, name, "gold") for name in (best, REFERENCE))
+            if after is not None and before is not None:
+                changes.append((after - before, number))
+    if not changes or not run.evaluation.get("shown", 0):
+        return None
+    number = sorted(changes)[(len(changes) - 1) // 2][1]
+    rule = (
+        f"Chosen by a rule: of {len(changes)} held-out prompts, the one at which {display_name(best)}'s gain over SFT "
+        f"by {run.evaluation['judge']} is the median."
+    )
+    return Example(rule, rows[number], [REFERENCE, *models])

@@ -2,7 +2,8 @@
 
 runs/<run>/variants/<key=value,…>   the run of each setting and seed
 runs/<run>/sweep.json               settings with their spread, the best, importance, failed runs
-runs/<run>/sweep.csv                a line for each run
+runs/<run>/sweep.csv                a line for each number of each run
+runs/<run>/sweep.md, sweep.tex      the table, for a page and for a paper
 runs/<run>/sweep.journal            Optuna's trials, where it is a search
 """
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from threefold import chain
 from threefold.errors import UserError
 from threefold.runs import sweep_table, trials
-from threefold.runs.sweep_space import Dimension, combinations
+from threefold.runs.sweep_space import Dimension
 from threefold.stages import needed_by
 from threefold.tracking.trackers import installed
 
@@ -36,8 +37,7 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
 
             results = sweep_search.run(config, overrides, space)
         else:
-            settings = combinations([dimension for dimension in space if not dimension.repeats])
-            runs = trials.make(config, overrides, trials.variants_of(space, settings, config.target))
+            runs = trials.make(config, overrides, trials.of_grid(space, config.target))
             results = trials.write(config, space, runs, sweep_table.variance_shares(runs), "main effects")
     sweep_table.print_result(results, Path(config.runs) / config.run)
     return results

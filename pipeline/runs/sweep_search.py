@@ -2,11 +2,20 @@
 
 The course of a search depends on the results and the seed alone: what is drawn next follows from the place in the
 search, not from when the command was started. A trial that was killed or failed is made again with the same values.
+
+Ending trials that do badly: the step logs of running stages are read, reported to Optuna, and stages asked to stop.
+
+A stage is asked by a file beside its work folder (`Artifact.ask_to_stop`), so it may run on any machine that sees the
+artifacts; one that another run makes, or wants as well, is left alone. It ends at the next step that it logs, and what
+it has done so far is kept.
 """
 
 import contextlib
+import json
 import os
+import threading
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +32,13 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from threefold import chain
-from threefold.artifacts.artifact import fingerprint_of
-from threefold.errors import UserError
+from threefold.artifacts.artifact import Artifact, fingerprint_of
+from threefold.chain.plans import Member
+from threefold.errors import UserError, nearest
 from threefold.runs import trials
 from threefold.runs.sweep_space import Dimension, direction, kl_metric, objective, target_fingerprint
 from threefold.runs.sweep_table import setting
-from threefold.runs.trials import Watch, watched
+from threefold.slurm import job_records
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -184,3 +194,105 @@ def importance(study: optuna.Study) -> dict[str, float]:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+PAUSE = 1.0  # seconds between two looks at the logs
+
+
+@dataclass
+class Watched:
+    """A trial, and the artifacts of the stage whose log is read, one for each of its runs."""
+
+    trial: Trial
+    artifacts: list[Artifact]
+    reported: set[int] = field(default_factory=set)  # steps
+
+
+def watched(trial: Trial, config: DictConfig, members: list[Member]) -> Watched:
+    """What is watched of a trial that has the runs `members`; nothing without `sweep.prune`."""
+    if config.prune is None:
+        return Watched(trial, [])
+    stage = config.prune.partition(".")[0]
+    return Watched(trial, [member.planned[stage].artifact for member in members])
+
+
+class Watch:
+    """Reads the logs of `trials` in a thread while a `with` block lasts; `pruned` has the reason by trial number."""
+
+    def __init__(self, run: str, config: DictConfig, study: optuna.Study, trials: list[Watched]):
+        self.run, self.trials, self.pruned, self.error = run, trials, {}, None
+        self.key = (config.prune or "").partition(".")[2]
+        # the study's pruner knows one direction, that of the metric which the search is for
+        given = direction(config.prune or "", config.prune_direction)
+        self.sign = 1 if given == study.direction.name.lower() else -1
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Report what was logged last; raises here what the thread met."""
+        self.over.set()
+        self.thread.join()
+        if kind is None and self.error is not None:
+            raise self.error
+
+    def _watch(self) -> None:
+        try:
+            while not self.over.wait(PAUSE):
+                for trial in self.trials:
+                    self._look(trial)
+            for trial in self.trials:
+                self._look_back(trial)
+        except Exception as error:
+            self.error = error
+
+    def _look(self, watched: Watched) -> None:
+        """Report new steps of a trial, and end it where the pruner says so."""
+        for step, value in self._new(watched):
+            if watched.trial.number in self.pruned:
+                return
+            self._report(watched, step, value)
+            if watched.trial.should_prune():
+                reason = f"pruned at step {step}, {self.key} {value:.4g}"
+                self.pruned[watched.trial.number] = reason
+                for artifact in watched.artifacts:
+                    if not job_records.wanted_outside(artifact, self.run):
+                        artifact.ask_to_stop(self.run, reason)
+
+    def _look_back(self, watched: Watched) -> None:
+        """Report what remains of a trial that has run to its end, so that later ones are compared with all of it."""
+        if all(artifact.finished for artifact in watched.artifacts):
+            for step, value in self._new(watched):
+                self._report(watched, step, value)
+
+    def _report(self, watched: Watched, step: int, value: float) -> None:
+        watched.trial.report(self.sign * value, step)
+        watched.reported.add(step)
+
+    def _new(self, watched: Watched) -> list[tuple[int, float]]:
+        """Steps that all runs of a trial have logged and that were not reported, with their mean."""
+        logs = [steps(artifact, self.key) for artifact in watched.artifacts]
+        common = set.intersection(*map(set, logs)) - watched.reported
+        return [(step, sum(log[step] for log in logs) / len(logs)) for step in sorted(common)]
+
+
+def steps(artifact: Artifact, key: str) -> dict[int, float]:
+    """Metric `key` by step in the log of an artifact, finished or not; raises `UserError` where no step has it."""
+    rows = [json.loads(line) for line in _whole_lines(artifact)]
+    values = {int(row["step"]): row[key] for row in rows if key in row}
+    if rows and artifact.finished and not values:
+        logged = [name for row in rows for name in row if name != "step"]
+        raise UserError(f"sweep.prune: {artifact.stage} logs no {key}{nearest(key, logged)}")
+    return values
+
+
+def _whole_lines(artifact: Artifact) -> list[str]:
+    """Lines of the step log that are written to their end; the log moves when the artifact is finished."""
+    for folder in (artifact.out, artifact.folder):
+        with contextlib.suppress(FileNotFoundError):
+            text = (folder / "log.jsonl").read_text()
+            return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return []

@@ -1,32 +1,47 @@
 """What a sweep came to: settings with their spread over seeds, the best, what mattered, and metric against KL."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from threefold.display.parts import print_rows, terminal
-from threefold.fileio import read_json
+from threefold.artifacts.artifact import COSTS
+from threefold.display.parts import Table, print_rows, terminal
+from threefold.fileio import numbers, read_json
+from threefold.runs import method_table
+from threefold.runs.method_table import shown
 from threefold.stages import STAGES
+
+OF_MODEL = re.compile(r"(validation\.)?models\.([^.]+)\.(.+)")  # metrics of the evaluation that are of one model
 
 
 def settings(runs: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
     """One row for each setting (in a search for each trial), the best first and those without a value last.
 
+    With several methods those of one stand together, in the order of the runs.
+
     `mean` and `std` (of a sample) are over its runs that have a value; `reported` is the mean of what is reported in
-    its place. `best` marks the best setting of those all of whose runs were made, `front` those that no other setting
-    beats in the metric and in KL.
+    its place. `best` marks the best setting (of each method) of those all of whose runs were made, `front` those that
+    no other setting beats in the metric and in KL.
     """
     groups: dict[Any, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(run.get("trial", tuple(run["setting"].items())), []).append(run)
     rows = [_row(group) for group in groups.values()]
-    rows.sort(key=lambda row: (row["mean"] is None, _cost(row, direction)))
+    methods = list(dict.fromkeys(map(method, rows)))
+    rows.sort(key=lambda row: (methods.index(method(row)), row["mean"] is None, _cost(row, direction)))
     complete = [row for row in rows if row["state"] == "complete"]
     for row in rows:
-        row["best"] = bool(complete) and row is complete[0]
+        row["best"] = row is next((other for other in complete if method(other) == method(row)), None)
         row["front"] = row in complete and not any(_beats(other, row, direction) for other in complete)
     return rows
+
+
+def method(row: dict[str, Any]) -> str | None:
+    """The method of a setting or run; None in a sweep without methods."""
+    return row["setting"].get("method")
 
 
 def _row(group: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,11 +84,12 @@ def variance_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
     """For each key its share of the metric's variance over all runs, largest first, and that of `seeds`.
 
     Of a key: the variance between the means of its values (analysis of variance, main effects); of the seeds: that
-    within settings. In a whole grid the shares and those of keys acting together add up to 1. Empty without spread.
+    within settings. In a whole grid the shares and those of keys acting together add up to 1. Empty without spread, and
+    where methods have keys of their own.
     """
     runs = [run for run in runs if run["state"] == "complete"]
     values = np.array([run["value"] for run in runs])
-    if len(runs) < 2 or np.ptp(values) == 0:
+    if len(runs) < 2 or np.ptp(values) == 0 or len({tuple(run["setting"]) for run in runs}) > 1:
         return {}
     total = ((values - values.mean()) ** 2).sum()
     shares = {}
@@ -92,16 +108,31 @@ def _means(labels: list[Any], values: np.ndarray) -> np.ndarray:
     return same @ values / same.sum(1)
 
 
-def lines(runs: list[dict[str, Any]], metric: str, reported: str | None = None) -> list[dict[str, Any]]:
-    """A row for each run: trial, setting, seeds, state, metric, KL, folder and error."""
-    return [
-        {
-            **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"], **run["repetition"],
-            "state": run["state"], metric: run["value"], **({reported: run.get("reported")} if reported else {}),
-            "kl": run["kl"], "run": run["run"], "reason": run["reason"],
-        }
-        for run in runs
-    ]  # fmt: skip
+def lines(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each number that the stages of each run below `folder` measured, and one for each run without any.
+
+    Columns: run, trial, setting, seeds, state and error, stage, model (of those that the evaluation compares), metric
+    and value.
+    """
+    rows = []
+    for run in runs:
+        about = {
+            "run": run["run"], **({"trial": run["trial"]} if "trial" in run else {}), **run["setting"],
+            **run["repetition"], "state": run["state"], "reason": run["reason"],
+        }  # fmt: skip
+        of_run = list(measured(folder / run["run"])) if run["state"] == "complete" else [{}]
+        rows += [about | dict.fromkeys(("stage", "model", "metric", "value")) | number for number in of_run]
+    return rows
+
+
+def measured(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every number of a run: stage, model, metric and value. Those on validation prompts are validation.METRIC."""
+    for stage in STAGES:
+        file = folder / stage / "metrics.json"
+        for name, value in (numbers(read_json(file), COSTS) if file.is_file() else {}).items():
+            of_model = OF_MODEL.fullmatch(name) if stage == "evaluate" else None
+            split, model, metric = of_model.groups(default="") if of_model else ("", None, name)
+            yield {"stage": stage, "model": model, "metric": split + metric, "value": value}
 
 
 def made_from(folder: Path, runs: list[dict[str, Any]]) -> dict[str, str]:
@@ -130,6 +161,18 @@ def current(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What stands on the terminal, in the report, and in the files for a page and for a paper."""
+    return method_table.tables(results) or [settings_table(results)]
+
+
+def settings_table(results: dict[str, Any]) -> Table:
+    """A row for each setting, the best first."""
+    places = ("trial", "state", "made", "mean", "std", "kl")
+    data = [row["setting"] | {place: row[place] for place in places if place in row} for row in results["settings"]]
+    return Table("sweep", f"Settings by {results['metric']}", table(results), data, texts=0)
+
+
 def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Heading and a row for each setting, as text."""
     rows, search, kl = results["settings"], results["search"], any(row["kl"] is not None for row in results["settings"])
@@ -139,7 +182,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
     heading += [*(["runs"] if repeated else []), "note"]
     cells = [
         [
-            *([str(row["trial"])] if search else []), *(shown(row["setting"][key]) for key in keys), _value(row),
+            *([str(row["trial"])] if search else []), *(shown(row["setting"].get(key, "–")) for key in keys),
+            _value(row),
             *([_value(row, "reported", "reported_std")] if reported else []),
             *(["–" if row["kl"] is None else f"{row['kl']:.3g}"] if kl else []),
             *([f"{row['made']} of {row['runs']}"] if repeated else []), _mark(row, kl),
@@ -147,11 +191,6 @@ def table(results: dict[str, Any]) -> list[tuple[str, ...]]:
         for row in rows
     ]  # fmt: skip
     return [tuple(heading), *map(tuple, cells)]
-
-
-def shown(value: Any) -> str:
-    """A value of a key, floating-point numbers in four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _value(row: dict[str, Any], mean: str = "mean", std: str = "std") -> str:
@@ -200,10 +239,13 @@ def setting(values: dict[str, Any]) -> str:
 def print_result(results: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, what it comes to, failed runs with their first error line, and where the files are."""
     console = terminal()
-    print_rows(table(results), console)
+    for part in tables(results):
+        print_rows(part.rows, console)
+        for line in filter(None, ("", part.note)):
+            console.print(line, highlight=False, soft_wrap=True)
     for line in [*sentences(results), *failures(results)]:
         console.print(line, highlight=False, soft_wrap=True)
-    files = f"settings: {folder / 'sweep.json'}   runs: {folder / 'sweep.csv'}"
+    files = f"settings: {folder / 'sweep.json'}   every number: {folder / 'sweep.csv'}   table: {folder / 'sweep.tex'}"
     console.print(files, highlight=False, soft_wrap=True)
 
 

@@ -36,6 +36,7 @@ class RuntimeConfig:
     micro_batch_size: int | None = number(1)
     checkpoints: int = number(1)
     log_every: int = number(1)
+    evaluations: int = number(0)
 
 
 @dataclass
@@ -180,6 +181,7 @@ class Config:
     dependents: bool = MISSING
     seed: int = number(0)
     seeds: int | None = number(2)
+    rounds: int | None = number(2)
     precision: str = one_of("auto", "fp32", "bf16")
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -18,9 +18,9 @@ def number_or_null(low: float) -> Any:
     return field(default=None, metadata={"low": low})
 
 
-def one_of(*choices: str) -> Any:
-    """A required string from `choices`."""
-    return field(default=MISSING, metadata={"choices": choices})
+def one_of(*choices: str, instead: dict[str, str] | None = None) -> Any:
+    """A required string from `choices`; `instead` says for some that are none what to take."""
+    return field(default=MISSING, metadata={"choices": choices, "instead": instead or {}})
 
 
 @dataclass
@@ -160,11 +160,12 @@ class ComparisonsConfig:
     samples_per_prompt: int = number(2)
     pairs_per_prompt: int = number(1)
     human_pairs: int = number(0)
+    sft: bool = MISSING
     policies: list[str] = field(default_factory=list)
     earlier: list[str] = field(default_factory=list)
     pairing: str = one_of("best_worst", "random", "uncertain")
     scorer: str | None = MISSING
-    label_by: str = one_of("judge", "people")
+    label_by: str = one_of("judge", "order", "people")
     min_gap: float = number(0.0)
     label_noise: float = number(0.0, 0.5)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
@@ -213,15 +214,42 @@ class RewardConfig:
     seed: int = number(0)
 
 
+# losses of stage `dpo`, as TRL calls them: of pairs (DPOTrainer), and of replies labelled one by one (KTOTrainer)
+PAIR_LOSSES = (
+    "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "apo_down", "sft", "exo_pair", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "discopop",
+)  # fmt: skip
+LABEL_LOSSES = ("kto", "apo_zero_unpaired")
+# β of each in its paper or in the recipe that made it known, which docs/dpo.md names; otherwise TRL's own default
+BETAS = {
+    "sigmoid": 0.1, "sigmoid_norm": 5.0, "apo_zero": 0.05, "apo_down": 0.05, "ipo": 0.1, "hinge": 0.1, "robust": 0.01,
+    "sft": 0.1, "exo_pair": 0.1, "nca_pair": 0.01, "bco_pair": 0.01, "sppo_hard": 0.001, "aot": 0.1,
+    "aot_unpaired": 0.1, "discopop": 0.05, "simpo": 2.0, "kto": 0.1, "apo_zero_unpaired": 0.1,
+}  # fmt: skip
+WITHOUT = {
+    "orpo": "TRL has ORPO among its experiments alone, which change; the nearest are simpo, and sigmoid_norm with "
+    "dpo.loss_weights={sft: 1}",
+    "cpo": "TRL has CPO among its experiments alone, which change; the nearest is simpo with dpo.loss_weights={sft: 1}",
+}
+
+
 @dataclass
 class DpoConfig:
     """Stage `dpo`."""
 
     pairs: int | None = number(1)
     eval_pairs: int | None = number(1)
-    beta: float = number(0.0)
-    loss_type: str = one_of("sigmoid", "ipo", "hinge", "robust")
+    start: str | None = MISSING
+    beta: float | None = number(0.0)
+    loss_type: str = one_of(*PAIR_LOSSES, "simpo", *LABEL_LOSSES, instead=WITHOUT)
+    loss_weights: dict[str, float] = field(default_factory=dict)
     label_smoothing: float = number(0.0, 0.5)
+    simpo_gamma: float | None = number(0.0)
+    ld_alpha: float | None = number(0.0, 1.0)
+    desirable_weight: float = number(0.0)
+    undesirable_weight: float = number(0.0)
+    reference_sync_every: int | None = number(1)
+    reference_mixup: float = number(0.0, 1.0)
     epochs: int = number(1)
     batch_size: int = number(1)
     learning_rate: float = number(0.0)
@@ -316,6 +344,7 @@ class EvaluateConfig:
     text_tokens: int = number(1)
     remove_contaminated: bool = MISSING
     greedy: bool = MISSING
+    reward_model: bool = MISSING
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     samples_shown: int = number(0)
     judge: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)

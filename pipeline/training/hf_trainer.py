@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -40,6 +41,34 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SET_UP = {"single": ("NO",), "ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed_zero3": ("DEEPSPEED",)}
 
 
+class Undisturbed:
+    """Goes before a Trainer: what it measures on held-out rows leaves the random state as it was.
+
+    A loader of rows draws a number whether it needs one or not; a run that is measured more often would then differ.
+    """
+
+    def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+        """The Trainer's own evaluation."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*given, **options)  # ty: ignore[missing-attribute]
+
+
+HELD_OUT_SHARE = 0.05  # of the cost of training that all evaluations of its held-out loss may have, about
+LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # rows
+
+
+def held_out_rows(job: Job, rows: Any, trained: int) -> Any:
+    """The first of `rows`, as many as the evaluations of the loss may take beside `trained` rows; None for none.
+
+    A row costs a forward pass, which is a third of training on it.
+    """
+    times = job.config.runtime.evaluations
+    if not times or not len(rows):
+        return None
+    return rows[: min(MOST_HELD_OUT, max(LEAST_HELD_OUT, int(3 * HELD_OUT_SHARE * trained / times)))]
+
+
 def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Path | None = None) -> dict[str, Any]:
     """Arguments for any Trainer: `steps` optimiser steps of `batch_size` rows; checkpoints go into that folder.
 
@@ -53,6 +82,7 @@ def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Pat
     return copy.deepcopy(OPTIONS[job.device.mode]) | {
         "output_dir": str(checkpoints or job.checkpoints),
         "per_device_train_batch_size": micro_batch_size,
+        "per_device_eval_batch_size": 1,  # then the mean over batches is that over rows, however they are shared out
         "gradient_accumulation_steps": share // micro_batch_size,
         "ddp_find_unused_parameters": True,  # buckets then stay as they are: a resumed run adds up in the same order
         "max_steps": steps,
@@ -143,7 +173,7 @@ def train(trainer: Trainer, job: Job, per_step: int, unit: str, before: int = 0)
         job.say(f"continues from step {step:,} of {trainer.args.max_steps:,}")
     job.steps.rewind(before + step)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Reports(job, per_step, unit, step, before))
+    trainer.add_callback(Reports(job, per_step, unit, step, before, trainer.eval_dataset is not None))
     trainer.train(resume_from_checkpoint=last)
     if not job.device.sharded:
         return cast(nn.Module, trainer.model)
@@ -187,11 +217,21 @@ def last_checkpoint(folder: Path) -> str | None:
     return last
 
 
+# what is kept of an evaluation; TRL adds the means of its other metrics
+EVALUATED = ("eval_loss", "eval_accuracy", "eval_rewards/accuracies", "eval_mean_token_accuracy")
+
+
+def moments(times: int, steps: int) -> set[int]:
+    """The optimiser steps, of `steps`, after which the held-out loss is measured: the last, and evenly before it."""
+    return {round(steps * k / times) for k in range(1, times + 1)} - {0}
+
+
 class Reports(TrainerCallback):
     """Passes a Trainer's metrics and progress to the job, and marks its checkpoints as complete."""
 
-    def __init__(self, job: Job, per_step: int, unit: str, step: int, before: int):
+    def __init__(self, job: Job, per_step: int, unit: str, step: int, before: int, measured: bool = False):
         self.job, self.per_step, self.unit, self.first, self.before = job, per_step, unit, step, before
+        self.measured = measured  # whether there are held-out rows
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -201,6 +241,8 @@ class Reports(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the progress bar."""
         self.bar.update(self.per_step)
+        if self.measured:
+            control.should_evaluate = state.global_step in moments(self.job.config.runtime.evaluations, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Record the metrics of a step; the Trainer's own closing summary is left out.
@@ -213,6 +255,10 @@ class Reports(TrainerCallback):
             stage = self.job.stage
             rates = [f"{stage}.{key}" for key in getattr(self.job.config, stage) if key.endswith("learning_rate")]
             raise UserError(f"{stage}: {names[0]} is {metrics[names[0]]} at step {step:,}; lower {' or '.join(rates)}")
+        if "loss" in metrics:
+            self.bar.set_postfix({"loss": f"{metrics['loss']:.3f}"}, refresh=False)
+        if "eval_loss" in metrics:
+            metrics = {name: value for name, value in metrics.items() if name in EVALUATED}
         if "train_runtime" not in metrics:
             self.job.log(step, metrics, {OPTIMISER_STEP: step, self.unit: step * self.per_step})
 

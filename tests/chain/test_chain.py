@@ -11,7 +11,8 @@ from omegaconf.errors import ConfigAttributeError
 from threefold import chain
 from threefold.artifacts import digests
 from threefold.artifacts.artifact import Artifact
-from threefold.config.compose import compose, keys
+from threefold.config.compose import compose
+from threefold.config.names import keys
 from threefold.errors import UserError
 from threefold.stages import STAGES, depending_on, needed_by, parents
 

@@ -10,7 +10,8 @@ from omegaconf.errors import ReadonlyConfigError
 
 from threefold import conf
 from threefold.config.checks import JUDGES
-from threefold.config.compose import Config, check, check_file_texts, compose, keys
+from threefold.config.compose import Config, check, check_file_texts, compose
+from threefold.config.names import keys
 from threefold.errors import UserError
 from threefold.stages import STAGES
 
@@ -98,7 +99,7 @@ SOURCES = [
     f
     for room in ("pipeline", "stages", "rewards")
     for f in (ROOT / room).rglob("*.py")
-    if f.name not in ("compose.py", "checks.py") and f.parent.name != "schema"
+    if f.name not in ("compose.py", "checks.py", "names.py", "arguments.py") and f.parent.name != "schema"
 ]
 
 
@@ -137,7 +138,7 @@ MISTAKES = [
     ("experiment=dmo", "experiment=dmo", "nearest: demo"),
     ("runtime=slow", "runtime=slow", "default"),
     ("reward@comparisons.judge=vadr", "reward=vadr", "nearest: vader"),
-    ("ppo.kl_coef=high", "ppo.kl_coef", "'high'"),
+    ("ppo.kl_coef=high", "ppo.kl_coef=high", "must be a number"),
     ("ppo.seed=1.5", "ppo.seed=1.5", "must be a whole number"),
     ("seed=1e3", "seed=1e3", "must be a whole number"),
     ("ppo.kl_coef=true", "ppo.kl_coef=true", "must be a number"),
@@ -170,8 +171,8 @@ MISTAKES = [
     ("run=a\nb", "run=", "without line breaks"),
     ("run='a\x1b[31m'", "run=", "without line breaks"),
     ("runs=~nobody-of-this-name/x", "runs=~nobody-of-this-name/x", "there is no such user"),
-    ("dependents=maybe", "dependents", "bool"),
-    ("evaluate.judge=textblob", "evaluate.judge", "textblob"),
+    ("dependents=maybe", "dependents=maybe", "must be true or false"),
+    ("evaluate.judge=textblob", "evaluate.judge=textblob", "choose one with reward@evaluate.judge=NAME"),
     ("ppo.kl_coef=-0.1", "ppo.kl_coef=-0.1", "at least 0"),
     ("ppo.gamma=1.01", "ppo.gamma=1.01", "at most 1"),
     ("comparisons.label_noise=0.6", "comparisons.label_noise=0.6", "at most 0.5"),
@@ -202,10 +203,14 @@ MISTAKES = [
     ("model=hf", "model.checkpoint", "has no value"),
     ("run=???", "run", "has no value"),
     ("ppo.kl_coef", "ppo.kl_coef", "are written KEY=VALUE"),
-    ("ppo.kl_coef=1,2", "ppo.kl_coef=1,2", "several values are for `threefold sweep`"),
-    ("ppo.kl_coef=choice(1,2)", "ppo.kl_coef=choice(1,2)", "several values are for `threefold sweep`"),
-    ("model=tiny,gpt2", "model=tiny,gpt2", "several values are for `threefold sweep`"),
-    ("precision=fp32,bf16", "precision=fp32,bf16", "several values are for `threefold sweep`"),
+    (
+        "ppo.kl_coef=1,2",
+        "ppo.kl_coef=1,2",
+        "several values; write 1.2 with a decimal point; a run for each is made by: threefold",
+    ),
+    ("ppo.kl_coef=choice(1,2)", "ppo.kl_coef=choice(1,2)", "made by: threefold sweep 'ppo.kl_coef=choice(1,2)'"),
+    ("model=tiny,gpt2", "model=tiny,gpt2", "made by: threefold sweep model=tiny,gpt2"),
+    ("precision=fp32,bf16", "precision=fp32,bf16", "made by: threefold sweep precision=fp32,bf16"),
     ("evaluate.models=sft,ppo", "evaluate.models", "is a list; write evaluate.models=[sft,ppo]"),
     ("data.text.splits={a: b=c}", "data.text.splits={a: b=c}", "cannot be read; put each text"),
     ("ppo.kl_coef=~3", "ppo.kl_coef=~3", "cannot be read; put each text"),
@@ -216,7 +221,7 @@ MISTAKES = [
     ("ppo.kl_coef=nan", "ppo.kl_coef=nan", ""),
     ("ppo.reward.parts.a.weight=1", "ppo.reward.parts.a.weight", "not a configuration key"),
     ("ppo.reward.parts={a:{weight:1}}", "ppo.reward.parts.a.function", "has no value"),
-    ("ppo.reward.parts={a:{function:null,weight:high}}", "ppo.reward.parts.a.weight", "'high'"),
+    ("ppo.reward.parts={a:{function:null,weight:high}}", "ppo.reward.parts.a.weight=high", "must be a number"),
     (
         "ppo.reward.parts={a:{function:null,wieght:1}}",
         "ppo.reward.parts.a.wieght",

@@ -5,7 +5,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from threefold.config.compose import compose
+from threefold.config.names import OTHER_NAMES, completions, keys, nearest_key
 from threefold.config.overrides import as_typed, assigned, kind_of
+from threefold.errors import UserError
 from threefold.runs import sweep_space
 
 TEXTS = [
@@ -91,3 +93,101 @@ def test_the_type_of_a_key_is_that_of_the_schema():
     assert kind_of("data.text.splits.train") is str and kind_of("tracker.tags.0") is str
     assert kind_of("ppo.kl_coef") is float and kind_of("precision") is None and kind_of("no.such.key") is None
     assert as_typed("ppo.kl_coef=0.1") == "ppo.kl_coef=0.1" and as_typed("model=tiny") == "model=tiny"
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    {
+        "ppo.lr": "ppo.learning_rate",
+        "rm.lr": "reward.learning_rate",
+        "sft.num_train_epochs": "sft.epochs",
+        "dpo.per_device_train_batch_size": "dpo.batch_size",
+        "sft.warmup_ratio": "sft.warmup",
+        "ppo.max_steps": "ppo.episodes",
+        "sft.max-steps": "sft.examples",
+        "max_steps": "pretrain.tokens, sft.examples, reward.pairs, dpo.pairs, ppo.episodes",
+        "ppo.beta": "ppo.kl_coef",
+        "beta": "dpo.beta, ppo.kl_coef",
+        "kl_penalty": "ppo.kl_coef",
+        "gamma": "ppo.gamma",
+        "cliprange": "ppo.clip_range",
+        "vf_coef": "ppo.value_coef",
+        "reward.lora_r": "reward.lora_rank",
+        "learning_rate": "pretrain.learning_rate, sft.learning_rate, reward.learning_rate, dpo.learning_rate, "
+        "ppo.learning_rate",
+        "bf16": "precision",
+        "model_name_or_path": "model.checkpoint",
+        "stage": "target",
+        "data.reply.path": "data.replies.path",  # the section is misspelt, not the name
+        "ppo.kl_ceof": "ppo.kl_coef",
+    }.items(),
+)
+def test_a_name_of_other_trainers_is_answered_with_ours(typed, nearest):
+    assert nearest_key(typed) == f" (nearest: {nearest})"
+    with pytest.raises(UserError, match=rf"{typed} is not a configuration key \(nearest: {nearest}\)$"):
+        compose([f"{typed}=1"])
+
+
+def test_names_of_other_trainers_are_none_of_ours_and_stand_for_keys():
+    ends = [f".{key}" for key in [*keys(), "experiment", "reward"]]
+    assert [ours for ours in OTHER_NAMES if not any(end.endswith(f".{ours}") for end in ends)] == []
+    for ours, theirs in OTHER_NAMES.items():
+        assert ours not in theirs.split() and len(set(theirs.split())) == len(theirs.split()), ours
+
+
+HYDRAS = [
+    "hydra.job.chdir=true",
+    "hydra.run.dir=x",
+    "hydra/launcher=submitit_slurm",
+    "+hydra.x=1",
+    "hydra.verbose=true",
+]
+FORMS = {
+    "=3": "=3: names no key; overrides are written KEY=VALUE",
+    "ppo.kl_coef==3": "ppo.kl_coef==3: must be a number",
+    "ppo.kl_coef:3": "ppo.kl_coef:3: overrides are written KEY=VALUE: ppo.kl_coef=3",
+    "ppo.kl_coef=": "ppo.kl_coef=: must be a number",
+    "ppo..kl_coef=3": r"ppo\.\.kl_coef is not a configuration key \(nearest: ppo.kl_coef\)",
+    "ppo.kl_coef.x=3": r"ppo.kl_coef.x is not a configuration key \(nearest: ppo.kl_coef\)",
+    "ppo=3": "ppo=3: ppo is a section of keys; give one of them, for example ppo.episodes=VALUE",
+    "ppo.reward=length": "ppo.reward is a section; choose one with reward@ppo.reward=NAME",
+    "reward=length": "reward=length: say what it is for: reward@comparisons.judge=NAME, ",
+    "+model=tiny": r"\+model: model has a choice already; write it without the \+",
+    "~ppo.kl_coef": "ppo.kl_coef: is needed and cannot be taken out; give it a value instead",
+    "~ppo.kl_coef=3": "ppo.kl_coef: is not there, or has another value; give it a value instead",
+    "ppo.kl_coef=${nope}": r"ppo.kl_coef: \$\{nope\} is not found: no key has that name",
+    "ppo.kl_coef=${oc.env:NO_SUCH}": "ppo.kl_coef: the environment has no variable NO_SUCH",
+    "experiment=": "experiment=: names no choice; there are arithmetic, demo",
+    "tasks=null": r"tasks=null: names no choice; .*; write tasks=\[\] for none",
+    "tasks=[lettres]": r"tasks=lettres: no such choice \(nearest: letters\)",
+    "tracker=3": "tracker=3: names no choice; there are none, ",
+    "ppo": "ppo: overrides are written KEY=VALUE; a stage is chosen with target=ppo",
+    "demo": "demo: overrides are written KEY=VALUE, for example experiment=demo",
+    "evaluate.models=[base": r"write evaluate.models=\[base\]$",
+}
+
+
+@pytest.mark.parametrize(("typed", "answer"), FORMS.items())
+def test_what_hydra_says_of_a_form_is_said_in_our_words(typed, answer):
+    with pytest.raises(UserError, match=answer) as caught:
+        compose([typed])
+    said = str(caught.value)
+    assert "\n" not in said and not any(word in said for word in ("Config", "full_key", "multirun", "'str'", "Error"))
+
+
+@pytest.mark.parametrize("typed", HYDRAS)
+def test_a_key_of_hydras_is_refused_by_name(typed):
+    with pytest.raises(UserError, match=r"is a key of Hydra's that is not used here; hydra\.searchpath alone is"):
+        compose([typed])
+
+
+def test_words_complete_to_keys_choices_and_values():
+    assert completions("ppo.kl_c") == ["ppo.kl_coef=", "ppo.kl_controller="]
+    assert completions("ppo.kl_coef") == ["ppo.kl_coef="] and completions("pppo") == completions("seed=") == []
+    assert {"seed=", "ppo.", "model=", "model.", "reward@ppo.reward="} <= set(completions(""))
+    assert completions("resources.stages.pp") == [f"resources.stages.ppo.{k}=" for k in
+                                                  ("cpus", "gpus", "memory_gb", "minutes", "nodes")]  # fmt: skip
+    assert "model=tiny" in completions("model=") and "target=ppo" in completions("target=")
+    assert completions("++dependents=") == ["++dependents=true", "++dependents=false"]
+    for key in keys():
+        assert completions(key)[:1] == [f"{key}="] or f"{key}=" in completions(key)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from data_helpers import everything, lines, source
+from documents import documented
 from helpers import make_job, plain_score, tiny_reward_model, tiny_tokenizer
 from torch import nn
 
@@ -110,7 +111,7 @@ def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
-def test_a_classifier_learns_from_labels_and_dpo_refuses_them(smoke, tmp_path):
+def test_a_classifier_and_kto_learn_from_labels_and_dpo_refuses_them(smoke, tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(200, 300)))
     given = [f"data.preferences.path={file}", "data.preferences.format=unpaired"]
@@ -124,3 +125,11 @@ def test_a_classifier_learns_from_labels_and_dpo_refuses_them(smoke, tmp_path):
     job.inputs |= {"sft": smoke / "smoke" / "sft", "comparisons": smoke / "labels" / "comparisons"}
     with pytest.raises(UserError, match="dpo: replies that were labelled one by one"):
         dpo.run(job)
+    chain.bring_up_to_date(compose([*base, "target=dpo", "dpo.loss_type=kto", "dpo.learning_rate=0.003"]))
+    metrics = read_json(smoke / "labels" / "dpo" / "metrics.json")
+    assert metrics["replies"] + metrics["left_out_per_epoch"] == len({pair["chosen"] for pair in pairs}) + len(
+        {pair["rejected"] for pair in pairs}
+    )
+    logged = {key for row in read_lines(smoke / "labels" / "dpo" / "log.jsonl") for key in row} - {"step", "kl"}
+    assert logged == documented("dpo steps") - {"rewards/accuracies", "mean_token_accuracy"}
+    assert metrics["accuracy"] > 0.9 and metrics["chosen_logprob_change"] > metrics["rejected_logprob_change"] + 1

@@ -368,5 +368,6 @@ def test_two_machines_make_a_stage_as_one_process_does(smoke, tmp_path, port, ca
     assert other.wait(60) == 0 and "takes part as machine 1" in other.stdout.read()
     assert "dpo          2 × 1 CPU threads, fp32 · ddp · " in capfd.readouterr().out
     logs = [read_lines(Path(runs) / "smoke/dpo/log.jsonl") for runs in (smoke, tmp_path)]
-    assert [line["loss"] for line in logs[1]] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-4)
+    ours, theirs = ([line["loss"] for line in log if "loss" in line] for log in logs)
+    assert theirs == pytest.approx(ours, rel=1e-4)
     assert not list(tmp_path.glob("artifacts/*.work"))

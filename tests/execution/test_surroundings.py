@@ -114,7 +114,7 @@ def test_so_are_those_of_a_report_and_of_a_sweep(name, tmp_path, capsys, monkeyp
     monkeypatch.setattr(
         Console, "__init__", lambda self, *a, f=Console.__init__, **k: made.append(k) or f(self, *a, **k)
     )
-    monkeypatch.setattr(sweep_table, "table", lambda found: [("setting",), (name,)])
+    monkeypatch.setattr(sweep_table, "tables", lambda found: [parts.Table("sweep", "", [("setting",), (name,)], [])])
     monkeypatch.setattr(sweep_table, "sentences", lambda found: [f"Best: {name}"])
     sweep_table.print_result({"failed": [], "runs": []}, tmp_path)
     printed = capsys.readouterr().out

@@ -1,6 +1,8 @@
 """The report's numbers and words: the summary, CSV, Markdown, what is missing, and two runs beside each other."""
 
+import base64
 import csv
+import gzip
 import json
 import re
 import shutil
@@ -172,7 +174,106 @@ def test_models_without_sft_beside_them_are_not_compared(runs):
     change_samples(runs, lambda row: row.pop("sft"))
     models = read_json(runs / "smoke/evaluate/metrics.json")["models"]
     change_metrics(runs, "evaluate", models={name: m for name, m in models.items() if name != "sft"})
+    assert "is not known: SFT was not evaluated beside" in summary.verdict(run_of(runs)).sentences[0]
     assert "SFT was not evaluated beside it" in told(runs) and " over SFT" not in told(runs)
+
+
+# The verdict
+
+
+def drift(alarm):
+    ends = {"chosen_logprob_change_ci95": [-3.0, -1.0], "length_change_ci95": [4.0, 9.0]}
+    return {"chosen_logprob_change": -2.0, "length_change": 6.0, "alarm": alarm} | ends
+
+
+@pytest.mark.parametrize(
+    ("gain", "second", "alarm", "words", "good"),
+    [
+        (0.3, 0.2, False, ("Alignment worked by the gold judge, vader.", "sees a rise"), True),
+        (0.3, 0.2, True, ("Alignment worked by the gold judge, vader.",), False),
+        (0.3, -0.2, False, ("Alignment worked by the gold judge, vader.", "sees a fall"), False),
+        (-0.3, 0.0, False, ("Alignment did not work: by the gold judge, vader, it made replies worse.",), False),
+        (0.0, 0.0, False, ("No effect of alignment is clear by the gold judge, vader.",), None),
+    ],
+)
+def test_the_report_opens_with_a_verdict(gain, second, alarm, words, good, runs):
+    noise = np.random.default_rng(0)
+
+    def judge(row):
+        row["sft"] |= {"gold": 0.1, "second": 0.1}
+        for model in ("dpo", "ppo"):
+            row[model] |= {"gold": 0.1 + gain + noise.normal(0, 0.01), "second": 0.1 + second + noise.normal(0, 0.01)}
+
+    change_samples(runs, judge)
+    change_metrics(runs, "evaluate", paired=[], dpo_drift=drift(alarm))
+    if not gain:  # differences as large as their noise
+        change_samples(runs, lambda row: [row[m].update(gold=0.1 + noise.normal(0, 0.1)) for m in ("dpo", "ppo")])
+    run = run_of(runs)
+    verdict = summary.verdict(run)
+    found = compare.between(run.samples(), "ppo", "sft")
+    text = " ".join(verdict.sentences)
+    assert 2 <= len(verdict.sentences) <= 3 and verdict.good is good
+    assert all(part in text for part in (*words, f"PPO {found.shown()}, at KL {run.models['ppo']['kl']:.2f}"))
+    assert ("ALARM: DPO made chosen replies less likely" in verdict.alarm) == alarm
+    seconds = sum(run.stages[stage]["seconds"] for stage in ("comparisons", "reward", "dpo", "ppo"))
+    assert f"It cost {summary.duration(seconds)} after SFT" in text
+    html, markdown = write(runs)
+    assert html.index('id="verdict"') < html.index('id="summary"') and ("ALARM" in html) == alarm
+    assert markdown.splitlines()[2].startswith(words[0]) and ("**ALARM" in markdown) == alarm
+
+
+def test_the_example_is_the_prompt_of_the_median_gain(runs):
+    gains = iter(np.random.default_rng(1).permutation(16))
+
+    def judge(row):
+        gain = next(gains) / 10
+        row["sft"]["gold"], row["ppo"]["gold"], row["dpo"]["gold"] = 0.0, gain, -1.0
+        row["ppo"]["reply"] = f"gains {gain}"
+
+    change_samples(runs, judge)
+    example = summary.verdict(run_of(runs)).example
+    assert example.row["ppo"]["reply"] == "gains 0.7" and example.models == ["sft", "dpo", "ppo"]
+    assert example.rule.endswith("of 16 held-out prompts, the one at which PPO's gain over SFT by vader is the median.")
+    change_metrics(runs, "evaluate", shown=0)
+    assert summary.verdict(run_of(runs)).example is None
+
+
+def test_a_verdict_is_not_given_without_an_evaluation(partial):
+    assert "this run has no evaluation" in summary.verdict(run_of(partial, run="partial")).sentences[0]
+
+
+def test_what_is_long_is_folded_and_contamination_is_told_in_words(whole):
+    _, html, _ = whole
+    words = {"arena": "First of the models: ", "reward": 'class="verdict', "contamination": "training text: "}
+    for name, first in (words | {"effects": "differences were tested"}).items():
+        seen, _, folded = re.search(rf'<section id="{name}">(.*?)</section>', html, re.DOTALL)[1].partition("<details")
+        assert first in seen and "<table" not in seen and "<table" in folded, name
+    assert 'data-part="reward_probe_scores"' in html and "<details open><summary>How far to trust it" in html
+
+
+@pytest.fixture
+def swept(partial):
+    """A run whose sweep is over what it has not made itself."""
+    row = {"setting": {"dpo.beta": 0.1}, "state": "complete", "runs": 1, "made": 1, "mean": 0.5, "std": None,
+           "kl": None, "values": [0.5], "best": True, "front": False}  # fmt: skip
+    content = {"metric": "dpo.accuracy", "direction": "maximize", "keys": ["dpo.beta"], "log_keys": [], "search": False,
+               "repeated": [], "settings": [row], "importance": {}, "importance_by": "", "kl_metric": None,
+               "failed": [], "runs": [], "made_from": {}, "reported": None}  # fmt: skip
+    (partial / "partial/sweep.json").write_text(json.dumps(content))
+    return partial
+
+
+def test_a_report_of_a_sweep_begins_with_its_table(swept):
+    asked = ("ppo.kl_coef=0.3", "dpo.beta=0.3")
+    html, markdown = write(swept, *asked, run="partial")
+    assert re.findall(r'<section id="(\w+)"', html)[:3] == ["verdict", "sweep", "summary"]
+    assert html.index('data-part="sweep"') < html.index('data-figure="sweep_by_dpo.beta"')
+    assert "not part of this run" not in html and "has not run" not in html and "have not run" not in html
+    assert all(f'id="{name}"' not in html for name in ("models", "arena", "samples"))
+    assert "Best: dpo.beta 0.1, 0.5 in one run." in summary.verdict(run_of(swept, *asked, run="partial")).sentences
+    assert markdown.index("## Settings by dpo.accuracy") < markdown.index("## What training did")
+    (swept / "partial/sweep.json").unlink()
+    assert "have not run" in write(swept, *asked, run="partial")[0]
 
 
 # Numbers
@@ -397,9 +498,12 @@ def test_an_option_may_stand_between_overrides(place, monkeypatch):
             ["report", "--compare", "smokey"],
             "error: --compare smokey: no other run of {runs} with a finished stage; there ",
         ),
-        (["report", "--compare"], "error: --compare: expected one argument\n"),
+        (["report", "--compare"], "error: --compare: name the run to set beside it, for example --compare demo-2\n"),
         (["run", "--compare", "other"], "error: --compare: is an option of report, not of run\n"),
-        (["report", "--comp", "other"], "error: --comp: no such option; overrides are written KEY=VALUE\n"),
+        (
+            ["report", "--comp", "other"],
+            "error: --comp: no such option; overrides are written KEY=VALUE (nearest: --compare)\n",
+        ),
     ],
 )
 def test_a_wrong_comparison_is_one_line_and_status_2(arguments, line, copied, capsys):
@@ -421,7 +525,7 @@ def test_replies_and_names_cannot_become_markup(runs):
     change_samples(runs, spoil)
     change_metrics(runs, "evaluate", judge=evil)
     html, _ = write(runs)
-    assert "alert(1)" in html and "<script>alert" not in html and "<img" not in html.split("plotly.js")[0]
+    assert "alert(1)" in html and "<script>alert" not in html and "<img" not in html
     assert html.count("</script>") == html.count("<script")
 
 
@@ -432,4 +536,7 @@ def test_the_policy_of_the_page_names_its_scripts_and_no_host(whole):
     assert "http" not in policy and page.digest(page.file_text("page.js")) in policy.replace("&#39;", "'").replace(
         "&#43;", "+"
     )
-    assert html.count(page.file_text("page.js").strip()) == 1 and html.count("plotly.js v") == 1
+    assert html.count(page.file_text("page.js").strip()) == 1
+    plotly = gzip.decompress(base64.b64decode(re.search(r'id="plotly">([^<]+)<', html)[1])).decode()
+    assert page.digest(plotly) in policy.replace("&#39;", "'").replace("&#43;", "+") and "plotly.js v" in plotly
+    assert len(html) < 2_400_000  # of which plotly.js is 1.96 million characters, uncompressed 4.8

@@ -63,7 +63,9 @@ def quiet(visit):
 
 @pytest.fixture(scope="module")
 def opened(visit):
-    return visit(color_scheme="light")
+    page = visit(color_scheme="light")
+    page.locator(".more").click()  # all samples
+    return page
 
 
 @pytest.fixture
@@ -74,6 +76,14 @@ def page(opened):
     opened.click("[type=reset]")
     playwright.expect(opened.locator(".controls output")).to_have_text("4 of 4 prompts")
     return opened
+
+
+def draw_all(page) -> None:
+    """Look at every figure of the page, which draws it."""
+    for plot in page.locator(".plot").all():
+        plot.scroll_into_view_if_needed()
+        playwright.expect(plot.locator("svg.main-svg").first).to_be_attached()
+    assert page.locator(".plot[data-drawn]").count() == page.locator(".plot").count() > 15
 
 
 def stroke(page, colour: str) -> None:
@@ -91,16 +101,32 @@ def test_the_page_fits_its_width_and_can_be_read_in_both_schemes(size, visit, pa
     if size == PHONE:
         page = visit(viewport=PHONE, color_scheme="light", has_touch=True, is_mobile=True)
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert page.locator(".plot svg.main-svg").count() >= page.locator(".plot").count() > 15
+    draw_all(page)
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         stroke(page, PALETTE["ppo"][scheme == "dark"])
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
         found = [(round(ratio, 2), text) for ratio, text in page.evaluate(CONTRASTS) if "share" not in text]
         assert len(found) > 300 and [text for ratio, text in found if ratio < 4.5] == []
+    for box in page.locator(".scroll").all():  # a wide table scrolls by itself
+        assert box.evaluate("e => e.offsetWidth <= document.documentElement.clientWidth - e.offsetLeft")
     visible = page.locator(".lineage.wide").is_visible(), page.locator(".lineage.narrow").is_visible()
     assert visible == ((True, False) if size == DESKTOP else (False, True))
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+
+
+def test_the_page_is_short_draws_what_is_near_and_shows_more_samples_when_asked(visit):
+    page = visit(viewport=PHONE, color_scheme="light")
+    high = page.evaluate("document.documentElement.scrollHeight - document.getElementById('compare').offsetHeight")
+    assert high < 11_500  # it was 28,600
+    assert page.locator(".sample:visible").count() == 1 and page.locator(".more").inner_text() == "Show 3 more"
+    page.wait_for_function("window.Plotly")
+    assert page.locator(".plot[data-drawn]").count() < 4  # none is near the top
+    page.locator('[data-figure="ppo_kl"]').scroll_into_view_if_needed()
+    playwright.expect(page.locator('[data-figure="ppo_kl"] svg.main-svg').first).to_be_visible()
+    assert page.locator("details:not([open]) .plot[data-drawn]").count() == 0
+    page.locator(".more").click()
+    assert page.locator(".sample:visible").count() == 4 and page.locator(".more").is_hidden()
 
 
 def test_print_is_light_open_and_without_controls(page):
@@ -127,6 +153,14 @@ def test_a_page_without_its_script_still_has_every_word(visit):
     page = visit(java_script_enabled=False)
     assert page.locator(".sample").count() == 4 and page.locator(".controls").is_hidden()
     assert page.locator("#summary li").count() > 5 and "numbers are in the folder report" in page.inner_text("noscript")
+
+
+def test_a_browser_that_cannot_unpack_plotly_says_so(visit, browser):
+    page = browser.new_context(viewport=DESKTOP).new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(visit.address)
+    assert page.locator('[data-figure="ppo_kl"]').inner_text().startswith("This browser is too old to draw figures")
+    assert page.locator(".sample:visible").count() == 1
 
 
 # Samples

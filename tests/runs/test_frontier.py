@@ -120,11 +120,14 @@ def test_the_report_shows_the_frontier_of_this_reward_model_alone(written, smoke
     folder, found = written
     config = compose(["experiment=smoke", f"runs={folder.parent}"])
     shown = frontier_section(configured(config))
-    assert [part.name for part in shown.parts] == [f"frontier_{s}" for s in ("gold", "proxy", "second")] + [
-        "frontier_laws"
-    ]
-    assert len(shown.parts[0].data) == len(found["points"]) and shown.points == tuple(found["advice"])
-    assert shown.parts[0].data[0]["gain"] == 0 and len(shown.parts[-1].rows) == 1 + len(found["laws"])
+    points, laws, *figures = shown.parts
+    assert (points.name, laws.name) == ("frontier_points", "frontier_laws") and len(laws.rows) == 1 + len(found["laws"])
+    assert [part.name for part in figures] == [f"frontier_{s}" for s in ("gold", "proxy", "second")]
+    assert len(figures[0].data) == len(found["points"]) and shown.points == tuple(found["advice"])
+    assert figures[0].data[0]["gain"] == 0
+    last = [p["gold"] for p in found["points"] if p["method"] == "ppo" and p["episodes"] == 64]  # of two seeds
+    row = next(row for row in points.data if row["method"] == "ppo" and "episodes 64" in row["setting"])
+    assert [row["gold"], row["gold_std"]] == pytest.approx([np.mean(last), np.std(last, ddof=1)])
     write_json(folder / "frontier.json", found | {"missing": ["ppo-seed2"]})
     assert "Runs that are missing: ppo-seed2." in frontier_section(configured(config)).lead
     write_json(folder / "frontier.json", found | {"made_from": {"sft": "other"}})

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,7 +163,9 @@ def test_a_grid_makes_what_all_share_once_and_finds_the_best(tmp_path, monkeypat
     assert "0.9 ± 0.01" in said and "best, front" in said and "Best: dpo.beta 0.1, dpo.learning_rate 0.0003" in said
     with (tmp_path / "smoke/sweep.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 12 and {row["dpo.accuracy"] for row in rows if row["dpo.seed"] == "2"} >= {"0.9"}
+    assert len(rows) == 24  # of each run accuracy and KL
+    accuracies = {row["value"] for row in rows if row["dpo.seed"] == "2" and row["metric"] == "accuracy"}
+    assert "0.9" in accuracies and {row["stage"] for row in rows} == {"dpo"}
     section = section_of(tmp_path)
     assert [part.name for part in section.parts] == [
         "sweep", "sweep_by_dpo.beta", "sweep_by_dpo.learning_rate", "sweep_importance", "sweep_by_kl",
@@ -203,9 +207,10 @@ def test_settings_are_chosen_on_the_validation_prompts_and_reported_on_the_test_
         said = " ".join(capsys.readouterr().out.split())
         assert "on the test prompts, which had no part in the choice: 0.505 ± 0.0071." in said
     with (tmp_path / "smoke/sweep.csv").open() as stream:
-        assert {"evaluate.validation.models.dpo.gold_mean", "evaluate.models.dpo.gold_mean"} <= set(
-            next(csv.reader(stream))
-        )
+        of_dpo = [
+            row["metric"] for row in csv.DictReader(stream) if (row["stage"], row["model"]) == ("evaluate", "dpo")
+        ]
+    assert {"validation.gold_mean", "gold_mean", "kl"} <= set(of_dpo)
     heading, first, *_ = section_of(tmp_path).parts[0].rows
     assert first[heading.index("evaluate.models.dpo.gold_mean")].startswith(f"{best['reported']:.4g}")
 
@@ -291,6 +296,11 @@ def test_a_metric_that_no_run_has_is_named_with_the_nearest(tmp_path, monkeypatc
     sweeps.stand_in(monkeypatch)
     with pytest.raises(UserError, match=r"dpo.acuracy: is not among the numbers of .*nearest: accuracy"):
         sweeps.swept(tmp_path, "dpo.beta=0.1,0.2", "sweep.metric=dpo.acuracy")
+
+
+def test_a_grid_needs_no_optuna():
+    code = "import sys; sys.modules['optuna'] = None; from threefold.runs import sweep, trials"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_sweep_of_a_run_goes_on_at_a_time(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import stat
 import types
+from collections import Counter
 
 import pytest
 from helpers import composed
@@ -455,6 +456,27 @@ def test_time_outs_that_are_too_many_are_said_and_a_job_may_not_be_queued_again(
         work.checkpoint()
 
 
+def test_a_job_composes_the_experiment_of_a_users_own_folder(lab, tmp_path, monkeypatch):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\ndefaults: [smoke, _self_]\nrun: mine\ntokenizer: {vocab_size: 600}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(mine)
+    monkeypatch.chdir(tmp_path)
+    options = ["experiment=mine", "tracker=none", "target=tokenizer", f"runs={lab.runs}"]
+    cli.main(["submit", "--config-dir", "conf", *options])
+    made = []
+
+    def make(config):
+        made.append((config.run, config.tokenizer.vocab_size))
+        finish(chain.plan(config)["tokenizer"].artifact)
+
+    monkeypatch.setattr(chain, "bring_up_to_date", make)
+    for name, value in {"JOB_ID": "20007", "PROCID": "0", "NODEID": "0", "JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.chdir("/")
+    lab.work[lab.job("tokenizer")]()
+    assert made == [("mine", 600)]
+
+
 def test_the_commands_print_what_was_sent_and_ended(lab, capsys):
     own = ["experiment=smoke", f"runs={lab.runs}", "target=sft", "seeds=2"]
     cli.main(["submit", *own])
@@ -468,6 +490,18 @@ def test_the_commands_print_what_was_sent_and_ended(lab, capsys):
     lab.states.clear()
     cli.main(["cancel", *own])
     assert capsys.readouterr().out == "nothing to cancel: run smoke has no jobs in Slurm\n"
+
+
+def test_all_runs_of_a_sweep_are_sent_at_once(lab, capsys):
+    cli.main(["submit", "experiment=smoke", f"runs={lab.runs}", "method=ppo,dpo", "dpo.beta=0.1,0.3"])
+    sent = Counter(work.stage for work in lab.work.values())
+    assert sent == {stage: 1 for stage in STAGES} | {"dpo": 2, "evaluate": 3}
+    assert "smoke/variants/method=dpo,dpo.beta=0.3" in capsys.readouterr().out
+    job = next(work for work in lab.work.values() if "dpo.beta=0.3" in work.overrides and work.stage == "evaluate")
+    assert {"evaluate.models=[sft,dpo]", "evaluate.reward_model=true", "dpo.beta=0.3"} <= set(job.overrides)
+    with pytest.raises(SystemExit):
+        cli.main(["submit", "experiment=smoke", "dpo.beta=0.1,0.3", "sweep.trials=2"])
+    assert "a search waits for results" in capsys.readouterr().err
 
 
 def test_without_slurm_the_command_says_so(monkeypatch, tmp_path, capsys):

@@ -168,6 +168,23 @@ def test_pairs_for_people_have_no_label_and_training_on_them_is_refused_until_th
         preferences.read(out, "train")
 
 
+def test_by_order_every_chosen_reply_is_of_the_policy_that_is_named_later(smoke, tmp_path):
+    order = [f"comparisons.policies=[{smoke}/smoke/dpo,{smoke}/smoke/ppo]", "comparisons.label_by=order"]
+    sizes = ["comparisons.prompts=6", "comparisons.eval_prompts=6", "comparisons.pairs_per_prompt=9"]
+    out, metrics = made(smoke, tmp_path, *order, *sizes, "comparisons.sft=false")
+    pool = {row["pair"]: row for row in read_lines(out / "pool.jsonl")}
+    assert {frozenset((row["model_a"], row["model_b"])) for row in pool.values()} == {
+        frozenset(("smoke/dpo", "smoke/ppo"))
+    }
+    replies = {
+        model: {row[f"response_{s}"] for row in pool.values() for s in "ab" if row[f"model_{s}"] == model}
+        for model in ("smoke/dpo", "smoke/ppo")
+    }
+    pairs = preferences.read(out, "train") + preferences.read(out, "test")
+    assert pairs and all(p.chosen in replies["smoke/ppo"] and p.rejected in replies["smoke/dpo"] for p in pairs)
+    assert metrics["pairs_from_people"] == metrics["samples_unscored"] == 0
+
+
 @pytest.mark.slow
 def test_a_scorer_chooses_the_pairs_and_uncertainty_needs_several_models(smoke, tmp_path):
     scorer = f"comparisons.scorer={smoke}/smoke/reward"
@@ -195,6 +212,8 @@ def test_a_scorer_chooses_the_pairs_and_uncertainty_needs_several_models(smoke, 
         (["comparisons.pairing=uncertain"], "comparisons.pairing=uncertain: needs comparisons.scorer"),
         (["comparisons.pairing=random", "comparisons.scorer=x"], "comparisons.scorer: comparisons.pairing=random"),
         (["comparisons.policies=[a/demo/ppo,b/demo/ppo]"], "comparisons.policies: two are called demo/ppo"),
+        (["comparisons.label_by=order"], "comparisons.label_by=order: one policy has no order"),
+        (["comparisons.sft=false"], "comparisons.sft=false: nobody replies"),
         (["reward.combine=min"], "reward.combine=min: reward.ensemble=1 has nothing to combine"),
         (["reward.margin_coef=1", "reward.label_smoothing=0.1"], "reward.margin_coef: has no meaning for labels"),
         (["comparisons.label_by=people"], "comparisons.pairing=best_worst: with comparisons.label_by=people"),

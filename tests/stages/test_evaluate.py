@@ -165,7 +165,9 @@ def test_copies_in_training_are_counted_and_left_out_where_asked_for(evaluated, 
     assert [found[name].get("removed") for name in ("prompts", "tasks.words", "base_text")] == [1, 1, 0]
     assert found["held_out_pairs"]["comparisons"]["copies"] == 1 and "removed" not in found["held_out_pairs"]
     said = evaluation.contamination_sentence(found)
-    assert said.startswith("Of the evaluation this occurs in training text: held-out prompts in comparisons 1 whole")
+    assert said.startswith(
+        "Some test items occur in training text: 1 of 4 held-out prompts whole and 0 nearly in comparisons;"
+    )
     removed = "1 of held-out prompts, 1 of validation prompts, 0 of held-out base text, 1 of problems of words"
     assert said.endswith(f"left out: {removed}.")
 

@@ -16,7 +16,7 @@ from threefold.chain import making
 from threefold.config import choices
 from threefold.config.compose import check
 from threefold.errors import UserError
-from threefold.fileio import write_json
+from threefold.fileio import write_json, write_lines
 from threefold.runs import sweep, sweep_space, variants
 from threefold.schema.config import Config
 
@@ -30,12 +30,13 @@ def quality(config) -> float:
 class Stages:
     """Stands in for `chain.make`: `made` lists what it made; `breaks` may raise; `steps` is the length of DPO's log.
 
-    `evaluation` gives the metrics of stage evaluate for a configuration.
+    `evaluation` gives the metrics of stage evaluate for a configuration, `samples` the rows of samples.jsonl. Every
+    stage took two seconds in one process, PPO ten in four.
     """
 
-    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0, evaluation=None):
+    def __init__(self, breaks=None, steps: int = 0, patience: float = 0.0, evaluation=None, samples=None):
         self.made, self.breaks, self.steps, self.patience = [], breaks or (lambda config: None), steps, patience
-        self.evaluation = evaluation
+        self.evaluation, self.samples = evaluation, samples or (lambda config: [])
 
     def make(self, config, entry, planned, others=None) -> bool:
         artifact, metrics = entry.artifact, {"fingerprint": entry.fingerprint}
@@ -46,8 +47,12 @@ class Stages:
             metrics |= {"accuracy": quality(config), "drift": {"kl": 1 / config.dpo.beta}}
         if entry.stage == "evaluate":
             metrics |= self.evaluation(config)
+            write_lines(artifact.out / "samples.jsonl", self.samples(config))
         write_json(artifact.out / "metrics.json", metrics)
-        artifact.finish({"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": {}, "parents": {}})
+        seconds, processes = (10.0, 4) if entry.stage == "ppo" else (2.0, 1)
+        cost = {"seconds": seconds, "devices": {"type": "cpu", "count": processes}}
+        of_stage = {"stage": entry.stage, "fingerprint": entry.fingerprint, "parts": entry.parts, "parents": {}}
+        artifact.finish(of_stage | cost)
         self.made.append((entry.stage, entry.fingerprint))
         return True
 

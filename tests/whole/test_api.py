@@ -9,7 +9,7 @@ import pytest
 from documents import documented
 
 import threefold
-from threefold.config.compose import keys
+from threefold.config.names import keys
 from threefold.fileio import read_json
 
 DOC = (Path(__file__).parents[2] / "docs" / "python.md").read_text()

@@ -1,6 +1,9 @@
 """The command line answers help, status and mistakes at once, on one line, without torch and without a traceback."""
 
+import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,14 +112,144 @@ def test_help_names_every_command(capsys):
     assert all(f"\n  {name}" in shown and text in shown for name, (_, text) in cli.COMMANDS.items())
 
 
-def test_hydras_own_options_are_answered(capsys):
+def test_hydras_own_options_are_answered():
     for line in (["run", "seed=7", "--cfg", "job"], ["seed=7", "-c", "job"], ["report", "seed=7", "-c", "job"]):
         assert cli._parse(line) == ("config", ["seed=7"], {})
-    assert cli._parse(["report", "--compare", "x", "--cfg", "job"])[2] == {}
-    with pytest.raises(UserError, match="--multirun: sweeps have a command of their own: threefold sweep seed=1,2"):
-        cli._parse(["run", "-m", "seed=1,2"])
-    with pytest.raises(UserError, match=r"threefold sweep 'dpo.beta=interval\(0.1,1\)'"):
-        cli._parse(["-m", "dpo.beta=interval(0.1,1)"])
+    assert cli._parse(["sweep", "-m", "seed=1,2"]) == ("sweep", ["seed=1,2"], {})
+
+
+def test_options_may_stand_anywhere_and_a_folder_is_an_override(tmp_path):
+    folder = f"hydra.searchpath=['file://{tmp_path}']"
+    for line in (["--config-dir", "{}", "run", "a=1"], ["run", "-cd", "{}", "a=1"], ["run", "a=1", "--config-dir={}"]):
+        assert cli._parse([word.format(tmp_path) for word in line]) == ("run", [folder, "a=1"], {})
+
+
+def test_the_name_of_a_stage_is_the_target():
+    for command in ("run", "submit", "sweep", "config"):
+        assert cli._parse([command, "seed=2", "ppo"]) == (command, ["seed=2", "target=ppo"], {})
+
+
+WORDS = [
+    ("-m dpo.beta=interval(0.1,1)", "--multirun: .* of their own: threefold sweep 'dpo.beta=interval(0.1,1)'"),
+    ("run -m ppo seed=1,2", "--multirun: sweeps have a command of their own: threefold sweep target=ppo seed=1,2"),
+    ("run --cfg all", "--cfg: prints the composed configuration: write --cfg job"),
+    ("run --info", "--info: is an option of Hydra's; `threefold config` prints the composed configuration"),
+    ("run --info all", "--info: is an option of Hydra's"),
+    (
+        "run -cn mine",
+        "--config-name: .*; a run is chosen by experiment=NAME, from a folder of your own with --config-dir",
+    ),
+    ("run -cp conf", "--config-path: .* --config-dir DIR adds a folder of your own"),
+    ("--hydra-help", "--hydra-help: is an option of Hydra's; `threefold --help` lists the commands"),
+    ("run --config-dir", "--config-dir: name a folder that holds experiment/NAME.yaml"),
+    ("--completion tcsh", "--completion: name the shell: bash, zsh or fish"),
+    ("report --compare", "--compare: name the run to set beside it"),
+    ("report --compare x --cfg job", "--compare: is an option of report, not of --cfg"),
+    ("run --wandb", "--wandb: is an option of dashboard, not of run"),
+    ("dashboard --wandb=1", "--wandb: takes no value"),
+    ("run --seed 3", "--seed: no such option; overrides are written KEY=VALUE: seed=VALUE"),
+    ("run --ppo.kl-coef=3", "--ppo.kl-coef=3: no such option; overrides are written KEY=VALUE: ppo.kl_coef=3"),
+    ("run --lr 3", r"--lr: no such option; .* \(nearest: pretrain.learning_rate, sft.learning_rate, "),
+    ("run --config-di x", r"--config-di: no such option; .* \(nearest: --config-dir\)"),
+    ("ppo seed=2", "ppo: no such command; write threefold run target=ppo seed=2"),
+    ("demo", "demo: no such command; write threefold run experiment=demo"),
+    ("target=ppo", "target=ppo: no such command; write threefold run target=ppo"),
+    ("run ppo dpo", "ppo, dpo: a run has one target"),
+    ("run ppo target=dpo", "ppo, target=dpo: a run has one target"),
+    ("chat ppo", "ppo: a model is chosen with chat.model=ppo"),
+    ("run sweep.trials=9", "sweep.trials=9: is read by `threefold sweep` and `threefold submit`, not by run"),
+    ("status label.port=1", "label.port=1: is read by `threefold label` and `threefold report`, not by status"),
+    ("status ppo", "ppo: `threefold status` is about a whole run; leave the stage out"),
+]
+
+
+@pytest.mark.parametrize(("line", "answer"), WORDS)
+def test_what_no_command_takes_is_refused_with_what_to_write(line, answer):
+    with pytest.raises(UserError, match=f"^{answer.replace('(0.1,1)', '.0.1,1.')}") as caught:
+        cli._parse(line.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_versions_are_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(
+        r"threefold \S+, torch 2\.\S+, transformers \S+, trl \S+, hydra-core 1\.\S+\n", capsys.readouterr().out
+    )
+
+
+TYPED = """
+source <(threefold --completion bash)
+COMP_LINE="$1" COMP_POINT=${#1} COMP_TYPE=9 COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_python_argcomplete threefold
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def command_on_path(tmp_path_factory):
+    """An environment in which `threefold` is the command line of this interpreter."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold "$@"\n')
+    (folder / "threefold").chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("threefold st", "status"),
+        ("threefold run ppo.kl_c", "ppo.kl_coef= ppo.kl_controller="),
+        ("threefold run ppo -cd {own} experiment=m", "mine"),  # after "=" the shell keeps what stands before it
+        ("threefold sweep ppo.on_trip=", "rollback stop"),
+        ("threefold report run=x --comp", "--compare --completion"),
+    ],
+)
+def test_bash_completes_commands_keys_and_choices(line, completed, command_on_path, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").touch()
+    typed = ["bash", "-c", TYPED, "bash", line.format(own=tmp_path)]
+    done = subprocess.run(typed, capture_output=True, text=True, env=command_on_path)
+    assert (" ".join(sorted(done.stdout.split())), done.stderr) == (completed, "")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_a_function_of_their_own(shell, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--completion", shell])
+    shown = capsys.readouterr().out
+    assert {"zsh": "compdef _python_argcomplete threefold", "fish": "complete --command threefold"}[shell] in shown
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="there is no fish")
+def test_fish_completes_keys(command_on_path):
+    asked = "threefold --completion fish | source; complete -C 'threefold run ppo.kl_c'"
+    done = subprocess.run(["fish", "-c", asked], capture_output=True, text=True, env=command_on_path)
+    assert (done.stdout.split(), done.stderr) == (["ppo.kl_coef=", "ppo.kl_controller="], "")
+
+
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("ppo kl_coef=0.1", 'make ppo ARGS="kl_coef=0.1"'),
+        ("sweep ARGS=run=x seed=1,2 ppo.kl_coef=0.1", 'make sweep ARGS="run=x ppo.kl_coef=0.1 seed=1,2"'),
+        ("ppo reward@ppo.reward=length", 'make ppo ARGS="reward@ppo.reward=length"'),
+        ("help VENV=.venv PYTHON=python3 ARGS=seed=2", None),
+    ],
+)
+def test_make_refuses_overrides_outside_args(typed, answer):
+    done = subprocess.run(["make", "-f", MAKEFILE, "--dry-run", *typed.split()], capture_output=True, text=True)
+    if answer is None:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 2 and f"overrides go into ARGS: {answer}; variables of the env" in done.stderr
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
 def test_the_printed_configuration_is_the_composed_one(capsys):

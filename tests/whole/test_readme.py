@@ -10,7 +10,8 @@ import pytest
 from documents import documented
 
 from threefold import cli
-from threefold.config.compose import compose, keys
+from threefold.config.compose import compose
+from threefold.config.names import keys
 from threefold.fileio import read_json, read_lines
 from threefold.runs import sweep_space
 from threefold.stages import STAGES
@@ -46,14 +47,13 @@ def test_every_make_target_is_in_the_readme_and_in_its_own_list():
 @pytest.mark.parametrize(("target", "arguments"), sorted(set(re.findall(r'make ([a-z-]+) ARGS="([^"]+)"', DOCS))))
 def test_every_override_of_the_readme_composes(target, arguments):
     command = target if target in cli.COMMANDS else "run"
-    fixed, space = sweep_space.parse(cli._parse([command, *arguments.split()])[1])
-    config = compose(fixed)
-    assert bool(space) == (command == "sweep")
-    if space:
-        sweep_space.check(config, fixed, space)
+    overrides = cli._parse([command, *arguments.split()])[1]
+    several = sweep_space.is_sweep(overrides)
+    assert several == (command == "sweep") or command == "submit"
+    (sweep_space.read if several else compose)(overrides)
 
 
-SECTIONS = "data|model|sampling|evaluate|comparisons|ppo|pretrain|sft|sweep(?!\\.(?:json|csv|journal))"
+SECTIONS = "data|model|sampling|evaluate|comparisons|ppo|pretrain|sft|sweep(?!\\.(?:json|csv|journal|md|tex))"
 
 
 @pytest.mark.parametrize("key", sorted(set(re.findall(rf"`((?:{SECTIONS})\.[a-z_.]+)[=`]", DOCS))))
@@ -148,6 +148,13 @@ def test_evaluation_results_equal_their_documentation(smoke):
 def test_logged_steps_equal_their_documentation(stage, smoke):
     written = {key for row in read_lines(smoke / "smoke" / stage / "log.jsonl") for key in row} - {"step"}
     assert written == documented(f"{stage} steps")
+
+
+def test_names_of_other_libraries_are_given_for_metrics_that_are_logged():
+    table = (ROOT / "docs/metrics.md").read_text().split("## Names elsewhere")[1]
+    named = re.findall(r"^\| `(\w+)/([^`]+)` \|", table, re.MULTILINE)
+    assert len(named) > 20
+    assert [(stage, name) for stage, name in named if name not in documented(f"{stage} steps")] == []
 
 
 DETAIL = r"^\| (\d+) \| .*? \| \[`([\w/.]+)` `(\w+)`\]\(\.\./\2#L(\d+)\) \|"

@@ -16,7 +16,7 @@ FLOORS = (
     "training", "ppo", "evaluation", "stages", "config", "chain", "labelling", "slurm", "runs", "report", "talk",
     "door",
 )  # fmt: skip
-DOOR = ("threefold", "threefold.api", "threefold.cli", "threefold.__main__")
+DOOR = ("threefold", "threefold.api", "threefold.arguments", "threefold.cli", "threefold.__main__")
 # rooms, files and modules that are answered from within a second, so they load no torch
 LIGHT = (
     "threefold", "threefold.api", "threefold.cli", "threefold.config.compose", "threefold.chain",

@@ -11,7 +11,7 @@ import pytest
 from documents import documented
 
 from threefold import cli
-from threefold.config.compose import keys
+from threefold.config.names import keys
 from threefold.fileio import read_json
 from threefold.stages import STAGES
 
