@@ -182,14 +182,7 @@ def test_a_run_that_has_no_name_typed_is_the_experiments(quick):
 
 
 def test_what_says_how_a_command_runs_holds_for_that_command(quick):
-    passing = [
-        "seeds=null",
-        "dependents=false",
-        "launch.main_port=2000",
-        "launcher.jobs=1",
-        "chat.seed=3",
-        "sweep.kl=null",
-    ]
+    passing = ["seeds=null", "dependents=false", "launch.main_port=2000", "launcher.jobs=1"]
     threefold_(*MINE, *passing, "resources.minutes=77", "tracker.tags=[x]")
     assert told()["overrides"] == ["data.text.path=a.txt", "resources.minutes=77", "tracker.tags=[x]"]
 
