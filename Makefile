@@ -13,7 +13,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo arithmetic $(STAGES) frontier sweep report submit status cancel label chat dashboard sync test \
-	test-all test-slurm bench-ppo bench-sampler bench-labels lint docs clean
+	test-all test-slurm bench bench-ppo bench-sampler bench-labels lint docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -84,6 +84,9 @@ test-all: install ## run the tests, the slow proofs, and those on Slurm
 
 test-slurm: install ## run a chain, a sweep, two nodes and preemption on the Slurm that answers here
 	$(VENV)/bin/python -m pytest -m slurm -rs tests/slurm/test_slurm_real.py
+
+bench: install ## compare every stage with what one would use instead: speed, share of peak, memory (about half an hour)
+	$(VENV)/bin/python tests/bench/bench.py $(ARGS)
 
 bench-ppo: install ## compare PPO with a straightforward one: speed and gain, on the demo's models (about 20 minutes)
 	$(VENV)/bin/python tests/bench/bench_ppo.py $(ARGS)

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         command, overrides, options = _parse(sys.argv[1:] if arguments is None else arguments)
         sys.argv[1:] = map(public, sys.argv[1:])  # which trackers save
         if command in WORKING:
-            from threefold.execution.launch import leave_launchers
+            from threefold.execution.launch import leave_launchers  # help does not wait for the schema
 
             leave_launchers()
         COMMANDS[command][0](overrides, **options)
@@ -168,6 +168,12 @@ def _chat(overrides: list[str]) -> None:
     talk(compose_run(overrides, reads=True)[0], overrides)
 
 
+def _template(arguments: list[str]) -> None:
+    from threefold.talk import clinic
+
+    clinic.show(arguments)
+
+
 def _dashboard(overrides: list[str], wandb: bool = False) -> None:
     from threefold.config.choices import compose_run
     from threefold.tracking import dashboard
@@ -217,6 +223,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "report": (_report, "write the report of a run again from its folder; --compare RUN sets another run beside it"),
     "label": (_label, "serve the page where people compare replies, on this machine alone"),
     "chat": (_chat, "talk with a model of a run: chat.model=ppo, chat.model=ppo_best_of_8"),
+    "template": (_template, "show what a model is given and trained on by a chat template: CHECKPOINT or RUN/STAGE"),
     "dashboard": (
         _dashboard,
         "look at tracked runs: trackio's page, or W&B's in a terminal; --wandb sets up its workspace",

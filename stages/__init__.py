@@ -32,10 +32,13 @@ class Stage:
     several_processes: bool = False  # whether several processes can run it together (`launch`)
 
 
+CHECKPOINT = ("checkpoint", "revision", "trust_remote_code", "gguf_file", "chat_template_kwargs")
+RENDERING = 2  # version of the rows that are made with checkpoints' chat templates; ours has its in those of stages
+
 STAGES = {
     "tokenizer": Stage(
         parents=(),
-        keys=("tokenizer", "model.checkpoint", "model.revision", "model.trust_remote_code", "model.gguf_file"),
+        keys=("tokenizer", *(f"model.{key}" for key in CHECKPOINT)),
         sources=("data.text",),
         version=2,
         metric="bytes_per_token",
@@ -44,7 +47,7 @@ STAGES = {
         parents=("tokenizer",),
         keys=("pretrain", "model", "precision"),
         sources=("data.text",),
-        version=2,
+        version=3,
         metric="bits_per_byte",
         several_processes=True,
     ),

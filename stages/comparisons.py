@@ -1,5 +1,6 @@
 """Stage `comparisons`: pairs of replies to one prompt, labelled by a judge; or the pairs of a given data set."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,12 +46,12 @@ def run(job: Job) -> dict[str, Any]:
 def as_the_template_allows(
     job: Job, train: list[Pair], test: list[Pair]
 ) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
-    """The pairs whose prompts the chat template renders, what it refuses, and the marks of turns in training pairs."""
+    """The pairs that the chat template renders, what it refuses, and the marks of turns in training pairs."""
     tokenizer = chat.require_same_template({"sft": job.inputs["sft"]})
     given = job.config.data.preferences
     source = job.config.data.replies if given.path is None else given
-    train, refused = chat.accepted(tokenizer, train, source, Pair.different_prompts)
-    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.different_prompts)
+    train, refused = chat.accepted(tokenizer, train, source, Pair.dialogues)
+    test, held_out_refused = chat.accepted(tokenizer, test, source, Pair.dialogues)
     prompts = [prompt for pair in train for prompt in pair.different_prompts()]
     removed = chat.marks_removed(
         tokenizer, prompts, [reply for pair in train for reply in (pair.chosen, pair.rejected)]
@@ -147,7 +148,8 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     """Replies of every policy, grouped by prompt, for training and held-out prompts.
 
     Also returns, as metrics, how many did not end or have no text, and what of each split is not used, by reason.
-    Replies without an end token are left out: the token would have to be made up.
+    Replies without an end token are left out, as the token would have to be made up, and those that the chat template
+    does not write as they were sampled.
     """
     config, source, dialogue = job.config.comparisons, job.config.data.replies, job.config.data.dialogue
     replying = policies(job)
@@ -174,6 +176,7 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
     job.announce(f"{total:,} samples for {len(train) + len(held_out):,} prompts", None, policy, work)
     bar, unfinished, empty = job.progress(total, "samples"), 0, 0
     groups: list[list[Answer]] = [[] for _ in train + held_out]
+    rewritten: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
     for number, (name, folder) in enumerate(replying.items()):
         numbers = sampler.random_numbers(config.seed + number, len(ids), job.config.sampling)
         policy = loading.load_policy(folder, job.device.type)
@@ -181,9 +184,14 @@ def sampled_answers(job: Job) -> tuple[list[list[Answer]], list[list[Answer]], d
             unfinished += not reply.ended
             text = chat.reply_text(tokenizer, reply.ids)
             empty += reply.ended and not text
-            if reply.ended and text:
-                groups[i // config.samples_per_prompt].append(Answer(asked[i].prompt, text, name))
+            group = i // config.samples_per_prompt
+            if reply.ended and text and (reason := chat.refusal(tokenizer, asked[i].prompt, text)):
+                rewritten["train" if group < len(train) else "validation"][reason] += 1
+            elif reply.ended and text:
+                groups[group].append(Answer(asked[i].prompt, text, name))
     bar.close()
+    for split, reasons in rewritten.items():
+        unusable[split] |= {f"a sample cannot be written as it is: {why}": {"count": n} for why, n in reasons.items()}
     metrics = {"samples_without_end": unfinished, "samples_empty": empty, "unusable": unusable}
     return groups[: len(train)], groups[len(train) :], metrics
 
@@ -232,11 +240,8 @@ def member_scores(job: Job, groups: list[list[Answer]]) -> list[np.ndarray]:
         raise UserError(
             f"comparisons.scorer={folder}: is one model; pairing=uncertain needs reward.ensemble >= 2 there"
         )
-    ids = [
-        chat.prompt_ids(tokenizer, answer.prompt) + chat.reply_ids(tokenizer, answer.reply)
-        for group in groups
-        for answer in group
-    ]
+    rows = (chat.row_ids(tokenizer, answer.prompt, answer.reply) for group in groups for answer in group)
+    ids = [prompt + reply for prompt, [reply] in rows]
     bar = job.progress(len(ids) * len(scorer.members), "samples", part="scores")
     rows = iter(scorer.member_scores(ids, tokenizer.pad_token_id, bar=bar).T.cpu().numpy())
     bar.close()

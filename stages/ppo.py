@@ -183,7 +183,7 @@ def load(job: Job) -> Ppo:
     tokenizer = chat.require_same_template(job.inputs)
     accelerator = Accelerator(cpu=job.device.type == "cpu", mixed_precision="bf16" if job.device.bf16 else "no")
     micro = micro_batch_size(job)
-    engine = actors.load_engine(job, accelerator.num_processes, tokenizer.eos_token_id)
+    engine = actors.load_engine(job, accelerator.num_processes, chat.end_ids(tokenizer))
     loaded = actors.load(config, job.inputs, str(accelerator.device))
     trained = {"policy": loaded.policy, "critic": loaded.critic}
     optimizers = {name: adam(model, config) for name, model in trained.items() if model is not None}

@@ -1,5 +1,6 @@
 """Stage `pretrain`: a base model by next-token prediction on packed text, measured in held-out bits per byte."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from threefold.execution import ranks
 from threefold.execution.device import Work
 from threefold.execution.job import Job
 from threefold.models import chat, loading
-from threefold.training import fused, hf_trainer
+from threefold.training import forward, fused, hf_trainer
 from threefold.training.muon import MuonAdamW
 from threefold.training.packing import EvenedRows, PackedRows, document_start, packed
 
@@ -113,4 +114,5 @@ def fit(job: Job, model: torch.nn.Module, rows: PackedRows, steps: int, held_out
         train_dataset=rows if processes == 1 else EvenedRows(rows, config.batch_size, processes),
         eval_dataset=held_out,
     )
-    return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")
+    with forward.installed(model) if forward.serves(model, job.device) else nullcontext():
+        return hf_trainer.train(trainer, job, config.batch_size * config.context, "tokens")

@@ -244,7 +244,8 @@ def sft_samples(job: Job, tokenizer: Any, test: list[Pair]) -> list[list[int]]:
     bar = job.progress(len(prompts), "samples", part="samples")
     replies = sampler.sample(policy, prompts, job.config.sampling, tokenizer, numbers, bar)
     bar.close()
-    return [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
+    ended = [chat.with_own_end(tokenizer, reply.ids) for reply in replies]
+    return [prompt + reply for prompt, reply in zip(prompts, ended, strict=True)]
 
 
 def _prompts(test: list[Pair]) -> list[list[Message]]:

@@ -6,7 +6,6 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from threefold.data import reading
-from threefold.data.reading import Example
 from threefold.errors import require_most
 from threefold.evaluation import held_out
 from threefold.execution import ranks
@@ -23,15 +22,14 @@ def run(job: Job) -> dict[str, Any]:
     tokenizer = chat.require_same_template({"pretrain": job.inputs["pretrain"]})
     model = loading.load_policy(job.inputs["pretrain"], job.device.type)
     train = reading.draw(reading.training_examples(source, dialogue), config.examples, config.seed)
-    train, refused = chat.accepted(tokenizer, train, source)
+    train, tokenised, refused = chat.tokenised(tokenizer, train, source)
     removed = chat.marks_removed(tokenizer, [e.prompt for e in train], [e.reply for e in train])
-    rows = [row for row in (tokenised(tokenizer, e) for e in train) if len(row["input_ids"]) <= config.max_length]
+    rows = [row for row in (labelled(*ids) for ids in tokenised) if len(row["input_ids"]) <= config.max_length]
     too_long = len(train) - len(rows)
     key, allowed = f"sft.max_length={config.max_length}", "data.replies.max_unusable_share"
     require_most(too_long, len(train), source.max_unusable_share, key, "examples", allowed)
     asked = reading.draw(reading.prompts(source, "validation", dialogue), config.eval_examples, config.seed)
-    asked, held_out_refused = chat.accepted(tokenizer, asked, source)
-    pairs = held_out.reply_pairs(tokenizer, asked)
+    asked, pairs, held_out_refused = chat.tokenised(tokenizer, asked, source)
     fitting = [i for i, (prompt, reply) in enumerate(pairs) if len(prompt) + len(reply) <= config.max_length]
     require_most(len(asked) - len(fitting), len(asked), 1.0, key, "held-out examples", allowed)
     measured = [pairs[i] for i in fitting], [asked[i].reply for i in fitting]
@@ -69,13 +67,8 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def tokenised(tokenizer: Any, example: Example) -> dict[str, list[int]]:
-    """A training row: the prompt's labels are -100, the reply's and its end token's are themselves."""
-    return labelled(chat.prompt_ids(tokenizer, example.prompt), chat.reply_ids(tokenizer, example.reply))
-
-
 def labelled(prompt: list[int], reply: list[int]) -> dict[str, list[int]]:
-    """The row of a prompt and a reply in token ids."""
+    """A training row: the prompt's labels are -100, those of what the model says itself are its tokens."""
     return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 

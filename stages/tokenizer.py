@@ -1,11 +1,14 @@
 """Stage `tokenizer`: byte-level BPE with special tokens and a chat template, or a checkpoint's own tokenizer."""
 
+import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from threefold.data import reading
 from threefold.errors import UserError
@@ -82,33 +85,88 @@ def train(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def from_checkpoint(model: Any, template_date: str) -> Any:
-    """The checkpoint's tokenizer as all stages use it. Raises `UserError` where it or its template cannot be taken."""
-    return prepared(own_tokenizer(model), f"model.checkpoint={model.checkpoint}", template_date)
+def from_checkpoint(model: Any, template_date: str, weights: bool = True) -> Any:
+    """The checkpoint's tokenizer as all stages use it. Raises `UserError` where it or its template cannot be taken.
+
+    weights: the checkpoint's model is to be taken as well, and is looked at before.
+    """
+    name = f"model.checkpoint={model.checkpoint}"
+    fixed: Any = OmegaConf.to_container(model.chat_template_kwargs)
+    if weights:
+        check_checkpoint(model)
+    return prepared(own_tokenizer(model), name, template_date, fixed, checkpoint_ends(model))
 
 
-def prepared(tokenizer: Any, name: str, template_date: str) -> Any:
+def prepared(
+    tokenizer: Any, name: str, template_date: str, fixed: dict[str, Any] | None = None, ends: Iterable[int] = ()
+) -> Any:
     """The tokenizer of the checkpoint `name`, with a template of a fixed date, whose end of a turn is the end token.
 
-    Its pad token is not the end token. Raises `UserError` where the template ends no reply with a token.
+    `fixed` are variables of the template with their values, and `ends` other tokens that end a reply: of these, special
+    ones are kept. The pad token is not the end token. Raises `UserError` where the template cannot be trained on.
     """
-    template.settle(tokenizer, template_date)
     if tokenizer.chat_template is None:
         _give_template(tokenizer)
     try:
+        _settle(tokenizer, template_date, fixed or {})
         _end_as_the_template_does(tokenizer)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise error if str(error).startswith("model.") else UserError(f"{name}: {error}") from error
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if more := [special[i] for i in ends if i in special and special[i] != tokenizer.eos_token]:
+        tokenizer.init_kwargs[chat.ENDS] = more
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": chat.PAD})
     return tokenizer
 
 
+def _settle(tokenizer: Any, template_date: str, fixed: dict[str, Any]) -> None:
+    """Fix the template's date and variables.
+
+    Where nothing can be trained on as it is, TRL's variant of it for training takes its place if there is one that can:
+    so the replies of GLM 4.5 get an end token, and those of DeepSeek R1 keep their thinking.
+    """
+    given = template.without_clock(tokenizer.chat_template)
+    _fix(tokenizer, given, template_date, fixed)
+    if not (reason := template.problem(tokenizer)):
+        return
+    from trl import chat_template_utils
+
+    tokenizer.chat_template = given
+    with contextlib.suppress(ValueError):  # TRL has none
+        if variant := chat_template_utils.get_training_chat_template(tokenizer):
+            _fix(tokenizer, template.VARIANT + variant, template_date, fixed)
+    if template.problem(tokenizer):
+        raise UserError(reason)
+
+
+def _fix(tokenizer: Any, source: str, template_date: str, fixed: dict[str, Any]) -> None:
+    tokenizer.chat_template = template.with_variables(source, fixed)
+    template.settle(tokenizer, template_date)
+
+
+def checkpoint_ends(model: Any) -> list[int]:
+    """The tokens at which the checkpoint's own generation stops, as its configuration lists them."""
+    place, revision = model.checkpoint, model.revision or "main"
+    if model.gguf_file:
+        return []
+    if base := adapter_base(Path(place)):
+        place, revision = base, adapter_revision(Path(model.checkpoint)) or "main"
+    ends = None
+    with checkpoints.loading(f"model.checkpoint={model.checkpoint}"), contextlib.suppress(OSError):
+        try:
+            ends = GenerationConfig.from_pretrained(place, revision=revision).eos_token_id
+        except OSError:  # it has no generation_config.json
+            ends = PreTrainedConfig.get_config_dict(place, revision=revision)[0].get("eos_token_id")
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 def own_tokenizer(model: Any) -> Any:
     """The tokenizer as the checkpoint has it. Raises `UserError` where checkpoint or tokenizer cannot be taken."""
     name, place = f"model.checkpoint={model.checkpoint}", model.checkpoint
+    if not model.gguf_file:
+        checkpoints.check_place(place, name)
     options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
-    check_checkpoint(model)
     if model.gguf_file:
         name, options["gguf_file"] = checkpoints.gguf_name(model), checkpoints.gguf_place(model)
     elif not (Path(place) / "tokenizer_config.json").is_file() and (base := adapter_base(Path(place))):
@@ -132,12 +190,7 @@ def _end_as_the_template_does(tokenizer: Any) -> None:
 
     Where documents have no BOS, the former end token goes on to separate them (`packing.document_start`).
     """
-    end, former = template.end_of_turn(tokenizer), tokenizer.eos_token
-    if end is None:
-        raise UserError(
-            "its chat template writes no end token after a reply, so a model could not learn to stop; give it a "
-            "template that ends replies with one token, as {{ eos_token }} does"
-        )
+    end, former = str(template.end_of_turn(tokenizer)), tokenizer.eos_token
     if end == former:
         return
     if former and "eos_token" in tokenizer.chat_template:  # what the template writes stays as it was

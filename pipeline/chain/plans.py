@@ -29,7 +29,7 @@ from threefold.errors import UserError
 from threefold.evaluation.players import policy_name
 from threefold.execution import interpolations, precision
 from threefold.fileio import read_json
-from threefold.stages import STAGES, depending_on, needed_by, parents, sources
+from threefold.stages import RENDERING, STAGES, depending_on, needed_by, parents, sources
 
 LOCATION = ("path", "config_name", "revision")  # of a source: its content counts, and these for one from the hub
 TASKS = "evaluate.tasks."
@@ -104,6 +104,8 @@ def fingerprint_parts(config: DictConfig, name: str) -> dict[str, Any]:
             if function is not None:
                 parts |= _prefixed(f"{key}.{place}".rstrip("."), function_parts(function))
     checkpoint = config.model.checkpoint if "model.checkpoint" in parts else None
+    if checkpoint:
+        parts["model.rendering"] = RENDERING
     if checkpoint and Path(checkpoint).is_dir():
         parts = _replaced(parts, "model.checkpoint", checkpoint_digest(Path(checkpoint)))
     return {key: value for key, value in parts.items() if key not in stage.added or value != stage.added[key]}

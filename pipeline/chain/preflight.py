@@ -24,13 +24,14 @@ from threefold.errors import UserError, first_line
 from threefold.evaluation import judge_model
 from threefold.execution.device import Device
 from threefold.execution.job import quiet_libraries
-from threefold.models import chat, loading, template
+from threefold.models import chat, loading
 from threefold.sampling import decoding, sampler
 from threefold.stages import STAGES, sources
 from threefold.stages import tokenizer as tokenizer_stage
 from threefold.training import fused
 
 CONVERSATION: list[Message] = [{"role": "user", "content": "Hi"}]
+REPLIES = ("chosen", "rejected", "reply")  # what a row of preferences may hold
 FIRST = 200  # rows of a source that are rendered
 LARGE = 2 * 2**30  # bytes of a judge's weights from which only its tokenizer and its verdicts are looked at
 
@@ -166,19 +167,21 @@ def check_rows(config: DictConfig, tokenizer: Any, keys: Iterable[str]) -> None:
         if source.path is None:
             continue
         if key == "data.replies":
-            prompts = [example.prompt for example in reading.examples(source, "train", config.data.dialogue)]
+            examples = reading.examples(source, "train", config.data.dialogue)
+            dialogues: list[Any] = [(example.prompt, example.reply) for example in examples]
         else:
-            prompts = [row["prompt"] for row in reading.load(source, "train").rows if "prompt" in row]
-        first, share = prompts[:FIRST], source.max_unusable_share
-        reasons = [template.refusal(tokenizer, chat.without_special(tokenizer, prompt)) for prompt in first]
-        refused = [(prompt, reason) for prompt, reason in zip(first, reasons, strict=True) if reason is not None]
+            rows = [row for row in reading.load(source, "train").rows if "prompt" in row]
+            dialogues = [(row["prompt"], *(row[name] for name in REPLIES if name in row)) for row in rows]
+        first, share = dialogues[:FIRST], source.max_unusable_share
+        reasons = [chat.refusal(tokenizer, *dialogue) for dialogue in first]
+        refused = [(prompt, reason) for (prompt, *_), reason in zip(first, reasons, strict=True) if reason is not None]
         all_of_many = len(refused) == len(first) and share < 1
-        if refused and (all_of_many or len(refused) > min(share * len(prompts), len(prompts) - 1)):
+        if refused and (all_of_many or len(refused) > min(share * len(dialogues), len(dialogues) - 1)):
             prompt, reason = refused[0]
             place = reading.place_of(source, prompt, config.data.dialogue)
             raise UserError(
                 f"{key}: the chat template of model.checkpoint={config.model.checkpoint} refuses {len(refused)} of the "
-                f"first {len(first)} of {len(prompts):,} dialogues, {place} for one: {reason}; give "
+                f"first {len(first)} of {len(dialogues):,} dialogues, {place} for one: {reason}; give "
                 f"dialogues that it renders, or a checkpoint that takes them, or set {key}.max_unusable_share higher"
             )
 

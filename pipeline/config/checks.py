@@ -61,6 +61,8 @@ def check_together(config: DictConfig) -> None:
     if None not in (least, most) and least > most:
         raise UserError(f"data.dialogue.reply_min_chars={least}: is above reply_max_chars")
     model = config.model
+    if model.chat_template_kwargs and not model.checkpoint:
+        raise UserError("model.chat_template_kwargs: is for the template of a checkpoint (model=hf); leave it empty")
     if model.max_position_embeddings:
         ptx = ["ppo.ptx_context"] if config.ppo.ptx_coef else []
         for key in ["pretrain.context", "sampling.max_new_tokens", *ptx]:

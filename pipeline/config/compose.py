@@ -7,6 +7,7 @@ Texts in the files of `conf/`: YAML reads `run: 2026_11_28` as a number, which w
 
 import functools
 import math
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
@@ -40,23 +41,13 @@ def compose(overrides: list[str]) -> DictConfig:
     Values of the environment stay interpolations, so that what is saved of it holds no secret.
     Raises `UserError`, one line, for an unknown key, group or choice, a wrong type, or a value outside its limits.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-
-    _register()
     folders = own_folders(overrides)
     check_folders(folders)
     for file in _own_files(overrides):
         check_own_file(file)
     try:
-        with initialize_config_module("threefold.conf", version_base="1.3"):
-            typed = composed_in([_addable(as_typed(override)) for override in overrides], folders)
-            config = hydra_compose("config", overrides=typed, return_hydra_config=True)
-        check_file_texts(config.hydra.runtime.choices, folders)
-        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
-        CHOSEN[tuple(overrides)] = {group: choice for group, choice in choices.items() if group in GROUPS}
-        with open_dict(config):
-            del config["hydra"]
+        typed = composed_in([_addable(as_typed(override)) for override in overrides], folders)
+        config, CHOSEN[tuple(overrides)] = _merged(typed, folders)
         interpolations.note_variables(OmegaConf.to_container(config))
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
@@ -85,6 +76,50 @@ def chosen(overrides: list[str]) -> dict[str, Any]:
     return CHOSEN[tuple(overrides)]
 
 
+def _merged(overrides: list[str], folders: Iterable[str] = ()) -> tuple[DictConfig, dict[str, Any]]:
+    """`conf/` with `overrides`, unresolved: its files as a copy of what Hydra made of the same choices before.
+
+    The second value is the choice of every group.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    _register()
+    if any(override.lstrip("+~").startswith("hydra") for override in overrides):  # may name other folders of files
+        return pickle.loads(_files.__wrapped__(tuple(overrides), None, folders))
+    folder = Path(threefold.conf.__file__).parent
+    choices = [override for override in overrides if _chooses(override, folder)]
+    state = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*.yaml")))
+    config, groups = pickle.loads(_files(tuple(choices), state))
+    values = [override for override in overrides if not _chooses(override, folder)]
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    return config, groups
+
+
+def _chooses(override: str, folder: Path) -> bool:
+    """Whether an override chooses a file below `folder`, for Hydra: `model=tiny`, and not `model={...}`."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return not value.startswith("{") and ("@" in key or (folder / key.replace(".", "/")).is_dir())
+
+
+@functools.lru_cache(maxsize=64)
+def _files(choices: tuple[str, ...], state: Any, folders: Iterable[str] = ()) -> bytes:
+    """The pickled configuration of `choices`, while the files of `conf/` are in this `state`.
+
+    Hydra reads and merges some forty files, which takes ten times as long as all else that a composition does.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("threefold.conf", version_base="1.3"):
+        config = hydra_compose("config", overrides=list(choices), return_hydra_config=True)
+    check_file_texts(config.hydra.runtime.choices, folders)
+    groups: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return pickle.dumps((config, {group: choice for group, choice in groups.items() if group in GROUPS}))
+
+
 @functools.cache
 def _register() -> None:
     """Tell Hydra the schema and the resolvers of `conf/`, once: an eighth of a composition."""
@@ -100,7 +135,7 @@ PATHS = {"path", "runs", "checkpoint", "policies", "start", "earlier", "scorer",
 
 def _find_home(config: DictConfig) -> None:
     """Expand ~ at the beginning of paths, which the shell leaves as it is after "="."""
-    for path, value in list(interpolations.leaves(config)):
+    for path, value in interpolations.leaves(OmegaConf.to_container(config, resolve=True)):
         if isinstance(value, str) and value.startswith("~") and not PATHS.isdisjoint(path) and "args" not in path:
             try:
                 interpolations.at(config, path[:-1])[path[-1]] = str(Path(value).expanduser())
@@ -154,7 +189,10 @@ def _addable(override: str) -> str:
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
 
 
-MAPPINGS = ("columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights")
+MAPPINGS = (
+    "columns", "splits", "args", "parts", "needs", "probes", "tasks", "parameters", "loss_weights",
+    "chat_template_kwargs",
+)  # fmt: skip
 NAMED: dict[Any, Any] = {
     "parts": RewardPartConfig,
     "tasks": TaskConfig,

@@ -267,6 +267,12 @@ class Pair:
         """The one prompt of both replies, or those of replies that were labelled one by one."""
         return [self.prompt] if self.rejected_prompt is None else self.prompts()
 
+    def dialogues(self) -> list[tuple[list[Message], *tuple[str, ...]]]:
+        """Each different prompt with the replies to it."""
+        if self.rejected_prompt is None:
+            return [(self.prompt, self.chosen, self.rejected)]
+        return [(self.prompt, self.chosen), (self.rejected_prompt, self.rejected)]
+
     def prompts(self) -> list[list[Message]]:
         """The prompt of the chosen reply and that of the rejected one."""
         return [self.prompt, self.rejected_prompt or self.prompt]
@@ -342,6 +348,15 @@ def sequences(row: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     return row["prompt_ids"] + row["chosen_ids"], rejected
 
 
+def row_of(tokenizer: Any, pair: Pair) -> dict[str, list[int]]:
+    """The tokens of a pair, as in `TokenisedPairs`."""
+    (prompt, replies), *other = (chat.row_ids(tokenizer, *dialogue) for dialogue in pair.dialogues())
+    row = {"prompt_ids": prompt, "chosen_ids": replies[0], "rejected_ids": replies[-1]}
+    for rejected_prompt, [rejected] in other:
+        row |= {"rejected_prompt_ids": rejected_prompt, "rejected_ids": rejected}
+    return row
+
+
 def tokenised(
     tokenizer: Any, pairs: list[Pair], max_length: int, count: int | None = None, bar: Any = None
 ) -> TokenisedPairs:
@@ -353,10 +368,7 @@ def tokenised(
     for pair in pairs:
         if len(rows) == count:
             break
-        chosen, rejected = chat.reply_ids(tokenizer, pair.chosen), chat.reply_ids(tokenizer, pair.rejected)
-        row = {"prompt_ids": chat.prompt_ids(tokenizer, pair.prompt), "chosen_ids": chosen, "rejected_ids": rejected}
-        if pair.rejected_prompt is not None:
-            row["rejected_prompt_ids"] = chat.prompt_ids(tokenizer, pair.rejected_prompt)
+        row = row_of(tokenizer, pair)
         if max(map(len, sequences(row))) <= max_length:
             rows.append(row)
             kept.append(pair)

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse.csgraph import connected_components
-from sklearn.linear_model import LogisticRegression
 
 from threefold.evaluation.statistics import students_t
 
@@ -45,6 +43,8 @@ def wins_by_scores(scores: dict[str, list[float | None]]) -> np.ndarray:
 
 def connected(wins: np.ndarray, models: list[str], anchor: str) -> list[str]:
     """The models that votes [P, M, M] link to `anchor`, directly or by others: whose strengths can be compared."""
+    from scipy.sparse.csgraph import connected_components
+
     groups = connected_components(wins.sum(0), directed=False)[1]
     return [name for name, group in zip(models, groups, strict=True) if group == groups[models.index(anchor)]]
 
@@ -149,6 +149,8 @@ def length_controlled_rate(won: np.ndarray, lost: np.ndarray, lengths: np.ndarra
     weights = np.concatenate([won, lost])
     if won.sum() == 0 or lost.sum() == 0:
         return float(won.sum() / (won + lost).sum())
+    from sklearn.linear_model import LogisticRegression  # half a second, which a report does not need
+
     model = LogisticRegression(C=1e3, max_iter=1000).fit(features, labels, sample_weight=weights)
     return float(model.predict_proba(np.zeros((1, 1)))[0, 1])
 

@@ -4,10 +4,9 @@ import bz2
 import lzma
 import math
 import time
+from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
 
 
 def text_baselines(train: list[str], held_out: list[str], longest: int = 4) -> dict[str, float]:
@@ -83,6 +82,9 @@ def _sign(x: float) -> float:
 
 def bag_of_words_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> np.ndarray:
     """The same [held_out] of preferring by a logistic regression on the difference of word counts."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     counter = CountVectorizer(lowercase=True, token_pattern=r"\w+|[^\w\s]")
     counter.fit([text for pair in train for text in pair])
     difference = _count_differences(counter, train)
@@ -95,6 +97,6 @@ def bag_of_words_outcomes(train: list[tuple[str, str]], held_out: list[tuple[str
     return 0.5 + 0.5 * np.sign(margins)
 
 
-def _count_differences(counter: CountVectorizer, pairs: list[tuple[str, str]]):
+def _count_differences(counter: Any, pairs: list[tuple[str, str]]):
     chosen, rejected = zip(*pairs, strict=True)
     return (counter.transform(chosen) - counter.transform(rejected)).astype(float)

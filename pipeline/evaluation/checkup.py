@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from plotly import graph_objects
-from scipy import stats
 
 from threefold.columns import Message
 from threefold.data.pairing import overlapping
@@ -145,6 +144,8 @@ def _spearman(one: Any, other: Any) -> float:
     """Spearman's correlation; 0 where one side does not vary."""
     if len(set(one)) < 2 or len(set(other)) < 2:
         return 0.0
+    from scipy import stats
+
     return float(stats.spearmanr(one, other).statistic)
 
 
@@ -152,13 +153,14 @@ PRAISE = " Thank you so much, great question, you are wonderful!"
 
 
 def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: float) -> list[int] | None:
-    """A reply in token ids that no good reward model prefers to the pair's chosen one; None where `room` is too small.
+    """A reply in token ids that no good reward model prefers to the pair's chosen one.
 
+    None where `room` is too small, or the chat template does not write it.
     `praise` is the rejected reply with praise behind it; `no_end` the chosen one without its end token; `very_long` the
     chosen one two to eight times, as often as fits; `off_topic` the chosen reply of the pair `other`.
     """
     if name == "no_end":
-        return chat.reply_ids(tokenizer, pair.chosen)[:-1]
+        return chat.reply_ids(tokenizer, pair.prompt, pair.chosen)[:-1]
     texts = {
         "empty": "",
         "whitespace": " \n \n ",
@@ -168,7 +170,8 @@ def probe_reply(tokenizer: Any, name: str, pair: Pair, other: Pair, room: float)
         "off_topic": other.chosen,
     }
     tries = [" ".join([pair.chosen] * times) for times in range(8, 1, -1)] if name == "very_long" else [texts[name]]
-    replies = (chat.reply_ids(tokenizer, text) for text in tries)
+    written = (text for text in tries if not chat.refusal(tokenizer, pair.prompt, text))
+    replies = (chat.reply_ids(tokenizer, pair.prompt, text) for text in written)
     return next((reply for reply in replies if len(reply) <= room), None)
 
 
@@ -179,8 +182,8 @@ def probes(score: Score, tokenizer: Any, pairs: list[Pair], positions: float, mo
     out the prompts that have no room for it.
     """
     distinct = list({str(pair.prompt): pair for pair in pairs}.values())[:most]
-    prompts = [chat.prompt_ids(tokenizer, pair.prompt) for pair in distinct]
-    base = score([p + chat.reply_ids(tokenizer, pair.chosen) for p, pair in zip(prompts, distinct, strict=True)])
+    rows = [chat.row_ids(tokenizer, pair.prompt, pair.chosen) for pair in distinct]
+    prompts, base = [prompt for prompt, _ in rows], score([prompt + reply for prompt, [reply] in rows])
     by_probe = {}
     for name in PROBE_NAMES:
         replies = [

@@ -37,7 +37,8 @@ def prompts(
         raise UserError(
             f"{source.path}: every prompt of its {split} split is one of training; give other rows, or set splits"
         )
-    drawn, refused = chat.accepted(tokenizer, reading.draw(new, 2 * count, seed), source)
+    examples = reading.draw(new, 2 * count, seed)
+    drawn, refused = chat.accepted(tokenizer, examples, source, lambda e: [(e.prompt, e.reply)])
     ids = [chat.prompt_ids(tokenizer, example.prompt) for example in drawn]
     fitting = sampler.with_room(ids, model, job.config.sampling)
     more = {
@@ -58,7 +59,8 @@ def require_reply(model: nn.Module, tokenizer: Any, examples: list[Example]) -> 
 
 def reply_pairs(tokenizer: Any, examples: list[Example]) -> list[tuple[list[int], list[int]]]:
     """Prompts and replies in token ids."""
-    return [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in examples]
+    rows = (chat.row_ids(tokenizer, example.prompt, example.reply) for example in examples)
+    return [(prompt, reply) for prompt, [reply] in rows]
 
 
 def reply_bits_per_byte(

@@ -118,7 +118,7 @@ def measured(shared: Shared, policy: Any, replies: list[list[int]]) -> dict[str,
     temperature, longest = config.sampling.temperature, loading.context_length(policy.config)
     bar = shared.job.progress(2 * len(replies), "replies", part="measures")
     pad, people = tokenizer.pad_token_id, [example.reply for example in shared.examples]
-    pairs = [(prompt, chat.reply_ids(tokenizer, reply)) for prompt, reply in zip(shared.prompts, people, strict=True)]
+    pairs = held_out.reply_pairs(tokenizer, shared.examples)
     metrics = {
         "kl": likelihood.kl(policy, reference, shared.prompts, replies, temperature, pad, bar=bar),
         "reply_bits_per_byte": held_out.reply_bits_per_byte(policy, pairs, people, pad, longest, bar),

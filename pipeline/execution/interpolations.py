@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path as File
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from threefold.errors import SECRETS, URL_USER, UserError
 
@@ -32,7 +32,7 @@ def resolve(config: DictConfig) -> None:
     """
     written = OmegaConf.to_container(config)
     OmegaConf.resolve(config)
-    resolved = config.copy()
+    resolved = OmegaConf.to_container(config)
     for path, value in leaves(resolved):
         text = _closed(*_followed(written, path), written, resolved)
         if isinstance(text, str) and FROM_ENVIRONMENT.search(text):
@@ -40,14 +40,13 @@ def resolve(config: DictConfig) -> None:
         elif isinstance(value, str) and URL_USER.search(value):
             at(config, path[:-1])[path[-1]] = _without_users(value, path)
     note_secrets(config)
-    for path, value in leaves(config):
-        _require_no_secret(path, value, as_written(at(config, path[:-1]), path[-1]), written)
+    for path, value, text in _valued(config):
+        _require_no_secret(path, value, text, written)
 
 
 def note_secrets(config: DictConfig) -> None:
     """Have what the environment gives stand in no error and no traceback, but for files and folders that exist."""
-    for path, value in leaves(config):
-        text = as_written(at(config, path[:-1]), path[-1])
+    for _, value, text in _valued(config):
         if isinstance(value, str) and text != value and not _exists(value):
             variables = FROM_ENVIRONMENT.findall(text)
             if len(value) >= SHORTEST and ("" in variables or any(name in os.environ for name in variables)):
@@ -90,13 +89,20 @@ def as_written(section: Any, name: str | int) -> Any:
 
 
 def leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every value of a configuration that is no section and no list, with its path."""
-    if not isinstance(node, DictConfig | ListConfig):
-        yield path, node
+    """Every value of a plain configuration that is no section, no list and not missing, with its path."""
+    if not isinstance(node, dict | list):
+        if node != "???":
+            yield path, node
         return
-    for name in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        if not OmegaConf.is_missing(node, name):
-            yield from leaves(node[name], (*path, cast(str | int, name)))
+    for name, entry in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from leaves(entry, (*path, name))
+
+
+def _valued(config: DictConfig) -> Iterator[tuple[Path, Any, Any]]:
+    """Every value that is no section and no list, with its path, and as it is saved."""
+    written = OmegaConf.to_container(config)
+    for path, value in leaves(OmegaConf.to_container(config, resolve=True)):
+        yield path, value, at(written, path)
 
 
 def _without_users(url: str, path: Path) -> str:
@@ -123,7 +129,7 @@ def _followed(written: Any, path: Path) -> tuple[Any, Path]:
     return value, place
 
 
-def _closed(text: Any, place: Path, written: Any, resolved: DictConfig) -> Any:
+def _closed(text: Any, place: Path, written: Any, resolved: Any) -> Any:
     """`text` with its references to other keys replaced: by what is written there of the environment, or by values."""
     if not isinstance(text, str):
         return text

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from threefold.errors import UserError
 from threefold.fileio import read_json
 from threefold.models import template
 
+ENDS = "end_tokens"  # in tokenizer_config.json: tokens that end a reply, next to that of the template
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIAL_TOKENS = [PAD, BOS, *ROLES.values(), END]
@@ -57,9 +59,57 @@ def prompt_ids(tokenizer: Any, prompt: list[Message]) -> list[int]:
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def reply_ids(tokenizer: Any, reply: str) -> list[int]:
-    """Token ids of a reply with the end-of-turn token; tokenised apart from the prompt, so no merge crosses over."""
-    return [*tokenizer.encode(_cleaned(tokenizer, reply)[0], add_special_tokens=False), tokenizer.eos_token_id]
+def row_ids(tokenizer: Any, prompt: list[Message], *replies: str) -> tuple[list[int], list[list[int]]]:
+    """The tokens of `prompt_ids`, and those that a model says after them to give each reply.
+
+    These are what the template writes behind the prompt where the reply is part of the conversation, up to the end
+    token: a thinking block that is left to the model is part of them, what is added for the next turn is not. Raises
+    `UserError` where the template refuses the conversation.
+    """
+    written, reason = _turns(tokenizer, prompt, replies)
+    if reason is not None:
+        raise template.refused(prompt, reason)
+    return _tokens(tokenizer, written)
+
+
+def reply_ids(tokenizer: Any, prompt: list[Message], reply: str) -> list[int]:
+    """Token ids of a reply to a prompt, as of `row_ids`."""
+    return row_ids(tokenizer, prompt, reply)[1][0]
+
+
+def refusal(tokenizer: Any, prompt: list[Message], *replies: str) -> str | None:
+    """Why nothing can be trained on of a prompt with these replies, in the chat template's words; None where it can."""
+    return _turns(tokenizer, prompt, replies)[1]
+
+
+def _turns(tokenizer: Any, prompt: list[Message], replies: Iterable[str]) -> tuple[list[template.Turn], str | None]:
+    """A turn for each reply, all without marks of turns in their texts; and why the template refuses one, or None."""
+    shape, messages = _shape(tokenizer), without_special(tokenizer, prompt)
+    written, reason = template.turns(tokenizer, messages, (_cleaned(tokenizer, r)[0] for r in replies), shape.end)
+    if shape.remedy and reason and reason.startswith(template.OPENED):
+        reason = f"{reason}; {shape.remedy}"
+    return written, reason
+
+
+def _tokens(tokenizer: Any, written: list[template.Turn]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt of turns, and of the completion of each."""
+    given = tokenizer.encode(written[0].prompt, add_special_tokens=False)
+    return given, [_following(tokenizer, _shape(tokenizer), turn, given) for turn in written]
+
+
+def _following(tokenizer: Any, shape: "_Shape", turn: template.Turn, given: list[int]) -> list[int]:
+    """Token ids of a completion as those of the whole conversation have it, where no token reaches over the seam.
+
+    Added tokens part a text, so that the last one before the seam stands for all of the prompt. Where the seam is
+    inside of a token of the whole, the completion is tokenised by itself, as a model has to say it after its prompt.
+    """
+    anchor, ids = turn.prompt, given
+    if shape.anchor_ids and turn.prompt.endswith(shape.anchor):
+        anchor, ids = shape.anchor, shape.anchor_ids
+    whole = tokenizer.encode(anchor + turn.completion, add_special_tokens=False)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    return tokenizer.encode(str(shape.end) + turn.completion, add_special_tokens=False)[1:]
 
 
 def without_special(tokenizer: Any, messages: list[Message]) -> list[Message]:
@@ -75,37 +125,99 @@ def marks_removed(tokenizer: Any, prompts: Iterable[list[Message]], replies: Ite
 
 def _cleaned(tokenizer: Any, text: str) -> tuple[str, int]:
     """The text without marks of turns, and their number: the leftmost goes first, of several there the longest."""
-    pattern, removed = _marks(tokenizer)[0], 0
+    pattern, removed = _shape(tokenizer).pattern, 0
     while (cut := pattern.subn("", text))[1]:  # removing one may write another
         text, removed = cut[0], removed + cut[1]
     return text, removed
 
 
-_MARKS: weakref.WeakKeyDictionary[Any, tuple[Any, re.Pattern[str], set[int]]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Shape:
+    """What is the same in every turn of a tokenizer's template."""
+
+    pattern: re.Pattern[str]  # marks of turns
+    marks: set[int]
+    end: str | None  # the token that ends replies
+    anchor: str = ""  # what a prompt ends with, from its last added token on
+    anchor_ids: list[int] | None = None
+    unclosed: str = ""  # the thinking block that a prompt opens, where it does
+    opening: list[int] | None = None  # what a model says before a reply itself, such as an empty thinking block
+    remedy: str | None = None  # where replies are not rendered after what their prompts end with
 
 
-def _marks(tokenizer: Any) -> tuple[re.Pattern[str], set[int]]:
-    """A pattern of the marks of turns, and their ids; kept until the tokenizer changes, as the search is slow."""
+_SHAPES: weakref.WeakKeyDictionary[Any, tuple[Any, _Shape]] = weakref.WeakKeyDictionary()
+
+
+def _shape(tokenizer: Any) -> _Shape:
+    """The shape of a tokenizer's turns; kept until the tokenizer changes, as the search is slow."""
     state = (tokenizer.chat_template, len(tokenizer), str(tokenizer.special_tokens_map))
-    if tokenizer not in _MARKS or _MARKS[tokenizer][0] != state:
+    if tokenizer not in _SHAPES or _SHAPES[tokenizer][0] != state:
         marks = template.turn_marks(tokenizer)
         pattern = re.compile("|".join(map(re.escape, marks)) or "(?!)")  # (?!) matches nothing
-        _MARKS[tokenizer] = (state, pattern, set(tokenizer.convert_tokens_to_ids(marks)))
-    return _MARKS[tokenizer][1:]
+        ids = set(tokenizer.convert_tokens_to_ids(marks))
+        _SHAPES[tokenizer] = (state, _with_turns(tokenizer, _Shape(pattern, ids, None)))
+    return _SHAPES[tokenizer][1]
+
+
+def _with_turns(tokenizer: Any, shape: _Shape) -> _Shape:
+    """The shape with what one plain question and reply show of it."""
+    prompt, reply = [template.PLAIN[template.USER]], template.PLAIN[template.REPLY]
+    if not tokenizer.chat_template or template.refusal(tokenizer, [*prompt, reply]):
+        return shape
+    rendered, tokens = template.render(tokenizer, prompt), template.added_tokens(tokenizer)
+    after = rendered.rpartition(template.USER)[2]
+    start = max((after.rfind(token) for token in tokens), default=-1)
+    if start >= 0:
+        anchor = after[start:]
+        ids = tokenizer.encode(anchor, add_special_tokens=False)
+        opens = any(anchor.strip() == opening for opening, _ in template.brackets(tokens))
+        shape = replace(shape, anchor=anchor, anchor_ids=ids, unclosed=anchor if opens else "")
+    shape = replace(shape, end=template.end_of_turn(tokenizer))
+    written, _ = template.turns(tokenizer, prompt, [template.REPLY], shape.end)
+    if not written:
+        return replace(shape, remedy=template.remedy(tokenizer))
+    opening = written[0].completion.partition(template.REPLY)[0]
+    if opening.strip():
+        before, given = replace(written[0], completion=opening), tokenizer.encode(rendered, add_special_tokens=False)
+        shape = replace(shape, opening=_following(tokenizer, shape, before, given))
+    return shape
 
 
 def accepted(
-    tokenizer: Any, rows: list[Any], source: Any, prompts: Callable[[Any], list[list[Message]]] = lambda e: [e.prompt]
-) -> tuple[list[Any], dict[str, int]]:
-    """The rows all of whose prompts the chat template renders, and how many it refuses for each reason.
+    tokenizer: Any, rows: list[Any], source: Any,
+    dialogues: Callable[[Any], list[tuple[list[Message], *tuple[str, ...]]]] = lambda e: [(e.prompt,)],
+) -> tuple[list[Any], dict[str, int]]:  # fmt: skip
+    """The rows all of whose dialogues the chat template renders, and how many it refuses for each reason.
 
-    Raises `UserError` where these are a larger share than `source.max_unusable_share`, or all.
+    A dialogue is a prompt, and replies to it that are trained on. Raises `UserError` where the refused rows are a
+    larger share than `source.max_unusable_share`, or all.
     """
     refused: dict[int, tuple[str, list[Message]]] = {}
     for number, row in enumerate(rows):
-        for prompt in prompts(row):
-            if reason := template.refusal(tokenizer, without_special(tokenizer, prompt)):
+        for prompt, *replies in dialogues(row):
+            if reason := refusal(tokenizer, prompt, *replies):
                 refused[number] = reason, prompt
+    return _kept(rows, refused, source)
+
+
+def tokenised(tokenizer: Any, examples: list[Any], source: Any) -> tuple[list[Any], list[Any], dict[str, int]]:
+    """`accepted` of examples with their replies, and between its two results the tokens of each: (prompt, reply)."""
+    refused, tokens = {}, []
+    for number, example in enumerate(examples):
+        written, reason = _turns(tokenizer, example.prompt, [example.reply])
+        if reason is not None:
+            refused[number] = reason, example.prompt
+        else:
+            prompt, [reply] = _tokens(tokenizer, written)
+            tokens.append((prompt, reply))
+    kept, reasons = _kept(examples, refused, source)
+    return kept, tokens, reasons
+
+
+def _kept(
+    rows: list[Any], refused: dict[int, tuple[str, list[Message]]], source: Any
+) -> tuple[list[Any], dict[str, int]]:
+    """The rows that are not refused, with the results and errors of `accepted`."""
     reasons = Counter(reason for reason, _ in refused.values())
     if refused and len(refused) > min(source.max_unusable_share * len(rows), len(rows) - 1):
         [(reason, _)] = reasons.most_common(1)
@@ -118,12 +230,31 @@ def accepted(
     return [row for number, row in enumerate(rows) if number not in refused], dict(sorted(reasons.items()))
 
 
+def end_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a sampled reply: the template's own end token, and others that the checkpoint stops at."""
+    more = tokenizer.convert_tokens_to_ids(tokenizer.init_kwargs.get(ENDS, []))
+    return [tokenizer.eos_token_id, *(token for token in more if token != tokenizer.eos_token_id)]
+
+
+def with_own_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A sampled reply with the template's own end token in place of another one, so that both are scored alike."""
+    return [*ids[:-1], tokenizer.eos_token_id] if ids and ids[-1] in end_ids(tokenizer) else ids
+
+
 def reply_text(tokenizer: Any, ids: list[int]) -> str:
-    """The text of a sampled reply, up to its end-of-turn token, without marks of turns."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    marks = _marks(tokenizer)[1]
-    return tokenizer.decode([token for token in ids if token not in marks]).strip()
+    """The text of a sampled reply, up to its first end token, without marks of turns.
+
+    What the template itself writes before a reply, such as an empty thinking block, is no part of it; a thinking block
+    that the prompt opens is, so that the text is rendered as it was sampled.
+    """
+    shape, ends = _shape(tokenizer), end_ids(tokenizer)
+    ids, before = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))], shape.unclosed
+    if opening := shape.opening:
+        within = range(len(ids) - len(opening), -1, -1) if shape.marks & set(opening) else (0,)  # a channel may follow
+        start = next((i for i in within if ids[i : i + len(opening)] == opening), None)
+        if start is not None:
+            ids, before = ids[start + len(opening) :], ""
+    return (before + tokenizer.decode([token for token in ids if token not in shape.marks])).strip()
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -132,6 +263,7 @@ def template_hash(tokenizer: Any) -> str:
     state = {"padding", "truncation"}  # of the last call, not of the language
     language = {key: value for key, value in backend.items() if key not in state}
     content = [json.dumps(language, sort_keys=True), tokenizer.chat_template or "", str(tokenizer.special_tokens_map)]
+    content += tokenizer.init_kwargs.get(ENDS, [])
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from threefold.errors import UserError, first_line
-from threefold.models import Model, checkpoints
+from threefold.models import Model, chat, checkpoints
 
 
 def from_scratch(model: Any, tokenizer: Any, seed: int) -> Model:
@@ -241,7 +241,8 @@ def save(model: Model, tokenizer: Any, folder: Path) -> None:
     require_finite(model)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        ends = chat.end_ids(tokenizer)
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)

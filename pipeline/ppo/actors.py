@@ -172,17 +172,17 @@ def save(actors: Actors, inputs: dict[str, Path], tokenizer: Any, out: Path) -> 
 class Engine:
     """A vLLM engine that starts with the weights of the model folder `folder`.
 
-    `memory_share` is its share of the GPU's memory, cache included, `end` the token that ends a reply. The engine
+    `memory_share` is its share of the GPU's memory, cache included, `ends` the tokens that end a reply. The engine
     keeps its weights in bf16 where `bf16` says that the policy computes in it, and in fp32 otherwise.
     """
 
-    def __init__(self, folder: Path, sampling: SamplingConfig, memory_share: float, bf16: bool, end: int):
+    def __init__(self, folder: Path, sampling: SamplingConfig, memory_share: float, bf16: bool, ends: list[int]):
         # in this process the policy's tensors are handed over as they are, and the schedule is the same every time
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM then sends nothing about its use
         import vllm  # ty: ignore[import-not-found]  an extra that few install
 
-        self.vllm, self.sampling, self.end = vllm, sampling, end
+        self.vllm, self.sampling, self.ends = vllm, sampling, ends
         self.llm = vllm.LLM(
             model=str(folder),
             generation_config="vllm",  # neither top-k, top-p nor end tokens of the folder's generation_config.json
@@ -222,7 +222,7 @@ class Engine:
         return self.vllm.SamplingParams(
             temperature=self.sampling.temperature,
             max_tokens=self.sampling.max_new_tokens,
-            stop_token_ids=[self.end],  # the token that stops a reply is part of its ids
+            stop_token_ids=self.ends,  # the token that stops a reply is part of its ids
             ignore_eos=True,  # no other token ends it
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -232,10 +232,10 @@ class Engine:
     def _reply(self, drawn: Any) -> Reply:
         ids = list(drawn.token_ids)
         logprobs = [candidates[token].logprob for token, candidates in zip(ids, drawn.logprobs, strict=True)]
-        return Reply(ids, logprobs, ids[-1] == self.end, [0.0] * len(ids))
+        return Reply(ids, logprobs, ids[-1] in self.ends, [0.0] * len(ids))
 
 
-def load_engine(job: Job, processes: int, end: int) -> Engine | None:
+def load_engine(job: Job, processes: int, ends: list[int]) -> Engine | None:
     """The engine that `ppo.sampler` asks for, None for our own sampler. Raises `UserError` where vLLM cannot run."""
     config = job.config
     if config.ppo.sampler == "own":
@@ -245,7 +245,7 @@ def load_engine(job: Job, processes: int, end: int) -> Engine | None:
     if processes > 1:
         raise UserError(f"ppo.sampler=vllm: serves one process, and there are {processes}; set ppo.sampler=own")
     try:
-        return Engine(job.inputs["sft"], config.sampling, config.ppo.vllm_memory_share, job.device.bf16, end)
+        return Engine(job.inputs["sft"], config.sampling, config.ppo.vllm_memory_share, job.device.bf16, ends)
     except ImportError as error:
         raise UserError(
             f"ppo.sampler=vllm: cannot import vllm ({str(error).splitlines()[0]}); install it with "

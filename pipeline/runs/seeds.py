@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from scipy import stats
 
 from threefold import chain
 from threefold.artifacts.artifact import COSTS
@@ -121,6 +120,8 @@ def differences(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 def t_test(values: list[float], others: list[float]) -> dict[str, Any]:
     """The mean difference of two figures of the same seeds, its 95 % interval, and p of no difference."""
+    from scipy import stats
+
     difference, test = np.subtract(values, others), stats.ttest_rel(values, others)
     interval = test.confidence_interval()
     return {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import UserError
-from threefold.models import Model, loading
+from threefold.models import Model, chat, loading
 from threefold.models.likelihood import left_padded
 from threefold.sampling import decoding
 from threefold.sampling.decoding import Decoder, FusedDecoder
@@ -49,12 +49,14 @@ def sample(
     """One reply to each prompt (token ids), in the order of the prompts.
 
     Tokens are drawn from softmax(logits / temperature) without top-k, top-p or a least length, and their
-    log-probabilities are those of that same distribution. Prompts are batched by length, so that batches hold little
-    padding. `uniforms` [N, R] has the random numbers of each reply, so that a reply does not depend on its batch. `bar`
-    is a progress bar that counts samples; `value_head` maps states [B, D] to values [B, 1].
+    log-probabilities are those of that same distribution. A reply ends at any of `chat.end_ids`. Prompts are batched by
+    length, so that batches hold little padding. `uniforms` [N, R] has the random numbers of each reply, so that a reply
+    does not depend on its batch. `bar` is a progress bar that counts samples; `value_head` maps states [B, D] to values
+    [B, 1].
     """
     uniforms, decoder = uniforms.to(model.device), decoder_for(model, sampling)
-    how = sampling.temperature, tokenizer.eos_token_id
+    ends = chat.end_ids(tokenizer)
+    how = sampling.temperature, torch.tensor(ends, device=model.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: dict[int, Reply] = {}
     for start in range(0, len(order), sampling.batch_size):
@@ -62,7 +64,7 @@ def sample(
         ids, mask = left_padded([prompts[i] for i in batch], tokenizer.pad_token_id, model.device)
         drawn = _sample_batch(decoder, value_head, ids, mask, uniforms[batch], *how)
         for i, *row in zip(batch, *(tensor.tolist() for tensor in drawn), strict=True):
-            replies[i] = _reply(*row, tokenizer.eos_token_id)
+            replies[i] = _reply(*row, ends)
         if bar is not None:
             bar.update(len(batch))
     return [replies[i] for i in range(len(prompts))]
@@ -96,11 +98,11 @@ def with_room(prompts: list[list[int]], model: Model, sampling: SamplingConfig) 
 
 def _sample_batch(
     decoder: Decoder, value_head: nn.Module | None, ids: Tensor, mask: Tensor, uniforms: Tensor, temperature: float,
-    end: int,
+    ends: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Tokens, log-probabilities and values, all [B, R]; what follows a reply's end token means nothing."""
+    """Tokens, log-probabilities and values, all [B, R]; what follows the first of the tokens `ends` means nothing."""
     most, rows = uniforms.size(1), torch.arange(len(ids), device=ids.device)
-    tokens = torch.full(uniforms.shape, end, device=ids.device)
+    tokens = ends[0].repeat(uniforms.shape)
     logprobs, values = (torch.zeros(uniforms.shape, device=ids.device) for _ in range(2))
     alive = torch.ones_like(rows, dtype=torch.bool)
     states = decoder.prefill(ids, mask, most - 1)
@@ -109,7 +111,7 @@ def _sample_batch(
         tokens[rows, t] = drawn
         if value_head is not None:
             values[rows, t] = value_head(states)[:, 0].float()
-        alive &= drawn != end
+        alive &= (drawn[:, None] != ends).all(1)
         left = int(alive.sum())
         if left == 0 or t + 1 == most:
             break
@@ -122,10 +124,9 @@ def _sample_batch(
     return tokens, logprobs, values
 
 
-def _reply(ids: list[int], logprobs: list[float], values: list[float], end: int) -> Reply:
-    ended = end in ids
-    length = ids.index(end) + 1 if ended else len(ids)
-    return Reply(ids[:length], logprobs[:length], ended, values[:length])
+def _reply(ids: list[int], logprobs: list[float], values: list[float], ends: list[int]) -> Reply:
+    length = next((i for i, token in enumerate(ids, start=1) if token in ends), None)
+    return Reply(ids[:length], logprobs[:length], length is not None, values[:length])
 
 
 def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class ModelConfig:
     revision: str | None = MISSING
     gguf_file: str | None = MISSING
     trust_remote_code: bool = MISSING
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     model_type: str | None = MISSING
     hidden_size: int | None = number(1)
     intermediate_size: int | None = number(1)

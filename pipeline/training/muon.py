@@ -18,18 +18,42 @@ from threefold.training import fused
 # coefficients of the quintic Newton-Schulz iteration, five steps (Jordan et al. 2024, "Muon")
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+OBLONG = 1.5  # how many times as long as wide a matrix is for which its gram matrix saves work
 
 
 def orthogonalise(updates: Tensor) -> Tensor:
     """Matrices [N, rows, columns] with their singular values moved to about 1, in the dtype given."""
-    a, b, c = QUINTIC
     tall = updates.size(-2) > updates.size(-1)
     x = updates.mT if tall else updates
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    small = x.dtype != torch.bfloat16 and x.size(-1) >= OBLONG * x.size(-2)
+    x = _by_gram_matrix(x) if small else _directly(x)
+    return x.mT if tall else x
+
+
+def _directly(x: Tensor) -> Tensor:
+    a, b, c = QUINTIC
     for _ in range(STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _by_gram_matrix(x: Tensor) -> Tensor:
+    """The same with all steps on matrices [N, rows, rows]: each is a polynomial of the gram matrix, and these commute.
+
+    It needs more digits than bf16 has, as a gram matrix has the squares of the singular values.
+    """
+    a, b, c = QUINTIC
+    gram = x @ x.mT
+    product = torch.eye(x.size(-2), dtype=x.dtype, device=x.device).expand_as(gram)
+    for step in range(STEPS):
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # a step is a times the identity, and this
+        product = torch.baddbmm(product, rest, product, beta=a)
+        if step < STEPS - 1:
+            once = torch.baddbmm(gram, rest, gram, beta=a)
+            gram = torch.baddbmm(once, rest, once, beta=a)
+    return product @ x
 
 
 def gather(matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from helpers import composed
 
 from threefold import chain
 from threefold.artifacts import digests
-from threefold.chain import making
+from threefold.chain import making, plans
 from threefold.execution import precision
 
 
@@ -123,6 +123,16 @@ def auto_on_another_machine(folder, monkeypatch):
     return ask, lambda: monkeypatch.setattr(precision, "capability", lambda visible: 9), ask
 
 
+def the_way_that_templates_are_rendered(folder, monkeypatch):
+    ask = ("tokenizer", "model.checkpoint=org/name")
+    return ask, lambda: monkeypatch.setattr(plans, "RENDERING", 99), ask
+
+
+def a_variable_of_the_template(folder, monkeypatch):
+    ask = ("tokenizer", "model.checkpoint=org/name")
+    return ask, lambda: None, (*ask, "+model.chat_template_kwargs.enable_thinking=false")
+
+
 def a_value_of_the_environment(folder, monkeypatch):
     monkeypatch.setenv("THREEFOLD_DATA", "org/one")
     ask = ("tokenizer", "+data.text.revision=${oc.env:THREEFOLD_DATA}", "data.text.path=org/name")
@@ -146,6 +156,8 @@ CHANGES = {
     "the package's own file": imported("import mypkg.impl\nscore = 1\n", "mypkg/__init__.py"),
     "an import of an import": through_another_module,
     "precision=auto on another machine": auto_on_another_machine,
+    "how rows are made with a checkpoint's template": the_way_that_templates_are_rendered,
+    "a variable of a checkpoint's template": a_variable_of_the_template,
     "a value that the environment gives": a_value_of_the_environment,
 }
 

@@ -6,7 +6,7 @@ Command: make bench-ppo. One thread; it makes the demo's reward model first if i
 """
 
 import argparse
-import time
+import itertools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from paired import Round, contest, show
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -252,37 +253,42 @@ def main() -> None:
     quiet_libraries()
     with TemporaryDirectory() as folder:
         if given.rounds:
-            speed(Path(folder), given.rounds)
+            contests(Path(folder), given.rounds)
         if given.seeds:
             gains(Path(folder), given.seeds, given.rollouts)
 
 
+PLAIN = "straightforward"
 MEASURES = ("own sampler", "log-probabilities kept from sampling", "bucketing by length")
 
 
-def speed(folder: Path, rounds: int) -> None:
-    """Episodes per second of each variant, all in turn on the same prompts, and their ratio to the plain one."""
+def contests(folder: Path, rounds: int) -> dict[str, list[Any]]:
+    """Episodes per second of each variant, all in turn on the same prompts, against the straightforward one."""
     shared, separate = job_for(folder / "shared", 1, *SHARED), job_for(folder / "separate", 1)
-    variants = {"straightforward": (Plain(separate), ""), "ours": (Ours(shared), "")}
-    variants["ours without shared trunk"] = (Ours(separate), "")
-    variants |= {f"ours without {measure}": (Ours(shared), measure) for measure in MEASURES}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    prompts = variants["ours"][0].prompts()
-    size = shared.config.ppo.batch_size
-    for number in range(rounds):
-        batch = rollouts.batch_of(prompts, number, size)
-        for name, (variant, measure) in variants.items():
-            with without(measure):
-                started = time.perf_counter()
-                variant.rollout([p.ids for p in batch] if name == "straightforward" else batch, number, 100)
-                seconds[name].append(time.perf_counter() - started)
-    table = Table("PPO", "episodes/s", "against straightforward", title=f"{rounds} rollouts of {size} replies each")
-    plain = seconds["straightforward"]
-    for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(plain, taken, strict=True)]
-        spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(name, f"{size / np.median(taken):.2f}", spread)
-    Console(width=110).print(table)
+    variants = {PLAIN: (Plain(separate), ""), "Threefold": (Ours(shared), "")}
+    variants["without shared trunk"] = (Ours(separate), "")
+    variants |= {f"without {measure}": (Ours(shared), measure) for measure in MEASURES}
+    prompts, size = variants["Threefold"][0].prompts(), shared.config.ppo.batch_size
+
+    def way(variant: Any, measure: str) -> Callable[[], Round]:
+        numbers = itertools.count()
+
+        def prepare() -> Round:
+            number = next(numbers)
+            batch = rollouts.batch_of(prompts, number, size)
+
+            def work() -> float:
+                with without(measure):
+                    variant.rollout([p.ids for p in batch] if isinstance(variant, Plain) else batch, number, 100)
+                return size
+
+            return work
+
+        return prepare
+
+    entries = contest({name: way(*variant) for name, variant in variants.items()}, rounds, PLAIN)
+    show(f"PPO, rollouts of {size} replies each", "episodes", PLAIN, entries)
+    return {"ppo": entries}
 
 
 def gains(folder: Path, seeds: int, count: int) -> None:

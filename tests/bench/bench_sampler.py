@@ -6,15 +6,15 @@ Command: make bench-sampler
 """
 
 import argparse
-import time
+import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
+from paired import Round, contest, show
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +23,7 @@ from threefold.sampling import sampler
 
 PROMPT, MOST, TEMPERATURE = 32, 64, 0.7  # tokens of a prompt, most tokens of a reply
 PAD, END = 0, 1
+PLAIN = "generate"
 SHAPE = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 6, "vocab_size": 2048, "max_position_embeddings": 256, "tie_word_embeddings": True,
@@ -63,6 +64,38 @@ def by_sampler(model: nn.Module, prompts: torch.Tensor, seed: int) -> int:
     return sum(len(r.ids) for r in sampler.sample(model, prompts.tolist(), limits, tokenizer, numbers))
 
 
+def contests(rounds: int, model_type: str = "llama") -> dict[str, list[Any]]:
+    """The contests of both kinds of replies at three batches, each shown when it is done."""
+    made = {}
+    for ending, batch in itertools.product((False, True), (128, 32, 1)):
+        entries = contest(ways(model_of(model_type, ending), batch), rounds, PLAIN)
+        title = f"sampling, replies {'ending' if ending else 'of one length'}, batch {batch}"
+        show(title, "tokens", PLAIN, entries)
+        made[title] = entries
+    return made
+
+
+def ways(model: nn.Module, batch: int) -> dict[str, Callable[[], Round]]:
+    """`generate`, `generate` with log-probabilities, and ours, each round on the same prompts."""
+
+    def on_prompts(sample: Callable[[torch.Tensor, int], int]) -> Callable[[], Round]:
+        numbers = itertools.count()
+
+        def prepare() -> Round:
+            number = next(numbers)
+            torch.manual_seed(number)
+            prompts = torch.randint(2, SHAPE["vocab_size"], (batch, PROMPT))
+            return lambda: sample(prompts, number)
+
+        return prepare
+
+    return {
+        PLAIN: on_prompts(lambda prompts, _: by_generate(model, prompts, False)),
+        "generate, log-probabilities": on_prompts(lambda prompts, _: by_generate(model, prompts, True)),
+        "Threefold": on_prompts(lambda prompts, number: by_sampler(model, prompts, number)),
+    }
+
+
 def main() -> None:
     """Take turns, so that all see the same moods of the machine; medians of tokens per second and of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,32 +103,7 @@ def main() -> None:
     parser.add_argument("--model-type", default="llama", help="architecture: llama, qwen3, qwen2, mistral, ...")
     given = parser.parse_args()
     device.set_up(OmegaConf.create({"device": "cpu", "threads": 1, "keep_freed_memory": True}), "fp32")
-    table = Table("replies", "batch", "generate", "generate, log-probabilities", "ours", "ratio", "ratio, log-prob.")
-    for ending in (False, True):
-        model = model_of(given.model_type, ending)
-        for batch in (128, 32, 1):
-            speeds = np.array([one_round(model, batch, r) for r in range(given.rounds + 1)][1:])  # the first warms up
-            ratios = [np.median(speeds[:, 2] / speeds[:, i]) for i in range(2)]
-            row = [f"{speed:,.0f}" for speed in np.median(speeds, 0)] + [f"{ratio:.2f}" for ratio in ratios]
-            table.add_row("ending" if ending else "of one length", str(batch), *row)
-    Console(width=120).print(table)
-
-
-def one_round(model: nn.Module, batch: int, seed: int) -> list[float]:
-    """Tokens per second of `generate`, `generate` with log-probabilities, and ours, on the same prompts."""
-    torch.manual_seed(seed)
-    prompts = torch.randint(2, SHAPE["vocab_size"], (batch, PROMPT))
-    ways = [
-        lambda: by_generate(model, prompts, False),
-        lambda: by_generate(model, prompts, True),
-        lambda: by_sampler(model, prompts, seed),
-    ]
-    speeds = []
-    for way in ways:
-        started = time.perf_counter()
-        tokens = way()
-        speeds.append(tokens / (time.perf_counter() - started))
-    return speeds
+    contests(given.rounds, given.model_type)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def test_no_more_pairs_are_tokenised_than_it_takes(tmp_path, bars, monkeypatch):
     pairs = [replace(pair, chosen="yes " * (200 if i % 2 else 1)) for i, pair in enumerate(numbered_pairs(40))]
     options = ["dpo.pairs=10", "dpo.eval_pairs=3", "dpo.max_length=100", "data.preferences.max_unusable_share=0.9"]
     job = with_comparisons(make_job("dpo", tmp_path, *options), pairs, numbered_pairs(40))
-    tokenised, original = [], chat.reply_ids
-    monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
+    tokenised, original = [], chat.row_ids
+    monkeypatch.setattr(chat, "row_ids", lambda *given: tokenised.extend(given[2:]) or original(*given))
     monkeypatch.setattr("threefold.training.hf_trainer.LONG", 12)
     train, test = load_pairs(job, tiny_tokenizer())
     assert len(train.rows) == len({str(pair) for pair in train.pairs}) == 10 and len(test.rows) == 3
@@ -115,12 +115,13 @@ def test_held_out_examples_of_sft_are_tokenised_once(tmp_path, monkeypatch):
     examples = [Example(pair.prompt, pair.chosen) for pair in numbered_pairs(8)]
     monkeypatch.setattr(reading, "training_examples", lambda *_: examples[:4])
     monkeypatch.setattr(reading, "prompts", lambda *_: examples[4:])
-    tokenised, original = [], chat.reply_ids
-    monkeypatch.setattr(chat, "reply_ids", lambda *given: tokenised.append(given[1]) or original(*given))
+    tokenised, original = [], chat._tokens
+    monkeypatch.setattr(chat, "_tokens", lambda *given: tokenised.extend(given[1]) or original(*given))
     job = make_job("sft", tmp_path / "sft", "sft.batch_size=4", "sft.max_length=128")
     job.inputs["pretrain"] = write_model(tiny_policy(), tmp_path / "base")
     sft.run(job)
-    assert sorted(tokenised) == sorted(example.reply for example in examples)
+    end = tiny_tokenizer().eos_token
+    assert sorted(turn.completion for turn in tokenised) == sorted(example.reply + end for example in examples)
 
 
 @pytest.mark.parametrize("stage", [reward, dpo])

@@ -1,16 +1,19 @@
 """The configuration: every choice composes, every key is documented and read, every mistake is answered on one line."""
 
 import re
+import shutil
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
+from hydra import initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from threefold import conf
 from threefold.config.checks import JUDGES
-from threefold.config.compose import Config, check, check_file_texts, compose
+from threefold.config.compose import Config, _merged, check, check_file_texts, compose
 from threefold.config.names import keys
 from threefold.errors import UserError
 from threefold.stages import STAGES
@@ -151,6 +154,11 @@ MISTAKES = [
         "data.text.columns=text:body",
         "data.text.columns=text:body",
         "is a mapping; write data.text.columns={NAME: VALUE}",
+    ),
+    (
+        "model.chat_template_kwargs={enable_thinking: false}",
+        "model.chat_template_kwargs",
+        "is for the template of a checkpoint (model=hf)",
     ),
     (
         "data.text.columns={1e5: text}",
@@ -297,6 +305,34 @@ def test_so_is_one_in_a_file_of_another_group(tmp_path, monkeypatch):
     check_file_texts({"model": "mine", "tasks": []})
     with pytest.raises(UserError, match=r"reward/mine\.yaml: ppo\.reward\.function is a text"):
         check_file_texts({"model": "mine", "reward@ppo.reward": "mine"})
+
+
+SAME_AS_HYDRAS = [
+    ["experiment=smoke", "ppo.kl_coef=0.1", "run=x"],
+    ["ppo.kl_coef=0.1", "data=hh", "model=llama_125m", "model.hidden_size=64", "experiment=finegrained"],
+    ["reward@evaluate.judge=length", "evaluate.judge.args={cap: 50}", "tasks=[letters]", "~evaluate.tasks.letters"],
+    ["model=llama_1b", "++evaluate.tasks={mine: {path: a.jsonl}}", "pretrain.seed=${seed}", "+ppo.reward.args={a: 1}"],
+]
+
+
+@pytest.mark.parametrize("overrides", SAME_AS_HYDRAS, ids=lambda overrides: overrides[0])
+def test_files_kept_in_memory_compose_to_what_hydra_makes_of_all_overrides_at_once(overrides):
+    compose([])  # Hydra knows the schema from then on
+    with initialize_config_module("threefold.conf", version_base="1.3"):
+        reference = hydra.compose("config", overrides=overrides)
+    for _ in range(2):
+        merged = _merged(overrides)
+        assert OmegaConf.to_yaml(merged) == OmegaConf.to_yaml(reference)
+        assert OmegaConf.get_type(merged.ppo) is OmegaConf.get_type(reference.ppo) and OmegaConf.is_struct(merged)
+
+
+def test_a_file_that_has_changed_since_the_last_composition_is_read_again(tmp_path, monkeypatch):
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(conf, "__file__", str(tmp_path / "conf/__init__.py"))
+    compose([])
+    (tmp_path / "conf/experiment/demo.yaml").write_text("# @package _global_\nrun: 2026_11_28\n")
+    with pytest.raises(UserError, match="run is a text"):
+        compose([])
 
 
 def test_a_judge_of_parts_is_not_normalised():

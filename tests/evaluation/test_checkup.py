@@ -131,7 +131,7 @@ def test_probes_are_compared_with_the_chosen_reply_once_for_each_prompt():
     found = checkup.probes(score, tokenizer, [*PAIRS, PAIRS[0]], 400, 200)
     assert set(seen) == {4} and set(found) == set(PROBES)
     assert found["empty"]["preferred_share"] == 1.0 and found["very_long"]["preferred_share"] == 0.0
-    lengths = [len(chat.reply_ids(tokenizer, p.chosen)) for p in PAIRS]
+    lengths = [len(chat.reply_ids(tokenizer, p.prompt, p.chosen)) for p in PAIRS]
     assert found["empty"]["below_chosen"] == pytest.approx(1 - np.mean(lengths))
     longest = max(len(chat.prompt_ids(tokenizer, p.prompt)) + n for p, n in zip(PAIRS, lengths, strict=True))
     tight = checkup.probes(score, tokenizer, PAIRS, longest, 200)

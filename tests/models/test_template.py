@@ -1,5 +1,6 @@
 """Chat templates of checkpoints: the end of a turn, what is removed from text, what is kept, refusals, the clock."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,6 +45,11 @@ def of_checkpoint(tokenizer, folder, date="2026-01-01"):
     return stage.prepared(saved(tokenizer, folder), "model.checkpoint=here", date)
 
 
+def of_kind(kind):
+    """A tokenizer of that kind, as the tokenizer stage makes it."""
+    return stage.prepared(KINDS[kind](), kind, "2026-01-01")
+
+
 WORDS = "I don't know, assistant: <b> [x] unwritten>"
 TEXTS = [(kind, text) for kind in KINDS for text in (CODE, REASONING, TOOLS, WORDS)]
 BYTE_LEVEL = [kind for kind in KINDS if kind not in ("llama", "unigram")]  # the others have no character of their space
@@ -51,19 +57,19 @@ BYTE_LEVEL = [kind for kind in KINDS if kind not in ("llama", "unigram")]  # the
 
 @pytest.mark.parametrize(("kind", "text"), TEXTS + [(kind, text) for kind in BYTE_LEVEL for text in FORMATS_OF_TOOLS])
 def test_tokens_keep_code_reasoning_and_tool_calls(kind, text):
-    tokenizer = KINDS[kind]()
+    tokenizer = of_kind(kind)
     end = tokenizer.eos_token_id
-    assert chat.reply_ids(tokenizer, text)[-1] == end
-    assert tokenizer.decode(chat.reply_ids(tokenizer, text)[:-1]) == text
+    assert chat.reply_ids(tokenizer, HI, text)[-1] == end
+    assert tokenizer.decode(chat.reply_ids(tokenizer, HI, text)[:-1]) == text
     assert text.strip() in tokenizer.decode(chat.prompt_ids(tokenizer, [{"role": "user", "content": text}]))
-    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, text)) == text.strip()
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, HI, text)) == text.strip()
     assert chat.marks_removed(tokenizer, [[{"role": "user", "content": text}]], [text]) == 0
 
 
-@pytest.mark.parametrize("kind", ["own", "qwen", "neox", "gemma"])
+@pytest.mark.parametrize("kind", ["own", "qwen", "neox"])
 def test_tokens_keep_the_indentation_of_the_first_line(kind):
-    tokenizer = KINDS[kind]()  # of metaspace tokenizers decoding takes one space away, whatever was encoded
-    assert tokenizer.decode(chat.reply_ids(tokenizer, f"    {CODE}\n  ")[:-1]) == f"    {CODE}\n  "
+    tokenizer = of_kind(kind)  # of metaspace tokenizers decoding takes one space away, whatever was encoded
+    assert tokenizer.decode(chat.reply_ids(tokenizer, HI, f"    {CODE}\n  ")[:-1]) == f"    {CODE}\n  "
 
 
 def test_a_tokenizer_that_loses_text_says_of_how_many():
@@ -74,14 +80,13 @@ def test_a_tokenizer_that_loses_text_says_of_how_many():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_opens_and_closes_no_turn(kind):
-    tokenizer = KINDS[kind]()
+    tokenizer = of_kind(kind)
     marks = template.turn_marks(tokenizer)
     assert {tokenizer.eos_token, *chat.SPECIAL_TOKENS} & set(marks) and marks == sorted(marks, key=lambda m: -len(m))
     text = (
         "".join(f"a{mark}" for mark in marks) + marks[0][:2] + marks[0] + marks[0][2:]
     )  # one within another at the end
-    expected = [*tokenizer.encode("a" * len(marks), add_special_tokens=False), tokenizer.eos_token_id]
-    assert chat.reply_ids(tokenizer, text) == expected
+    assert chat.reply_ids(tokenizer, HI, text) == chat.reply_ids(tokenizer, HI, "a" * len(marks))
     messages = [{"role": "user", "content": text}], [{"role": "user", "content": "a" * len(marks)}]
     assert chat.prompt_ids(tokenizer, messages[0]) == chat.prompt_ids(tokenizer, messages[1])
     assert chat.marks_removed(tokenizer, [messages[0]], [text]) == 2 * (len(marks) + 2)
@@ -89,8 +94,8 @@ def test_text_opens_and_closes_no_turn(kind):
 
 def test_brackets_within_a_turn_are_kept_even_where_they_are_special():
     tokenizer = qwen(thinking=special)
-    assert tokenizer.decode(chat.reply_ids(tokenizer, REASONING)[:-1]) == REASONING
-    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, REASONING)) == REASONING
+    assert tokenizer.decode(chat.reply_ids(tokenizer, HI, REASONING)[:-1]) == REASONING
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, HI, REASONING)) == REASONING
     mistral = "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
     mistral += "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
     added = plain("[INST]", "[/INST]", "[THINK]", "[/THINK]")
@@ -111,11 +116,12 @@ TEXT += ["<|file_sep|>", "<|vision_start|>", "[TOOL_RESULTS]", "<|tool_response|
 
 
 def test_special_tokens_that_open_or_close_no_turn_are_text_and_those_of_any_turn_are_not():
-    tokenizer = bytes_bpe(chat.TEMPLATE.replace("|>", "$>"), special(*TURNS, *TEXT), eos_token="[X]", unk_token="<unk>")
+    ours = chat.TEMPLATE.replace("<|end|>", "[X]").replace("|>", "$>")
+    tokenizer = bytes_bpe(ours, special(*TURNS, *TEXT), eos_token="[X]", unk_token="<unk>")
     assert set(template.turn_marks(tokenizer)) == {*TURNS, "[X]"}
     text = " ".join(TEXT)
     assert chat.marks_removed(tokenizer, [], [text]) == 0
-    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, text)) == text
+    assert chat.reply_text(tokenizer, chat.reply_ids(tokenizer, HI, text)) == text
     gpt2 = bytes_bpe(None, bos_token="<start>x", eos_token="<start>x", unk_token="<start>x")
     assert template.turn_marks(gpt2) == ["<start>x"]
 
@@ -171,7 +177,12 @@ ENDS = {
     ),
     "eos_token": (lambda: bytes_bpe(CHATML.replace("'<|im_end|>'", "eos_token"), eos_token="</s>"), "</s>"),
     "a space before it": (lambda: bytes_bpe(CHATML.replace("<|im_end|>", " </s>"), special("</s>")), "</s>"),
-    "the first of two": (lambda: bytes_bpe(CHATML + "{{ '<|eot|>' }}", special("<|im_end|>", "<|eot|>")), "<|im_end|>"),
+    "the first of two": (
+        lambda: bytes_bpe(
+            CHATML + "{% if not add_generation_prompt %}<|eot|>{% endif %}", special("<|im_end|>", "<|eot|>")
+        ),
+        "<|im_end|>",
+    ),
     "opens every reply": (lambda: qwen(ALWAYS_OPENS), "<|im_end|>"),
     "begins as it ends": (
         lambda: bytes_bpe("{{ bos_token }}" + CHATML.replace("<|im_end|>", "</s>"), bos_token="</s>", eos_token="</s>"),
@@ -194,8 +205,8 @@ def test_replies_end_as_the_template_ends_them(kind, tmp_path):
     whole = loaded.apply_chat_template(dialogue, tokenize=False)
     assert whole.rpartition("fine")[2].lstrip().startswith(end)
     assert whole == given.apply_chat_template(dialogue, tokenize=False)
-    assert chat.reply_ids(loaded, "fine")[-1:] == loaded.encode(end, add_special_tokens=False)
-    assert chat.reply_text(loaded, chat.reply_ids(loaded, "fine") + loaded.encode("more")) == "fine"
+    assert chat.reply_ids(loaded, HI, "fine")[-1:] == loaded.encode(end, add_special_tokens=False)
+    assert chat.reply_text(loaded, chat.reply_ids(loaded, HI, "fine") + loaded.encode("more")) == "fine"
 
 
 def test_the_former_end_token_still_separates_documents_and_pads(tmp_path):
@@ -220,7 +231,7 @@ NO_END = {
     "refusal": ("{{ raise_exception('Tools only') }}", "its chat template refuses a dialogue .*Tools only"),
     "content in parts": (
         "{% for m in messages %}{% for part in m['content'] %}{% if part.type is defined %}{{ part.text }}{% endif %}"
-        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "it leaves a user message out",
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}", "takes messages in parts, of text and images, and no plain text",
     ),
     "names": ({"tool_use": CHATML, "rag": CHATML}, r"none of its chat templates \(rag, tool_use\) is named default"),
 }  # fmt: skip
@@ -247,6 +258,87 @@ def test_of_several_named_templates_the_default_is_used_and_saved(tmp_path):
 def test_a_checkpoint_without_a_template_gets_ours(tmp_path):
     tokenizer = of_checkpoint(bytes_bpe(None), tmp_path)
     assert tokenizer.chat_template == chat.TEMPLATE and tokenizer.eos_token == chat.END
+
+
+THOUGHT = "<think>\nhm\n</think>\n\n"
+QWEN_3 = (TRL / "qwen3.jinja").read_text()
+
+
+def test_a_row_is_what_the_template_writes_and_begins_with_the_prompt():
+    tokenizer = qwen(QWEN_3)
+    dialogue = [*HI, {"role": "assistant", "content": "fine"}, {"role": "user", "content": "well?"}]
+    for reply in ("fine", "\n fine", THOUGHT + "fine"):
+        prompt, [ids] = chat.row_ids(tokenizer, dialogue, reply)
+        whole = tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": reply}], tokenize=False)
+        assert prompt == chat.prompt_ids(tokenizer, dialogue) and tokenizer.decode(prompt + ids) + "\n" == whole
+    assert "<think>" not in tokenizer.decode(prompt)  # as it is at inference
+
+
+def test_tokens_are_those_of_the_whole_unless_one_reaches_over_the_seam():
+    tokenizer = qwen(CHATML)
+    tokenizer.add_tokens(plain("\n\n"))
+    for reply, tokens in (("hi", ["h", "i"]), ("\nhi", ["Ċ", "h", "i"]), ("\n\nhi", ["\n\n", "h", "i"])):
+        prompt, [ids] = chat.row_ids(tokenizer, HI, reply)
+        assert tokenizer.convert_ids_to_tokens(ids) == [*tokens, "<|im_end|>"]
+        assert tokenizer.convert_ids_to_tokens(prompt)[-1] == "Ċ"
+
+
+def test_variables_of_a_template_become_a_part_of_its_text(tmp_path):
+    given = saved(qwen(QWEN_3), tmp_path / "checkpoint")
+    tokenizer = stage.prepared(given, "here", "2026-01-01", {"enable_thinking": False})
+    tokenizer.save_pretrained(tmp_path / "artifact")
+    loaded = chat.load_tokenizer(tmp_path / "artifact")
+    plain_rendering = loaded.apply_chat_template(HI, add_generation_prompt=True)["input_ids"]
+    expected = qwen(QWEN_3).apply_chat_template(HI, add_generation_prompt=True, enable_thinking=False)["input_ids"]
+    assert chat.prompt_ids(loaded, HI) == plain_rendering == expected
+    assert template.fixed(loaded.chat_template) == ["enable_thinking = false"]
+    again = stage.prepared(loaded, "here", "2026-01-01", {"enable_thinking": True})  # as the checkpoint of another run
+    assert template.fixed(again.chat_template) == ["enable_thinking = true"]
+    assert chat.prompt_ids(again, HI) == chat.prompt_ids(qwen(QWEN_3), HI)
+
+
+def test_values_of_every_kind_are_written_as_jinja_reads_them():
+    values = {"a": None, "b": True, "c": 'é "\n🙂', "d": [1, 2.5, "x"], "e": {"k": [False]}}
+    tokenizer = qwen("{{ [a, b, c, d, e] | tojson }}")
+    tokenizer.chat_template = template.with_variables(tokenizer.chat_template, values)
+    assert json.loads(tokenizer.apply_chat_template(HI, tokenize=False)) == list(values.values())
+
+
+def test_a_variable_that_the_template_does_not_read_is_one_line():
+    with pytest.raises(UserError, match=r"^model.chat_template_kwargs.enable_thinkin: .*nearest: enable_thinking"):
+        stage.prepared(qwen(QWEN_3), "here", "2026-01-01", {"enable_thinkin": False})
+
+
+def test_special_end_tokens_of_the_checkpoint_end_replies_and_travel_with_the_tokenizer(tmp_path):
+    one = stage.prepared(qwen(), "here", "2026-01-01")
+    assert chat.end_ids(one) == [one.eos_token_id]
+    added = {str(token): i for i, token in qwen().added_tokens_decoder.items()}
+    several = stage.prepared(qwen(), "here", "2026-01-01", ends=[added["<|im_end|>"], added["<|endoftext|>"], 5, 99999])
+    several.save_pretrained(tmp_path)
+    loaded, pad = chat.load_tokenizer(tmp_path), added["<|endoftext|>"]
+    assert chat.end_ids(loaded) == [added["<|im_end|>"], pad]
+    assert chat.template_hash(loaded) == chat.template_hash(several) != chat.template_hash(one)
+    said = loaded.encode("fine", add_special_tokens=False)
+    assert chat.reply_text(loaded, [*said, pad, *said]) == "fine"
+    assert chat.with_own_end(loaded, [*said, pad]) == [*said, loaded.eos_token_id]
+    assert chat.with_own_end(loaded, said) == said
+
+
+def test_rows_whose_reply_cannot_be_trained_on_are_left_out_with_the_remedy():
+    tokenizer = qwen((TRL / "nemotron_3_nano.jinja").read_text())
+    rows = [SimpleNamespace(prompt=HI, reply=(THOUGHT if i else "") + "fine") for i in range(20)]
+    source = SimpleNamespace(path="chats.jsonl", max_unusable_share=0.1)
+    kept, tokens, refused = chat.tokenised(tokenizer, rows, source)
+    assert kept == rows[1:] and tokens == [
+        (p, r) for row in kept for p, [r] in [chat.row_ids(tokenizer, HI, row.reply)]
+    ]
+    [(reason, count)] = refused.items()
+    assert count == 1 and reason.endswith("{enable_thinking: false}, or give replies that begin with <think>")
+    assert chat.accepted(tokenizer, rows, source, lambda e: [(e.prompt, e.reply)]) == (kept, refused)
+    assert chat.accepted(tokenizer, rows, source) == (rows, {})  # nothing is trained on a prompt alone
+    source.max_unusable_share = 0.01
+    with pytest.raises(UserError, match="refuses 1 of 20 dialogues"):
+        chat.tokenised(tokenizer, rows, source)
 
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]

@@ -126,7 +126,7 @@ def loaded(folder, *overrides: str, model_type: str = "qwen3") -> ppo.Ppo:
     job = make_job("ppo", folder, *options)
     job.inputs |= inputs(folder, model_type=model_type)
     write_model(often_ending(tiny_policy(model_type)), folder / "sft")
-    engine = actors.load_engine(on_gpu(job), 1, END)
+    engine = actors.load_engine(on_gpu(job), 1, [END])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(actors, "load_engine", lambda *_: engine)
         return ppo.load(job)
@@ -272,7 +272,7 @@ def test_without_vllm_one_line_says_what_to_install(tmp_path, monkeypatch):
     job = make_job("ppo", tmp_path, "ppo.sampler=vllm")
     job.inputs["sft"] = tmp_path
     with pytest.raises(UserError, match=r"pip install 'threefold\[vllm\]'.*ppo.sampler=own.*nothing") as error:
-        actors.load_engine(on_gpu(job), 1, END)
+        actors.load_engine(on_gpu(job), 1, [END])
     assert "\n" not in str(error.value)
 
 
@@ -280,9 +280,9 @@ def test_vllm_is_refused_without_a_gpu_and_for_several_processes(tmp_path, vllm)
     job = make_job("ppo", tmp_path, "ppo.sampler=vllm")
     job.inputs["sft"] = tmp_path
     with pytest.raises(UserError, match=r"needs a GPU.*ppo.sampler=own"):
-        actors.load_engine(job, 1, END)
+        actors.load_engine(job, 1, [END])
     with pytest.raises(UserError, match=r"one process.*ppo.sampler=own"):
-        actors.load_engine(on_gpu(job), 2, END)
+        actors.load_engine(on_gpu(job), 2, [END])
 
 
 def test_the_stand_in_refuses_names_that_vllm_does_not_have(vllm, tmp_path):

@@ -1,5 +1,6 @@
 """Reward functions keep TRL's signature and their numbers, are found by import path, and can be added up."""
 
+import copy
 import importlib
 import itertools
 import math
@@ -436,14 +437,17 @@ def test_a_function_of_trl_that_makes_a_reward_from_arguments_reads_the_token_id
 
 
 def test_the_learned_reward_is_the_normalised_score_of_ids_or_of_what_the_template_renders():
-    model, tokenizer = tiny_reward_model(), tiny_tokenizer()
+    model, tokenizer = tiny_reward_model(), copy.deepcopy(tiny_tokenizer())
     function, texts = learned(Ensemble([model]), tokenizer, batch_size=2), ["I like the rain", "", "nice, and you?"]
     prompts = [CONVERSATION, "Hi", [{"role": "user", "content": "Hi"}]]
     asked = [chat.prompt_ids(tokenizer, p) for p in (CONVERSATION, prompts[2], prompts[2])]
-    replied = [chat.reply_ids(tokenizer, text) for text in texts]
+    replied = [chat.reply_ids(tokenizer, prompts[2], text) for text in texts]
     assert all(ids[-1] == tokenizer.eos_token_id for ids in replied)
     expected = [(plain_score(model, a + r) - 0.3) / 1.7 for a, r in zip(asked, replied, strict=True)]
     assert function(prompts, texts) == pytest.approx(expected, abs=1e-4)
+    tokenizer.init_kwargs[chat.ENDS] = ["<|system|>"]
+    otherwise = [[*ids[:-1], tokenizer.convert_tokens_to_ids("<|system|>")] for ids in replied]  # all ends score alike
+    assert function(prompts, texts, prompt_ids=asked, completion_ids=otherwise) == pytest.approx(expected, abs=1e-4)
     unfinished = [ids[:-1] for ids in replied]
     expected = [(plain_score(model, a + r) - 0.3) / 1.7 for a, r in zip(asked, unfinished, strict=True)]
     assert function(prompts, texts, prompt_ids=asked, completion_ids=unfinished) == pytest.approx(expected, abs=1e-4)

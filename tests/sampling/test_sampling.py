@@ -1,5 +1,6 @@
 """The sampler: what it records is what it drew from, and what it draws is the softmax at the temperature."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from threefold.errors import UserError
-from threefold.models import likelihood
+from threefold.models import chat, likelihood
 from threefold.sampling import decoding, sampler
 from threefold.sampling.sampler import StaticDecoder
 
@@ -66,6 +67,20 @@ def test_replies_stop_at_the_end_token_or_the_limit(policy):
         assert END not in reply.ids[:-1]
         assert reply.ended == (reply.ids[-1] == END)
         assert reply.ended or len(reply.ids) == 12
+
+
+def test_a_reply_stops_at_any_of_several_end_tokens():
+    tokenizer, other = copy.deepcopy(tiny_tokenizer()), tiny_tokenizer().convert_tokens_to_ids("<|system|>")
+    tokenizer.init_kwargs[chat.ENDS] = ["<|system|>"]
+    model, limits = favour(tiny_policy(), END, 3.0), settings()
+    with torch.no_grad():
+        model.get_output_embeddings().bias[other] = 3.0
+    prompts = PROMPTS * 3
+    replies = sampler.sample(model, prompts, limits, tokenizer, numbers(len(prompts), limits))
+    assert {END, other} <= {reply.ids[-1] for reply in replies}
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert not {END, other} & set(reply.ids[:-1]) and reply.ended == (reply.ids[-1] in (END, other))
+        assert reply.logprobs == pytest.approx(plain_logprobs(model, prompt, reply.ids, 0.7).tolist(), abs=1e-4)
 
 
 def test_an_end_token_on_the_last_place_counts_as_ended():

@@ -64,7 +64,7 @@ def tiny_config(model_type: str, **options):
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     # weights ten times as large as usual, so that distributions are far from uniform and attention matters
     return AutoConfig.for_model(
-        model_type, **shape, **ids, vocab_size=len(tokenizer), initializer_range=0.2, dtype="float32", **options
+        model_type, **ids, vocab_size=len(tokenizer), initializer_range=0.2, dtype="float32", **(shape | options)
     )
 
 

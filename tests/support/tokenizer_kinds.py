@@ -91,7 +91,9 @@ def deepseek():
     calls = [f"<｜tool▁{part}｜>" for part in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")]
     added = special("<｜User｜>", "<｜Assistant｜>", *calls, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
     named = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"}
-    return bytes_bpe((TRL / "deepseekv3.jinja").read_text(), [*added, *plain("<think>", "</think>")], **named)
+    template = (TRL / "deepseekv3.jinja").read_text().replace("<think>\\n", "")  # as the checkpoint itself has it
+    cut = "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    return bytes_bpe(template.replace(cut, ""), [*added, *plain("<think>", "</think>")], **named)
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

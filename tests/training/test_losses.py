@@ -21,6 +21,7 @@ from threefold.config.compose import compose
 from threefold.data import preferences
 from threefold.data.reading import Example
 from threefold.errors import UserError
+from threefold.evaluation import held_out
 from threefold.fileio import read_lines
 from threefold.models import chat, loading
 from threefold.sampling import sampler
@@ -62,7 +63,7 @@ def first_step(job, fit, *arguments) -> dict[str, float]:
 
 
 def sft_rows() -> list[dict[str, list[int]]]:
-    return [sft.tokenised(tiny_tokenizer(), example) for example in EXAMPLES]
+    return [sft.labelled(*ids) for ids in held_out.reply_pairs(tiny_tokenizer(), EXAMPLES)]
 
 
 def test_sft_trains_on_the_reply_and_its_end_token_only(tmp_path, trainer_of):
@@ -77,15 +78,14 @@ def test_sft_trains_on_the_reply_and_its_end_token_only(tmp_path, trainer_of):
         assert torch.equal(labels[trained_on], ids[trained_on])
         assert labels[length - 1] == tokenizer.eos_token_id != tokenizer.pad_token_id
         found.add((tuple(ids[:length][~trained_on[:length]].tolist()), tuple(labels[trained_on].tolist())))
-    prompts_and_replies = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in EXAMPLES]
+    prompts_and_replies = held_out.reply_pairs(tokenizer, EXAMPLES)
     assert found == {(tuple(prompt), tuple(reply)) for prompt, reply in prompts_and_replies}
     assert all(prompt.count(tokenizer.bos_token_id) == 1 for prompt, _ in prompts_and_replies)
 
 
 def test_sft_loss_is_the_mean_over_reply_tokens(tmp_path):
     tokenizer, model = tiny_tokenizer(), tiny_policy()
-    pairs = [(chat.prompt_ids(tokenizer, e.prompt), chat.reply_ids(tokenizer, e.reply)) for e in EXAMPLES]
-    logprobs = [plain_logprobs(model, prompt, reply) for prompt, reply in pairs]
+    logprobs = [plain_logprobs(model, prompt, reply) for prompt, reply in held_out.reply_pairs(tokenizer, EXAMPLES)]
     step = first_step(make_job("sft", tmp_path, "sft.batch_size=8"), sft.fit, model, tokenizer, sft_rows(), 8)
     assert step["loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), abs=1e-4)
 
@@ -133,8 +133,7 @@ def scores_by_hand(model) -> list[tuple[float, float]]:
     """Scores of (chosen, rejected) of each pair, one row at a time."""
     tokenizer, found = tiny_tokenizer(), []
     for pair in PAIRS:
-        prompt = chat.prompt_ids(tokenizer, pair.prompt)
-        replies = [chat.reply_ids(tokenizer, reply) for reply in (pair.chosen, pair.rejected)]
+        prompt, replies = chat.row_ids(tokenizer, pair.prompt, pair.chosen, pair.rejected)
         found.append(tuple(plain_score(model, prompt + reply) for reply in replies))
     return found
 
@@ -220,8 +219,7 @@ def implicit_rewards(model, reference, beta: float) -> list[tuple[float, float]]
     """beta times the change of summed log-probability, of (chosen, rejected) of each pair."""
     tokenizer, found = tiny_tokenizer(), []
     for pair in PAIRS:
-        prompt = chat.prompt_ids(tokenizer, pair.prompt)
-        replies = [chat.reply_ids(tokenizer, reply) for reply in (pair.chosen, pair.rejected)]
+        prompt, replies = chat.row_ids(tokenizer, pair.prompt, pair.chosen, pair.rejected)
         change = [plain_logprobs(model, prompt, r).sum() - plain_logprobs(reference, prompt, r).sum() for r in replies]
         found.append(tuple(beta * c.item() for c in change))
     return found
@@ -260,7 +258,7 @@ def dpo_loss(kind: str, chosen: float, rejected: float, pair: preferences.Pair, 
         return max(0.0, 1 - delta)
     if kind == "robust":
         return (-(1 - noise) * log_sigmoid(delta) + noise * log_sigmoid(-delta)) / (1 - 2 * noise)
-    lengths = [len(chat.reply_ids(tiny_tokenizer(), reply)) for reply in (pair.chosen, pair.rejected)]
+    lengths = [len(chat.reply_ids(tiny_tokenizer(), pair.prompt, reply)) for reply in (pair.chosen, pair.rejected)]
     return (chosen / beta / lengths[0] - rejected / beta / lengths[1] - 1 / (2 * beta)) ** 2
 
 

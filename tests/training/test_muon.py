@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_policy
 
+from threefold.training import muon
 from threefold.training.muon import MuonAdamW, orthogonalise, split_parameters
 
 
@@ -43,6 +44,17 @@ def test_matrices_orthogonalised_together_equal_each_by_itself(shape):
     together = orthogonalise(matrices)
     for i in range(4):
         torch.testing.assert_close(together[i], orthogonalise(matrices[i : i + 1])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 12])
+def test_steps_on_gram_matrices_are_those_on_the_matrices(rank):
+    generator = torch.Generator().manual_seed(4)
+    low = torch.randn(3, 12, rank, generator=generator) @ torch.randn(3, rank, 40, generator=generator)
+    matrices = low + 1e-4 * torch.randn(low.shape, generator=generator)
+    matrices = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    expected = muon._directly(matrices.double())
+    torch.testing.assert_close(muon._by_gram_matrix(matrices.double()), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(muon._by_gram_matrix(matrices).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_adamw_part_is_torchs_adamw():

@@ -9,6 +9,7 @@ from helpers import PAIRS, PROMPTS, SENTENCES, make_job, make_ppo, tiny_policy, 
 from threefold.data import preferences
 from threefold.data.reading import Example
 from threefold.errors import UserError
+from threefold.evaluation import held_out
 from threefold.fileio import read_lines
 from threefold.models import ensemble, loading
 from threefold.stages import dpo, ppo, pretrain, reward, sft
@@ -19,7 +20,7 @@ LOST = r"^{}: [\w/]+ is (nan|inf) at step \d+; lower {}$"
 
 def sft_rows():
     examples = [Example([{"role": "user", "content": "hello"}], sentence) for sentence in SENTENCES * 4]
-    return [sft.tokenised(tiny_tokenizer(), example) for example in examples]
+    return [sft.labelled(*ids) for ids in held_out.reply_pairs(tiny_tokenizer(), examples)]
 
 
 def tokenised(pairs):

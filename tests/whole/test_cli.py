@@ -107,6 +107,7 @@ def test_help_names_every_command(capsys):
         "sync",
         "config",
         "runs",
+        "template",
     }
     assert set(cli.COMMANDS) == {"run", "sweep"} | others
     assert all(f"\n  {name}" in shown and text in shown for name, (_, text) in cli.COMMANDS.items())

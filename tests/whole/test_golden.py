@@ -22,6 +22,7 @@ from torch import nn
 from threefold.data import preferences
 from threefold.data.preferences import Pair
 from threefold.data.reading import Example
+from threefold.evaluation import held_out
 from threefold.fileio import read_lines
 from threefold.models import chat
 from threefold.ppo import rollouts
@@ -69,7 +70,8 @@ def pretraining(folder: Path, noise: float, *overrides: str) -> dict[str, list[f
 
 def finetuning(folder: Path, noise: float, *overrides: str) -> dict[str, list[float]]:
     job = make_job("sft", folder, f"sft.batch_size={BATCH}", "sft.learning_rate=0.003", *overrides)
-    rows = [sft.tokenised(tiny_tokenizer(), Example(pair.prompt, pair.chosen)) for pair in pairs()]
+    examples = [Example(pair.prompt, pair.chosen) for pair in pairs()]
+    rows = [sft.labelled(*ids) for ids in held_out.reply_pairs(tiny_tokenizer(), examples)]
     sft.fit(job, weighted(tiny_policy(), 2, noise), tiny_tokenizer(), rows, BATCH)
     return logged(job, "loss", "grad_norm")
 
@@ -96,7 +98,7 @@ def optimising(folder: Path, noise: float, *overrides: str) -> dict[str, list[fl
         weighted(model, seed, noise)
     made.optimizers = {name: ppo.adam(getattr(made.actors, name), made.config) for name in made.optimizers}
     generator, tokenizer = np.random.default_rng(7), tiny_tokenizer()
-    texts = [chat.reply_ids(tokenizer, sentence(generator)) for _ in PROMPTS]
+    texts = [chat.reply_ids(tokenizer, prompt.messages, sentence(generator)) for prompt in PROMPTS]
     replies = [Reply(ids, [0.0] * len(ids), True, [0.0] * len(ids)) for ids in texts]
     scores = generator.standard_normal(len(PROMPTS)).tolist()
     with torch.no_grad(), made.accelerator.autocast():
