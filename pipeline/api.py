@@ -7,6 +7,7 @@ run.steps("ppo")[["step", "kl", "score"]]
 run.sample("ppo", ["Hello there"], count=2)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,11 +27,12 @@ if TYPE_CHECKING:  # these take seconds to import
 def compose(*overrides: str) -> Config:
     """The checked, read-only configuration of `conf/` with `overrides` in Hydra's syntax, as "ppo.kl_coef=0.1".
 
+    That of a run which is there starts from what the run was told, as every command does.
     Raises `UserError`, one line, for an unknown key or choice, a wrong type, or a value outside its limits.
     """
-    from threefold.config import compose as composition
+    from threefold.config import choices
 
-    return cast(Config, composition.compose(list(overrides)))
+    return cast(Config, choices.compose_run(overrides)[0])
 
 
 def make(*overrides: str) -> "Run":
@@ -39,22 +41,41 @@ def make(*overrides: str) -> "Run":
     `launcher=slurm` waits for its jobs, `seeds=N` makes a run for each seed, `rounds=N` one for each round of DPO.
     Raises `UserError` for bad input, before any long work.
     """
-    config, last = last_round(compose(*overrides), list(overrides))
+    config, told = begin(overrides)
+    config, last = last_round(config, told)
     bring_up_to_date(config, last)
     return Run(Path(config.runs) / config.run)
+
+
+def begin(overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """The configuration of a run that is to be made, and all overrides that it is composed from."""
+    from threefold.config import choices
+
+    config, told = choices.compose_run(overrides)
+    let_go(config)
+    return config, told
+
+
+def let_go(config: Any) -> None:
+    """With takeover=true, have jobs that were sent for the run link nothing into it any more."""
+    if config.takeover:
+        from threefold.slurm import job_records
+
+        job_records.let_go(config)
 
 
 def last_round(config: Any, overrides: list[str]) -> tuple[Any, list[str]]:
     """The last round of `rounds`, all before it made: its configuration and overrides. Without rounds both as given."""
     if config.rounds is None:
         return config, overrides
+    from threefold.config.compose import compose
     from threefold.runs import rounds
 
     *earlier, last = rounds.overrides_of(config, overrides)
     for number, given in enumerate(earlier, 1):
-        if bring_up_to_date(compose(*given), given):
+        if bring_up_to_date(compose(given), given):
             print(f"round {number} of {config.rounds} is made", flush=True)
-    return compose(*last), last
+    return compose(last), last
 
 
 def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
@@ -74,7 +95,7 @@ def bring_up_to_date(config: Any, overrides: list[str]) -> bool:
         return True
     from threefold import chain
 
-    return bool(chain.bring_up_to_date(config))
+    return bool(chain.bring_up_to_date(config, overrides))
 
 
 def status(*overrides: str) -> "DataFrame":
@@ -82,8 +103,9 @@ def status(*overrides: str) -> "DataFrame":
     import pandas
 
     from threefold import chain
+    from threefold.config import choices
 
-    return pandas.DataFrame(chain.status(cast(Any, compose(*overrides))))
+    return pandas.DataFrame(chain.status(choices.compose_run(overrides, reads=True)[0]))
 
 
 def open_run(folder: str | Path) -> "Run":

@@ -37,9 +37,8 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
 
 def _run(overrides: list[str]) -> None:
     from threefold import api
-    from threefold.config.compose import compose
 
-    config = compose(overrides)
+    config, overrides = api.begin(overrides)
     if config.launch.node_rank > 0:
         from threefold.execution.launch import take_part
         from threefold.execution.nodes import help_out
@@ -55,18 +54,24 @@ def _run(overrides: list[str]) -> None:
 
 
 def _submit(overrides: list[str]) -> None:
+    from threefold import api
+    from threefold.chain import keep_choices, wanted
     from threefold.chain.plans import Member
-    from threefold.config.compose import compose
     from threefold.display.parts import print_rows
     from threefold.runs import seeds, sweep_space, trials
     from threefold.slurm import submission
 
-    if sweep_space.is_sweep(overrides):
-        members = trials.composed(*sweep_space.read(overrides))
+    if several := sweep_space.is_sweep(overrides):
+        config, overrides, space = sweep_space.read(overrides)
+        api.let_go(config)
+        members = trials.composed(config, overrides, space)
     else:
-        config = compose(overrides)
-        members = [Member(config, overrides)] if config.seeds is None else seeds.composed(config, overrides)
+        config, overrides = api.begin(overrides)
+        several = config.seeds is not None
+        members = seeds.composed(config, overrides) if several else [Member(config, overrides)]
     rows = submission.rows(submission.submit(members))
+    if several:
+        keep_choices(config, overrides, wanted(config))
     if not rows:
         print("nothing to do: every stage is fresh")
     else:
@@ -75,14 +80,15 @@ def _submit(overrides: list[str]) -> None:
 
 def _composed(overrides: list[str]) -> Any:
     """The configuration, with `rounds` that of the last round, which is the run itself."""
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
 
-    config = compose(overrides)
+    config, told = compose_run(overrides, reads=True)
     if config.rounds is None:
         return config
+    from threefold.config.compose import compose
     from threefold.runs import rounds
 
-    return compose(rounds.overrides_of(config, overrides)[-1])
+    return compose(rounds.overrides_of(config, told)[-1])
 
 
 def _status(overrides: list[str]) -> None:
@@ -97,11 +103,11 @@ def _status(overrides: list[str]) -> None:
 
 
 def _cancel(overrides: list[str]) -> None:
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
     from threefold.display.parts import print_rows
     from threefold.slurm import job_records
 
-    config = compose(overrides)
+    config, _ = compose_run(overrides, reads=True)
     rows = [(row["stage"], row["job"], row["state"]) for row in job_records.cancel_jobs(config)]
     if not rows:
         print(f"nothing to cancel: run {config.run} has no jobs in Slurm")
@@ -120,9 +126,9 @@ def _report(overrides: list[str], compare: str | None = None) -> None:
 
 
 def _frontier(overrides: list[str]) -> None:
-    from threefold.config.compose import compose
+    from threefold import api
 
-    config = compose(overrides)
+    config, overrides = api.begin(overrides)
     from threefold.report import print_table, write_report
     from threefold.runs import frontier
 
@@ -132,9 +138,11 @@ def _frontier(overrides: list[str]) -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
+    from threefold import api
     from threefold.runs import sweep_space
 
     config, fixed, space = sweep_space.read(overrides)
+    api.let_go(config)
     from threefold.runs import sweep
 
     swept = sweep.run(config, fixed, space)
@@ -147,17 +155,17 @@ def _sweep(overrides: list[str]) -> None:
 
 
 def _label(overrides: list[str]) -> None:
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
     from threefold.labelling.page import serve
 
-    serve(compose(overrides), overrides)
+    serve(compose_run(overrides, reads=True)[0], overrides)
 
 
 def _chat(overrides: list[str]) -> None:
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
     from threefold.talk.command import talk
 
-    talk(compose(overrides), overrides)
+    talk(compose_run(overrides, reads=True)[0], overrides)
 
 
 def _template(arguments: list[str]) -> None:
@@ -167,25 +175,38 @@ def _template(arguments: list[str]) -> None:
 
 
 def _dashboard(overrides: list[str], wandb: bool = False) -> None:
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
     from threefold.tracking import dashboard
 
-    dashboard.show(compose([*overrides, "dashboard.show=wandb"] if wandb else overrides))
+    dashboard.show(compose_run([*overrides, "dashboard.show=wandb"] if wandb else overrides)[0])
 
 
 def _sync(overrides: list[str]) -> None:
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
     from threefold.tracking import dashboard
 
-    dashboard.sync(compose(overrides))
+    dashboard.sync(compose_run(overrides)[0])
 
 
 def _config(overrides: list[str]) -> None:
     from omegaconf import OmegaConf
 
-    from threefold.config.compose import compose
+    from threefold.config.choices import compose_run
 
-    print(OmegaConf.to_yaml(compose(overrides)), end="")
+    print(OmegaConf.to_yaml(compose_run(overrides)[0]), end="")
+
+
+def _runs(overrides: list[str]) -> None:
+    from threefold.chain.plans import listing
+    from threefold.config.compose import compose
+    from threefold.display.parts import print_rows
+
+    config = compose(overrides)
+    rows = listing(Path(config.runs))
+    if not rows:
+        print(f"no run in {config.runs}")
+    else:
+        print_rows(rows)
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
@@ -195,6 +216,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
         "send what is stale to Slurm, of a sweep for all runs, a job for each stage, and return at once",
     ),
     "status": (_status, "show each stage: fresh, stale and why, queued, running, failed"),
+    "runs": (_runs, "list the runs: when their last stage was made, and the main metric of every finished stage"),
     "cancel": (_cancel, "end the jobs of a run in Slurm, and of its variants"),
     "frontier": (_frontier, "measure gold and proxy reward against KL for best-of-n, DPO and PPO, with several seeds"),
     "sweep": (_sweep, "make a run with several values of some keys, or search them with Optuna: a table and plots"),

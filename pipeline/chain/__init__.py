@@ -1,7 +1,7 @@
 """The chain: which artifacts a configuration asks for, which of them are there, and making the rest."""
 
 from threefold.chain.checks import check, check_processes, check_rewards, check_sources
-from threefold.chain.making import bring_up_to_date, make
+from threefold.chain.making import bring_up_to_date, keep_choices, make
 from threefold.chain.plans import (
     Planned,
     State,
@@ -25,6 +25,7 @@ __all__ = [
     "check_rewards",
     "check_sources",
     "fingerprint_parts",
+    "keep_choices",
     "made_with",
     "make",
     "plan",

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from threefold.chain.checks import check
+from threefold.chain.checks import check, check_rewards, check_sources
 from threefold.chain.plans import Planned, plan, view, wanted
+from threefold.config import choices
 from threefold.data.files import is_local, is_package, is_task
 from threefold.errors import first_line, public_traceback
 from threefold.execution import launch, nodes
@@ -19,20 +20,31 @@ from threefold.stages import STAGES, parents
 from threefold.tracking.trackers import Table, results
 
 
-def bring_up_to_date(config: DictConfig) -> list[str]:
+def bring_up_to_date(config: DictConfig, overrides: list[str] | None = None) -> list[str]:
     """Make what `config.target` (or the whole chain) needs and lacks; returns the stages that ran.
 
+    overrides: what `config` is composed from, where the run is to keep it; it does once all checks have passed.
     Raises `UserError` for bad input; an unexpected error in a stage is written to its work folder and raised again.
     """
     run = Path(config.runs) / config.run
     planned, ran = plan(config, wanted(config)), []
     check(config, planned)
+    if overrides is not None:
+        choices.keep(config, overrides)
     with nodes.gathered(config.launch, Path(config.runs) / "artifacts") as others:
         for entry in planned.values():
             if not entry.artifact.finished and make(config, entry, planned, others):
                 ran.append(entry.stage)
             entry.artifact.link_into(run)
     return ran
+
+
+def keep_choices(config: DictConfig, overrides: list[str], names: list[str]) -> None:
+    """Store what a run was told of which variants are made, once the data and rewards of stages `names` were read."""
+    planned = plan(config, names)
+    check_sources(config, planned)
+    check_rewards(config, planned)
+    choices.keep(config, overrides)
 
 
 def make(config: DictConfig, entry: Planned, planned: dict[str, Planned], others: nodes.Nodes | None = None) -> bool:

@@ -24,6 +24,7 @@ from threefold.artifacts.digests import (
     source_parts,
     version_of,
 )
+from threefold.config import choices
 from threefold.errors import UserError
 from threefold.evaluation.players import policy_name
 from threefold.execution import interpolations, precision
@@ -65,7 +66,7 @@ def wanted(config: DictConfig) -> list[str]:
     if config.rounds is not None:
         raise UserError(f"rounds={config.rounds}: is for threefold run and threefold.make; leave it out here")
     names = needed_by(config.target, config)
-    if config.target and config.dependents:
+    if config.target and config.dependents and not config.takeover:
         run = Path(config.runs) / config.run
         made = [name for name in depending_on(config.target, config) if (run / name).exists()]
         names = [name for name in STAGES if any(name in needed_by(w, config) for w in [*names, *made])]
@@ -192,6 +193,10 @@ class Member:
         """Its stages, parents first."""
         return plan(self.config, wanted(self.config))
 
+    def keep(self) -> None:
+        """Store what the run was told."""
+        choices.keep(self.config, self.overrides)
+
     def link(self) -> None:
         """Link what is made into the run."""
         for entry in self.planned.values():
@@ -254,6 +259,29 @@ def _status_row(planned: Planned, run: Path) -> dict[str, Any]:
     linked = run / planned.stage / "manifest.json"
     state = _unmade(planned, read_json(linked) if linked.is_file() else None)
     return row | {"state": state.word, "reason": state.reason}
+
+
+def listing(runs: Path) -> list[list[str]]:
+    """A table of the runs in a folder, newest first: experiment, when last made, main metric of each finished stage."""
+    manifests, rows = {}, []
+    for run in choices.run_names(runs):
+        files = {stage: runs / run / stage / "manifest.json" for stage in STAGES}
+        manifests[run] = {stage: read_json(file) for stage, file in files.items() if file.is_file()}
+    columns = [stage for stage in STAGES if any(stage in made for made in manifests.values())]
+    for run, made in manifests.items():
+        told = choices.read(runs / run)
+        experiment = str(told.groups.get("experiment")) if told else ""
+        newest = max((manifest["created"] for manifest in made.values()), default="")
+        rows.append([run, experiment, newest, *(_figure(runs / run, stage, stage in made) for stage in columns)])
+    rows.sort(key=lambda row: row[2], reverse=True)
+    headings = [f"{stage} {STAGES[stage].metric}".strip() for stage in columns]
+    return [["run", "experiment", "made", *headings], *rows] if rows else []
+
+
+def _figure(run: Path, stage: str, made: bool) -> str:
+    """The main metric of a stage, "made" where it has none, nothing where the stage is not finished."""
+    value = read_json(run / stage / "metrics.json").get(STAGES[stage].metric) if made else None
+    return f"{value:.4g}" if value is not None else "made" if made else ""
 
 
 def made_with(manifest: dict[str, Any]) -> str:

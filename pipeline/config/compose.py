@@ -46,7 +46,7 @@ def compose(overrides: list[str]) -> DictConfig:
     for file in _own_files(overrides):
         check_own_file(file)
     try:
-        config = _merged([_addable(as_typed(override)) for override in overrides], folders)
+        config, _ = _merged([_addable(as_typed(override)) for override in overrides], folders)
         interpolations.note_variables(OmegaConf.to_container(config))
         missing = sorted(OmegaConf.missing_keys(config))
         interpolations.resolve(config)
@@ -65,10 +65,15 @@ def compose(overrides: list[str]) -> DictConfig:
     return config
 
 
-def _merged(overrides: list[str], folders: list[str]) -> DictConfig:
+def chosen(overrides: list[str]) -> dict[str, Any]:
+    """The choice of every group under `overrides`, which compose."""
+    return _merged([_addable(as_typed(override)) for override in overrides], own_folders(overrides))[1]
+
+
+def _merged(overrides: list[str], folders: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     """`conf/` with `overrides`, unresolved: its files as a copy of what Hydra made of the same choices before.
 
-    Files may lie in a user's own `folders` as well.
+    Files may lie in a user's own `folders` as well. The second value is the choice of every group.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -77,11 +82,11 @@ def _merged(overrides: list[str], folders: list[str]) -> DictConfig:
     places = (Path(threefold.conf.__file__).parent, *map(Path, folders))
     files = [file for place in places for file in sorted(place.rglob("*.yaml"))]
     state = tuple((str(file), file.stat().st_mtime_ns) for file in files)
-    chosen = [override for override in overrides if _chooses(override, places)]
-    config = pickle.loads(_of_files(tuple(composed_in(chosen, folders)), tuple(folders), state))
-    values = [override for override in overrides if override not in chosen]
+    of_groups = [override for override in overrides if _chooses(override, places)]
+    config, groups = pickle.loads(_of_files(tuple(composed_in(of_groups, folders)), tuple(folders), state))
+    values = [override for override in overrides if override not in of_groups]
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
-    return config
+    return config, groups
 
 
 def _chooses(override: str, places: tuple[Path, ...]) -> bool:
@@ -103,9 +108,10 @@ def _of_files(chosen: tuple[str, ...], folders: tuple[str, ...], state: Any) -> 
     with initialize_config_module("threefold.conf", version_base="1.3"):
         config = hydra_compose("config", overrides=list(chosen), return_hydra_config=True)
     check_file_texts(config.hydra.runtime.choices, folders)
+    groups: Any = OmegaConf.to_container(config.hydra.runtime.choices)
     with open_dict(config):
         del config["hydra"]
-    return pickle.dumps(config)
+    return pickle.dumps((config, {group: choice for group, choice in groups.items() if group in GROUPS}))
 
 
 @functools.cache

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from threefold import rewards
+from threefold import chain, rewards
 from threefold.errors import UserError
 from threefold.evaluation import best_of
 from threefold.fileio import read_json, read_lines, write_json
 from threefold.runs import variants
 from threefold.runs.variants import Variant
+from threefold.stages import needed_by
 
 FORMS = {"best_of_n": "best_of_n", "dpo": "rl", "ppo": "rl"}  # DPO as RL: Rafailov et al. 2024, arXiv 2406.02900
 SCORES = ("gold", "second", "proxy")
@@ -33,6 +34,7 @@ def write(config: DictConfig, overrides: list[str]) -> Path:
     if config.seeds is not None or config.target is not None:
         raise UserError("threefold frontier: takes neither seeds nor target; frontier.seeds has the seeds of its runs")
     wanted, failure = variants_of(config.frontier), None
+    chain.keep_choices(config, overrides, needed_by("frontier", config))
     try:
         variants.make(config, [*config.frontier.overrides, *overrides], list(wanted))
     except UserError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from threefold import chain
 from threefold.artifacts.artifact import COSTS
 from threefold.chain.plans import Member
 from threefold.errors import UserError
@@ -23,6 +24,7 @@ from threefold.stages import STAGES, depending_on
 def run(config: DictConfig, overrides: list[str]) -> Path:
     """Make the run with `seeds` seeds, and write seeds.json; returns the run's folder."""
     folder, wanted = Path(config.runs) / config.run, variants_of(config)
+    chain.keep_choices(config, overrides, chain.wanted(config))
     made = variants.make(config, overrides, wanted)
     for entry in made[0].planned.values():  # of the command's own seed
         entry.artifact.link_into(folder)
@@ -59,7 +61,7 @@ def seeded_key(config: DictConfig) -> str:
 
 def last_made(config: DictConfig, folder: Path) -> str | None:
     """The stage to make with every seed: the target, or the last one that depends on it and that the run has."""
-    if config.target is None or not config.dependents:
+    if config.target is None or not config.dependents or config.takeover:
         return config.target
     made = [name for name in depending_on(config.target, config) if (folder / name).exists()]
     return made[-1] if made else config.target

@@ -15,9 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
+from threefold import chain
 from threefold.errors import UserError
 from threefold.runs import sweep_table, trials
 from threefold.runs.sweep_space import Dimension
+from threefold.stages import needed_by
 from threefold.tracking.trackers import installed
 
 
@@ -28,6 +30,7 @@ def run(config: DictConfig, overrides: list[str], space: list[Dimension]) -> dic
     and makes failed runs alone. Raises `UserError` for bad input.
     """
     with alone(config):
+        chain.keep_choices(config, overrides, needed_by(config.target, config))
         if config.sweep.trials:
             installed("optuna", "sweep.trials")
             from threefold.runs import sweep_search

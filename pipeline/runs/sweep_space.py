@@ -15,6 +15,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from threefold import chain, rewards
+from threefold.config import choices
 from threefold.config.compose import compose
 from threefold.errors import UserError, nearest
 from threefold.evaluation.players import MODELS
@@ -61,7 +62,8 @@ def read(overrides: list[str]) -> tuple[DictConfig, list[str], list[Dimension]]:
     Raises `UserError` for what is wrong with them.
     """
     fixed, space = parse(overrides)
-    config = compose(fixed)
+    varied = [dimension.key for dimension in space] + (["evaluate.models"] if methods(space) else [])
+    config, fixed = choices.compose_run(fixed, varied)
     check_methods(config, fixed, space)
     fixed = [*fixed, *implied(config, space)]
     config = compose(fixed)

@@ -37,6 +37,8 @@ def make_here(members: Sequence[Member]) -> dict[str, str]:
     """Make what `members`, variants of one run, lack; run → first error line and its log, for those that failed."""
     for member in members:
         chain.check(member.config, member.planned)
+    for member in members:
+        member.keep()
     config = members[0].config
     run = config.run.rpartition("/variants/")[0]
     try:

@@ -176,6 +176,7 @@ class Config:
 
     run: str = MISSING
     runs: str = MISSING
+    takeover: bool = MISSING
     target: str | None = MISSING
     dependents: bool = MISSING
     seed: int = number(0)

@@ -167,6 +167,16 @@ def cancel_jobs(config: DictConfig) -> list[Row]:
     return rows
 
 
+def let_go(config: DictConfig) -> None:
+    """Have jobs that were sent for a run link what they make into it no more: another takes over its name."""
+    runs = Path(config.runs)
+    with lock(runs):
+        for artifact, record in all_of(runs).values():
+            if _wanted_by(record, config.run):
+                record.runs = [run for run in record.runs if not belongs(run, config.run)]
+                write(artifact, record)
+
+
 def _leave(artifact: Artifact, record: Record, run: str) -> str:
     """Take `run` and its variants out of a record, unless no other run wants its job."""
     others = [other for other in record.runs if not belongs(other, run)]

@@ -63,11 +63,13 @@ def submit(members: Sequence[Member]) -> dict[str, Wanted]:
     """
     with job_records.lock(Path(members[0].config.runs)):
         wanted = unmade(members)
-        for member in members:
-            member.link()
         if wanted:
             client.require()
             check(members, wanted)
+        for member in members:
+            member.keep()
+            member.link()
+        if wanted:
             adopt(wanted)
             send_all([entry for entry in wanted.values() if entry.record is None], wanted)
     return wanted

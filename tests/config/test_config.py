@@ -321,7 +321,7 @@ def test_files_kept_in_memory_compose_to_what_hydra_makes_of_all_overrides_at_on
     with initialize_config_module("threefold.conf", version_base="1.3"):
         reference = hydra.compose("config", overrides=overrides)
     for _ in range(2):
-        merged = _merged(overrides, [])
+        merged, _ = _merged(overrides, [])
         assert OmegaConf.to_yaml(merged) == OmegaConf.to_yaml(reference)
         assert OmegaConf.get_type(merged.ppo) is OmegaConf.get_type(reference.ppo) and OmegaConf.is_struct(merged)
 

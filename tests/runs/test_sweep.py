@@ -261,7 +261,7 @@ def test_failed_runs_are_listed_and_the_same_command_makes_them_alone(tmp_path, 
             raise RuntimeError("weights lost\nin the sea")
 
     stages = sweeps.stand_in(monkeypatch, breaks=breaks)
-    command = ["sweep", f"runs={tmp_path}", "target=dpo", "dpo.beta=0.1,0.02", "dpo.seed=2,3"]
+    command = ["sweep", "experiment=smoke", f"runs={tmp_path}", "target=dpo", "dpo.beta=0.1,0.02", "dpo.seed=2,3"]
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 1

@@ -142,7 +142,7 @@ def compared(tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("methods"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         stages = sweeps.stand_in(patch, evaluation=evaluation, samples=samples)
-        overrides = [f"runs={folder}", *METHODS, *SEEDED, "best_of_n.n=4,16", "launcher.jobs=1"]
+        overrides = ["experiment=smoke", f"runs={folder}", *METHODS, *SEEDED, "best_of_n.n=4,16", "launcher.jobs=1"]
         results = sweep.run(*sweep_space.read(overrides))
     return SimpleNamespace(stages=stages, results=results, folder=folder / "smoke", said=said.getvalue())
 

@@ -164,7 +164,7 @@ PRUNED = ["dpo.beta=0.1,0.12,1.0,0.11", "sweep.trials=4", "sweep.batch=2", "swee
 
 def begun(runs, *overrides):
     """The overrides of a search whose trials are given: two that do well, one that does badly, one that does well."""
-    config, _, space = sweep_space.read([f"runs={runs}", "target=dpo", *PRUNED, *overrides])
+    config, _, space = sweep_space.read(["experiment=smoke", f"runs={runs}", "target=dpo", *PRUNED, *overrides])
     (runs / "smoke").mkdir()
     study = sweep_search.opened(config, space)
     for beta in space[0].values:

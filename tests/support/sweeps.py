@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from threefold import chain
 from threefold.artifacts.artifact import asked_to_stop
 from threefold.chain import making
+from threefold.config import choices
 from threefold.config.compose import check
 from threefold.errors import UserError
 from threefold.fileio import write_json, write_lines
@@ -88,8 +89,11 @@ def quickly(*overrides: str):
 def stand_in(monkeypatch, **options) -> Stages:
     """Have stages made by `Stages` and variants in this process; returns the stand-in."""
     stages = Stages(**options)
-    for module in (variants, variants, sweep_space):
+    for module in (choices, variants, sweep_space):
         monkeypatch.setattr(module, "compose", lambda given: quickly(*given))
+    monkeypatch.setattr(choices, "chosen", lambda given: {"experiment": "smoke"})
+    for check_inputs in ("check_sources", "check_rewards"):
+        monkeypatch.setattr(making, check_inputs, lambda config, planned: None)
     monkeypatch.setattr(variants, "_run", run_here)
     for module in (chain, making):
         monkeypatch.setattr(module, "make", stages.make)
@@ -101,6 +105,7 @@ def stand_in(monkeypatch, **options) -> Stages:
 
 def swept(runs, *overrides: str) -> dict:
     """A sweep of the smoke run's DPO below `runs`; returns what sweep.json holds."""
-    found = sweep.run(*sweep_space.read([f"runs={runs}", "target=dpo", "launcher.jobs=1", *overrides]))
+    own = [f"runs={runs}", "target=dpo", "launcher.jobs=1"]
+    found = sweep.run(*sweep_space.read(["experiment=smoke", *own, *overrides]))
     assert found == json.loads((runs / found["run"] / "sweep.json").read_text())
     return found

@@ -59,10 +59,12 @@ def test_an_answer_comes_soon_without_torch(arguments, said, tmp_path):
         (("run", "ppo.kl_cof=0.1"), "error: ppo.kl_cof is not a configuration key (nearest: ppo.kl_coef)"),
         (("status", "model=tyny"), "error: model=tyny: no such choice (nearest: tiny); there are gpt2, hf, llama_"),
         (("config", "--foo"), "error: --foo: no such option; overrides are written KEY=VALUE"),
-        (("report", "run=none", "runs={tmp}"), "error: {tmp}/none: this run has no finished stage; make one with:"),
+        (("report", "run=none", "runs={tmp}"), "error: run=none: there is no such run; `threefold runs` lists them"),
+        (("status", "run=none", "runs={tmp}"), "error: run=none: there is no such run; `threefold runs` lists them\n"),
         (
-            ("chat", "run=none", "runs={tmp}", "chat.seed=3"),
-            'error: chat.model=ppo: run none has no ppo yet; make it with: make ppo ARGS="run=none runs={tmp}"\n',
+            ("chat", "experiment=smoke", "runs={tmp}", "chat.seed=3"),
+            "error: chat.model=ppo: run smoke has no ppo yet; make it with: "
+            'make ppo ARGS="experiment=smoke runs={tmp}"\n',
         ),
         (
             ("chat", "chat.model=ppo_best_off_8"),
@@ -93,8 +95,21 @@ def test_help_names_every_command(capsys):
         cli.main([])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    others = {"status", "submit", "cancel", "report", "frontier", "label", "chat", "dashboard", "sync", "config"}
-    assert set(cli.COMMANDS) == {"run", "sweep", "template"} | others
+    others = {
+        "status",
+        "submit",
+        "cancel",
+        "report",
+        "frontier",
+        "label",
+        "chat",
+        "dashboard",
+        "sync",
+        "config",
+        "runs",
+        "template",
+    }
+    assert set(cli.COMMANDS) == {"run", "sweep"} | others
     assert all(f"\n  {name}" in shown and text in shown for name, (_, text) in cli.COMMANDS.items())
 
 
