@@ -49,7 +49,8 @@ def drawing(figure: graph_objects.Figure, x_title: str, y_title: str, **layout: 
     }  # fmt: skip
     figure.layout.template = None  # plotly's own, which the page has no use for
     drawn = json.loads(figure.to_json(validate=False))  # checking each of these values takes a tenth of a second
-    return {"data": drawn["data"], "layout": drawn["layout"] | manner | layout}
+    axes = {name: drawn["layout"].get(name, {}) | manner[name] for name in ("xaxis", "yaxis")}  # types and ticks stay
+    return {"data": drawn["data"], "layout": drawn["layout"] | manner | axes | layout}
 
 
 def titled(axis: dict[str, Any], title: str) -> dict[str, Any]:

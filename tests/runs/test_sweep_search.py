@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from threefold.errors import UserError
 from threefold.fileio import read_json
 from threefold.report import studies
-from threefold.runs import sweep_search, sweep_space, trials, variants
+from threefold.runs import sweep_search, sweep_space, variants
 from threefold.runs.sweep_space import Dimension
 
 SPACE = ["dpo.beta=tag(log,interval(0.01,1.0))", "dpo.learning_rate=tag(log,interval(1e-5,1e-2))"]
@@ -174,7 +174,7 @@ def begun(runs, *overrides):
 
 def test_trials_that_do_badly_are_ended_while_they_train(tmp_path, monkeypatch, capsys):
     stages = sweeps.stand_in(monkeypatch, steps=3, patience=20.0)
-    monkeypatch.setattr(trials, "PAUSE", 0.01)
+    monkeypatch.setattr(sweep_search, "PAUSE", 0.01)
     search = begun(tmp_path, "sweep.prune=dpo.rewards/accuracies")
     found = sweeps.swept(tmp_path, *search)
     assert [row["state"] for row in found["runs"]] == ["complete", "complete", "pruned", "complete"]
@@ -199,7 +199,7 @@ def test_a_trial_that_was_to_be_ended_but_failed_by_itself_is_a_failed_one():
 
 def test_of_a_metric_to_minimize_high_values_are_bad(tmp_path, monkeypatch):
     sweeps.stand_in(monkeypatch, steps=2, patience=0.3)
-    monkeypatch.setattr(trials, "PAUSE", 0.01)
+    monkeypatch.setattr(sweep_search, "PAUSE", 0.01)
     search = begun(tmp_path, "sweep.prune=dpo.rewards/accuracies", "sweep.prune_direction=minimize")
     assert {row["state"] for row in sweeps.swept(tmp_path, *search)["runs"]} == {"complete"}
     assert studied(tmp_path)[2].intermediate_values == {step: pytest.approx(-0.69) for step in (1, 2)}
