@@ -129,7 +129,7 @@ def the_way_that_templates_are_rendered(folder, monkeypatch):
 
 
 def a_variable_of_the_template(folder, monkeypatch):
-    ask = ("tokenizer", "model.checkpoint=org/name")
+    ask = ("tokenizer", "model=hf", "++model.checkpoint=org/name")
     return ask, lambda: None, (*ask, "+model.chat_template_kwargs.enable_thinking=false")
 
 

@@ -62,6 +62,14 @@ def test_names_folders_and_the_machine_reach_no_fingerprint(tmp_path):
     assert changed("launch=ddp", *elsewhere, *(f"runtime.{m}" for m in machine)) == set()
 
 
+@pytest.mark.parametrize("override", ["dpo.ld_alpha=0.5", "dpo.reference_sync_every=4"])
+def test_a_key_that_was_added_is_in_the_fingerprint_with_another_value_alone(override):
+    key = override.partition("=")[0]
+    name = key.partition(".")[0]
+    assert key not in chain.fingerprint_parts(compose([]), name)
+    assert key in chain.fingerprint_parts(compose([override]), name)
+
+
 def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("THREEFOLD_DATA", str(tmp_path))
     (tmp_path / "hh-rlhf").mkdir()
@@ -72,12 +80,15 @@ def test_every_other_key_is_covered_by_the_fingerprint_of_a_stage(tmp_path, monk
     covered = {part for plan in plans for planned in plan.values() for part in planned.parts}
     neutral = ("run", "runs", "target", "dependents", "seed", "runtime.", "tracker.", "launch.", "label.", "chat.")
     neutral += ("launcher.", "cluster.", "resources.", "dashboard.", "sweep.", "data.limits_for")
+    neutral += ("takeover", "rounds", "evaluate.reward_model")  # the last chooses parents, whose fingerprints count
+    neutral += tuple(key for stage in STAGES.values() for key in stage.added)  # with the value of today
     # which runs the frontier consists of, and how laws are fitted to them
     neutral += tuple(
         f"frontier.{name}" for name in ("seeds", "betas", "kl_coefs", "overrides", "snapshots", "bootstrap")
     )
     # of a local source its content counts, not its place; entries of a dictionary count one by one
     local = (".path", ".config_name", ".splits", ".columns", ".args", ".parts", ".probes", ".tasks")
+    local += (".chat_template_kwargs", ".loss_weights")
     local = [k for k in keys() if k.endswith(local) or (k.startswith("data.") and k.endswith(".revision"))]
     assert [k for k in keys() if not k.startswith(neutral) and k not in local and k not in covered] == []
     assert {"data.text.content.train", "data.text.splits.train"} <= covered

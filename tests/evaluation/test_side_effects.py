@@ -113,10 +113,10 @@ def test_the_most_changed_prompts_are_those_with_the_largest_change_of_score(tmp
     (tmp_path / "evaluate").mkdir()
     write_lines(tmp_path / "evaluate" / "samples.jsonl", rows)
     shown = findings.paired_section(Run("run", tmp_path, {"evaluate": evaluate}, {}))
-    assert [part.name for part in shown.parts] == ["paired", "changed_ppo"] and len(shown.parts[1].data) == 4
+    assert [part.name for part in shown.folded] == ["paired", "changed_ppo"] and len(shown.folded[1].data) == 4
     assert shown.verdict[0] is False and "ALARM" in shown.verdict[1]
-    assert shown.parts[0].rows[1] == ("vader", "ppo − sft", "+0.200", "[+0.100, +0.300]", "0.0100", "0.0200", "9")
+    assert shown.folded[0].rows[1] == ("vader", "ppo − sft", "+0.200", "[+0.100, +0.300]", "0.0100", "0.0200", "9")
     of_old = findings.paired_section(
         Run("run", tmp_path, {"evaluate": {"judge": "vader", "second_judge": "textblob"}}, {})
     )
-    assert of_old.parts == () and of_old.verdict is None
+    assert of_old.parts == of_old.folded == () and of_old.verdict is None

@@ -159,7 +159,7 @@ def test_votes_on_replies_of_an_earlier_evaluation_are_left_out_and_counted(run,
     stages = {"evaluate": {"arena": {}, "judge": "vader", "second_judge": "textblob"}}
     add_votes(stages, config)
     assert "18 on pairs that this evaluation does not have are left out" in capsys.readouterr().out
-    standings = arena_section.arena_section(Run("smoke", file.parent, stages, {})).parts[0]
+    standings = arena_section.arena_section(Run("smoke", file.parent, stages, {})).folded[0]
     assert standings.title == "Standings, people's votes" and standings.note.startswith("18 votes of 1 person")
     assert {cells[0] for cells in standings.rows[1:]} == {"human", "sft", "dpo"}
     file.write_text("".join(json.dumps(asdict(v) | {"pair": "x"}) + "\n" for v in votes_on(rows, 1)))

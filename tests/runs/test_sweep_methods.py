@@ -293,9 +293,9 @@ def test_a_failed_run_leaves_the_table_of_the_others(tmp_path, monkeypatch, caps
             raise RuntimeError("no such luck")
 
     sweeps.stand_in(monkeypatch, evaluation=evaluation, samples=samples, breaks=breaks)
-    command = ["sweep", f"runs={tmp_path}", "method=ppo,dpo", "dpo.beta=0.1,0.3", "launcher.jobs=1"]
+    command = ["sweep", "experiment=smoke", f"runs={tmp_path}", "method=ppo,dpo", "dpo.beta=0.1,0.3"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(command)
+        cli.main([*command, "launcher.jobs=1"])
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert re.search(r"dpo +dpo\.beta 0\.3 .* 0 of 1 .* failed", printed), printed

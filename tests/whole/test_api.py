@@ -80,4 +80,4 @@ def test_the_documented_program_runs(smoke, tmp_path):
 
 
 def test_editors_know_every_key():
-    assert {"ppo.kl_coef", "data.replies.path", "run"} <= set(keys(threefold.api.Config))
+    assert {"ppo.kl_coef", "data.replies.path", "run"} <= set(keys())
