@@ -20,6 +20,7 @@ COMMANDS = {
     "/reset": "forget the conversation",
     "/system": "TEXT is the system message from now on, nothing is none; this forgets the conversation as well",
     "/model": "NAME replies from now on, for example ppo_best_of_8",
+    "/help": "list these commands",
     "/quit": "end, as Ctrl-D does",
 }
 
@@ -99,17 +100,27 @@ class Session:
         return reply
 
     def command(self, line: str) -> None:
-        """Do what a line that begins with a slash asks for. Raises `UserError` for one that is no command."""
+        """Do what a line that begins with a slash asks for; a terminal is told what changed.
+
+        Raises `UserError` for one that is no command.
+        """
         name, _, rest = line.partition(" ")
+        change = "the conversation begins anew"
         if name == "/reset":
             self.conversation.turns = []
         elif name == "/system":
             self.conversation.system, self.conversation.turns = rest.strip() or None, []
+            change = f"the system message is {self.conversation.system or 'none'}; {change}"
         elif name == "/model" and rest.strip():
             self.conversation.speaker = self.speaker(rest.strip())
+            change = f"{self.name} replies from now on"
+        elif name == "/help":
+            change = "\n".join(f"{command} {meaning}" for command, meaning in COMMANDS.items())
         else:
             commands = "; ".join(f"{command} {meaning}" for command, meaning in COMMANDS.items())
             raise UserError(f"{line}: no such command{nearest(name, COMMANDS)}; {commands}")
+        if sys.stdin.isatty():
+            _tell(change)
 
 
 def made(name: str, config: DictConfig, overrides: list[str]) -> dict[str, Path]:

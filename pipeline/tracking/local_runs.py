@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch.utils.tensorboard import SummaryWriter
 
 from threefold.tracking.dashboard import trackio_folder
 from threefold.tracking.trackers import About, Histogram, Table, results
@@ -71,6 +70,8 @@ class TensorboardRun:
     """The event files of one stage (the protocol of pipeline/tracking/trackers.py)."""
 
     def __init__(self, tracker: DictConfig, about: About):
+        from torch.utils.tensorboard import SummaryWriter  # an extra, which trackio does without
+
         place = about.store / "tensorboard" / about.run / f"{about.stage}-{about.fingerprint}"
         self.about, self.step = about, 0
         self.writer = SummaryWriter(str(place))

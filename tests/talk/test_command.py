@@ -105,7 +105,7 @@ def test_a_mistake_in_a_pipe_ends_it_with_one_line(say, line, message):
 
 
 def test_from_a_terminal_mistakes_are_answered_and_the_end_of_input_ends(arguments, monkeypatch, capfd):
-    lines = iter(["/modle", "", "Hello there", "/model sft_majority_2", "Hello there"])
+    lines = iter(["/modle", "", "Hello there", "/model sft_majority_2", "Hello there", "/help"])
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO()))
 
     def typed(prompt):
@@ -120,6 +120,7 @@ def test_from_a_terminal_mistakes_are_answered_and_the_end_of_input_ends(argumen
     out, err = capfd.readouterr()
     assert [line.split("> ")[0] for line in out.splitlines() if "> " in line] == ["ppo", "sft_majority_2"]
     assert err.startswith("ppo of run tiny replies; /reset, ") and "/modle: no such command (nearest: /model)" in err
+    assert "sft_majority_2 replies from now on\n/reset forget" in err and err.count("/help list these commands") == 2
 
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full_which_is_said_once(say):
