@@ -54,6 +54,13 @@ def test_its_groups_compose_beside_ours(folder):
     assert compose([*typed("run"), "hydra.searchpath=[other]"]).run == "mine"
 
 
+def test_only_folders_of_groups_are_read(folder):
+    (folder / "runs" / "x").mkdir(parents=True)
+    (folder / "runs/x/config.yaml").write_text("[")
+    (folder / "experiment" / ".#mine.yaml").symlink_to("nobody@host.1")  # an editor's mark of an open file
+    assert compose(typed("run", "runs=other")).runs == "other"
+
+
 def test_the_experiment_of_the_documentation_composes(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
     file = tmp_path / "my/conf/experiment/mine.yaml"
