@@ -301,6 +301,8 @@ def check_own_file(file: Path) -> None:
         bare = name.removeprefix("override ").lstrip("/")
         if bare in GROUPS and not isinstance(value, dict) and name != f"override /{bare}":
             raise UserError(f"{file}: {bare} is chosen below `defaults:`, by the line `- override /{bare}: {value}`")
+        if name == "takeover":
+            raise UserError(f"{file}: takeover holds for one command; leave it out, and type takeover=true there")
         if name == "hydra":
             raise UserError(f"{file}: hydra is not used here; leave it out")
         if "." in name and name in keys():

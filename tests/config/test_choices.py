@@ -321,6 +321,20 @@ def test_a_takeover_begins_anew(quick, capsys):
     assert len(list(Path("runs/artifacts").glob("*/manifest.json"))) == 3  # nothing that was made is lost
 
 
+def test_a_takeover_that_fails_leaves_jobs_with_the_run(quick, monkeypatch):
+    def unreadable(config, planned):
+        raise UserError("data.text.path: cannot be read")
+
+    assert threefold_("submit", *MINE[1:]) == 0
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {("mine",)}
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "check_sources", unreadable)
+        assert threefold_("run", "run=mine", "experiment=smoke", "target=tokenizer", "takeover=true") == 2
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {("mine",)}
+    assert threefold_("run", "run=mine", "experiment=smoke", "target=tokenizer", "takeover=true") == 0
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {()}
+
+
 def test_variants_keep_what_they_were_told_and_their_run_what_all_share(quick):
     threefold_(*MINE, "ppo.kl_coef=0.2")
     assert threefold_("run", "run=mine", "target=pretrain", "seeds=2", "pretrain.context=64") == 0

@@ -118,6 +118,7 @@ def test_people_read_it_as_an_option(folder):
         "# @package _global_\ndefaults: [model: tiny]\n": "by the line `- override /model: tiny`",
         "# @package _global_\ndefaults: [override /model: tyny]\n": r"model=tyny: no such choice \(nearest: tiny\)",
         "# @package _global_\nhydra: {job: {chdir: true}}\n": "mine.yaml: hydra is not used here",
+        "# @package _global_\ntakeover: true\n": "mine.yaml: takeover holds for one command; leave it out",
         "# @package _global_\nrun: 2026_11\n": "mine.yaml: run is a text, and YAML reads it as the number 202611",
         "": "mine.yaml: must set keys",
     }.items(),
