@@ -48,10 +48,17 @@ def make(*overrides: str) -> "Run":
 
 
 def begin(overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """The configuration of a run that is to be made, and all overrides that it is composed from."""
+    """The configuration of a run that is to be made, and all overrides that it is composed from.
+
+    A target before DPO is made without the rounds that the run keeps, and what depends on it waits for them.
+    """
     from threefold.config import choices
 
     config, told = choices.compose_run(overrides)
+    kept = config.rounds is not None and "rounds" not in map(choices.key_of, overrides)
+    if kept and config.target in STAGES and "dpo" not in needed_by(config.target, config):
+        told += ["rounds=null", "dependents=false"]  # behind `run`, so that they are not stored
+        config = choices.compose(told)
     let_go(config)
     return config, told
 

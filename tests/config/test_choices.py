@@ -335,6 +335,22 @@ def test_a_takeover_that_fails_leaves_jobs_with_the_run(quick, monkeypatch):
     assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {()}
 
 
+def test_a_target_before_dpo_leaves_out_the_rounds_that_a_run_keeps(quick, capsys):
+    threefold_(*MINE)
+    kept = told() | {"overrides": [*told()["overrides"], "rounds=2"]}
+    write_json(Path("runs/mine/choices.json"), kept)
+    assert threefold_("run", "run=mine", "target=pretrain") == 0 and Path("runs/mine/pretrain").is_symlink()
+    assert told() == kept and config_of("run=mine").rounds == 2
+    capsys.readouterr()
+    assert threefold_("run", "run=mine", "target=pretrain", "rounds=2") == 2
+    assert "are rounds of dpo, which target=pretrain does not need" in capsys.readouterr().err
+    assert threefold_("submit", "run=mine") == 2
+    assert "where the run keeps it write rounds=null" in capsys.readouterr().err
+    with pytest.raises(UserError, match="runs/mine/round-1/dpo is no finished stage") as caught:
+        threefold.status("run=mine")
+    assert threefold_("status", "run=mine") == 2 and str(caught.value) in capsys.readouterr().err  # both of one mind
+
+
 def test_variants_keep_what_they_were_told_and_their_run_what_all_share(quick):
     threefold_(*MINE, "ppo.kl_coef=0.2")
     assert threefold_("run", "run=mine", "target=pretrain", "seeds=2", "pretrain.context=64") == 0
