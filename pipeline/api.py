@@ -15,7 +15,7 @@ from threefold.artifacts.artifact import COSTS
 from threefold.errors import UserError
 from threefold.fileio import numbers, read_json, read_lines
 from threefold.schema.config import Config
-from threefold.stages import STAGES
+from threefold.stages import STAGES, needed_by
 
 if TYPE_CHECKING:  # these take seconds to import
     from pandas import DataFrame
@@ -48,19 +48,36 @@ def make(*overrides: str) -> "Run":
 
 
 def begin(overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """The configuration of a run that is to be made, and all overrides that it is composed from."""
+    """The configuration of a run that is to be made, and all overrides that it is composed from.
+
+    A target before DPO is made without the rounds that the run keeps, and what depends on it waits for them.
+    """
     from threefold.config import choices
 
     config, told = choices.compose_run(overrides)
+    kept = config.rounds is not None and "rounds" not in map(choices.key_of, overrides)
+    if kept and config.target in STAGES and "dpo" not in needed_by(config.target, config):
+        told += ["rounds=null", "dependents=false"]  # behind `run`, so that they are not stored
+        config = choices.compose(told)
     let_go(config)
     return config, told
 
 
 def let_go(config: Any) -> None:
-    """With takeover=true, have jobs that were sent for the run link nothing into it any more."""
+    """With takeover=true, have jobs that were sent for the run link nothing into it any more.
+
+    Raises `UserError` before that where data or rewards cannot be read.
+    """
     if config.takeover:
+        from threefold import chain
+        from threefold.runs import rounds
         from threefold.slurm import job_records
 
+        if config.rounds is not None:
+            rounds.require(config)
+        planned = chain.plan(config, chain.wanted(config) if config.rounds is None else needed_by(None, config))
+        chain.check_sources(config, planned)
+        chain.check_rewards(config, planned)
         job_records.let_go(config)
 
 
@@ -102,10 +119,28 @@ def status(*overrides: str) -> "DataFrame":
     """A row for each stage of the chain: its state, the reason, fingerprint, time of making and main metric."""
     import pandas
 
-    from threefold import chain
-    from threefold.config import choices
+    return pandas.DataFrame(states(composed(overrides)))
 
-    return pandas.DataFrame(chain.status(choices.compose_run(overrides, reads=True)[0]))
+
+def composed(overrides: Sequence[str]) -> Any:
+    """The configuration of a run that is there, with `rounds` that of the last round, which is the run itself."""
+    from threefold.config.choices import compose_run
+
+    config, told = compose_run(overrides, reads=True)
+    if config.rounds is None:
+        return config
+    from threefold.config.compose import compose
+    from threefold.runs import rounds
+
+    return compose(rounds.overrides_of(config, told)[-1])
+
+
+def states(config: Any) -> list[dict[str, Any]]:
+    """A row for each stage of the chain, those that are with Slurm among them."""
+    from threefold import chain
+    from threefold.slurm import job_records
+
+    return job_records.with_jobs(config, chain.status(config))
 
 
 def open_run(folder: str | Path) -> "Run":

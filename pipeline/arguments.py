@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--cfg -c": {"choices": ("job",)},  # as Hydra's applications have it
     "--multirun -m": {"action": "store_true"},
     "--completion": {"choices": ("bash", "zsh", "fish")},
-    "--compare": {"metavar": "RUN"},
+    "--compare": {"metavar": "RUN", "action": "append"},
     "--wandb": {"action": "store_const", "const": True},
     **{flags: {"nargs": "?", "const": True} for flags in HYDRAS},
 }
@@ -143,6 +143,10 @@ def parse(arguments: list[str], commands: Mapping[str, str]) -> tuple[str, list[
         from threefold.config.overrides import as_arguments
 
         raise UserError(f"--multirun: sweeps have a command of their own: threefold sweep {as_arguments(overrides)}")
+    if parsed.compare:
+        if len(parsed.compare) > 1:
+            raise UserError(f"--compare: takes one run, and has {' and '.join(parsed.compare)}")
+        [parsed.compare] = parsed.compare
     options = {name: value for name in OF_COMMAND if (value := getattr(parsed, name)) is not None}
     for name in options:
         if parsed.cfg or command != OF_COMMAND[name]:
@@ -177,9 +181,7 @@ def _answer_about_itself(parser: argparse.ArgumentParser, parsed: argparse.Names
     if parsed.version:
         from importlib.metadata import version  # takes a while
 
-        print(
-            ", ".join(f"{name} {version(name)}" for name in ("threefold", "torch", "transformers", "trl", "hydra-core"))
-        )
+        print(", ".join(f"{name} {version(name)}" for name in VERSIONED))
     elif parsed.completion:
         import argcomplete
 
@@ -207,6 +209,8 @@ def _no_command(word: str, overrides: list[str], commands: Mapping[str, str]) ->
 def _require_readers(command: str, overrides: list[str]) -> None:
     """Raise `UserError` for a key that only another command reads."""
     for text in overrides:
+        if command == "runs" and text.startswith("run="):
+            raise UserError(f"{text}: `threefold runs` lists all runs; `threefold status {text}` shows one")
         readers = OF_SECTION.get(text.lstrip("+~").partition(".")[0], (command,))
         if command not in (*readers, "config"):
             raise UserError(f"{text}: is read by `threefold {'` and `threefold '.join(readers)}`, not by {command}")

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from threefold.arguments import parse
 from threefold.errors import UserError, public, public_traceback
@@ -78,27 +77,12 @@ def _submit(overrides: list[str]) -> None:
         print_rows([("stage", "job", "after", "asks for", "for"), *rows])
 
 
-def _composed(overrides: list[str]) -> Any:
-    """The configuration, with `rounds` that of the last round, which is the run itself."""
-    from threefold.config.choices import compose_run
-
-    config, told = compose_run(overrides, reads=True)
-    if config.rounds is None:
-        return config
-    from threefold.config.compose import compose
-    from threefold.runs import rounds
-
-    return compose(rounds.overrides_of(config, told)[-1])
-
-
 def _status(overrides: list[str]) -> None:
-    from threefold.chain import status
+    from threefold import api
     from threefold.display.parts import print_rows
-    from threefold.slurm import job_records
 
-    config = _composed(overrides)
     columns = ("stage", "state", "reason", "fingerprint", "made", "metric")
-    rows = [[row[name] for name in columns] for row in job_records.with_jobs(config, status(config))]
+    rows = [[row[name] for name in columns] for row in api.states(api.composed(overrides))]
     print_rows([(*columns[:-1], "main metric"), *rows])
 
 
@@ -116,9 +100,9 @@ def _cancel(overrides: list[str]) -> None:
 
 
 def _report(overrides: list[str], compare: str | None = None) -> None:
-    from threefold import chain
+    from threefold import api, chain
 
-    config = _composed(overrides)
+    config = api.composed(overrides)
     chain.require_finished(config)  # the report's libraries take seconds to load
     from threefold.report import print_table, write_report
 

@@ -64,7 +64,10 @@ def wanted(config: DictConfig) -> list[str]:
     if config.target is not None and config.target not in STAGES:
         raise UserError(f"target={config.target}: must be one of {', '.join(STAGES)}")
     if config.rounds is not None:
-        raise UserError(f"rounds={config.rounds}: is for threefold run and threefold.make; leave it out here")
+        raise UserError(
+            f"rounds={config.rounds}: is for threefold run and threefold.make; leave it out here, or where the run "
+            "keeps it write rounds=null"
+        )
     names = needed_by(config.target, config)
     if config.target and config.dependents and not config.takeover:
         run = Path(config.runs) / config.run

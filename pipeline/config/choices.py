@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import threefold.conf
 from threefold.config import overrides as texts
-from threefold.config.compose import GROUPS, PATHS, chosen, compose
+from threefold.config.compose import GROUPS, PATHS, chosen, compose, is_emptied, key_of
 from threefold.errors import UserError, nearest, public
 from threefold.execution import interpolations
 from threefold.fileio import read_json, write_json
@@ -80,7 +81,7 @@ def compose_run(typed: Sequence[str], varied: Iterable[str] = (), reads: bool = 
         raise _explained(error, _untouched(kept, typed), folder) from error
     if not anew:
         _require_same(stored or _of_stages(folder), chosen(full), config, base)
-    if stored and (line := _difference(stored, _untouched(kept, typed), typed)):
+    if stored and (line := _difference(stored, _untouched(kept, typed), typed, reads)):
         print(public(f"run {run}{line}"), file=sys.stderr)
     return config, full
 
@@ -135,26 +136,30 @@ def no_such_run(runs: Path, run: str) -> UserError:
     return UserError(f"run={run}: there is no such run{nearest(run, run_names(runs))}; `threefold runs` lists them")
 
 
-def key_of(override: str) -> str:
-    """The key that an override is of, without + and ~."""
-    return override.partition("=")[0].lstrip("+~")
-
-
 def last_of_each(overrides: Iterable[str]) -> list[str]:
-    """The overrides without those that a later one of the same key replaces; mappings add to each other and stay.
+    """The overrides without those that a later one of the same key replaces.
 
-    Where an earlier one had to add the key with +, so does the later one.
+    Mappings add to each other and stay, but for those before an empty one; so do a user's own folders. Where an
+    earlier one had to add the key with +, so does the later one.
     """
     last: dict[str, str] = {}
     for text in overrides:
-        key, (before, equals, value) = key_of(text), text.partition("=")
-        name = text if value.startswith("{") else key
+        key, (before, equals, _) = key_of(text), text.partition("=")
+        if is_emptied(text):
+            last = {name: other for name, other in last.items() if not f"{key_of(other)}.".startswith(f"{key}.")}
+        name = text if _adds(text) else key
         former = last.pop(name, "")
         if text.startswith("~") and former.startswith("+") and not former.startswith("++"):
             continue  # it took nothing but what was added
         added = former[: len(former) - len(former.lstrip("+"))] if name == key else ""
         last[name] = f"{added}{text}" if equals and before == key else text
     return list(last.values())
+
+
+def _adds(text: str) -> bool:
+    """Whether an override adds to what its key has: a mapping its entries, and a search path its folders."""
+    key, _, value = text.partition("=")
+    return key == texts.SEARCH_PATH or (value.startswith("{") and not is_emptied(text))
 
 
 def _named(typed: Sequence[str]) -> tuple[tuple[Path, str] | None, bool]:
@@ -212,7 +217,8 @@ def _kept(stored: Choices, typed: Sequence[str], varied: Iterable[str], base: Pa
 
 def _untouched(kept: list[str], typed: Sequence[str]) -> list[str]:
     """Those of `kept` that no typed override replaces."""
-    return [text for text in kept if key_of(text) not in set(map(key_of, typed))]
+    replaced = {key_of(text) for text in typed if not _adds(text)}
+    return [text for text in kept if key_of(text) not in replaced]
 
 
 def _plain(choice: Any) -> str:
@@ -220,12 +226,26 @@ def _plain(choice: Any) -> str:
 
 
 def _from(base: Path, text: str) -> str:
-    """An override whose relative path begins in `base`, for a command that is given elsewhere."""
-    key = key_of(text)
-    if base == Path.cwd() or texts.kind_of(key) is not str or PATHS.isdisjoint(key.split(".")):
+    """An override whose relative paths begin in `base`, for a command that is given elsewhere."""
+    before, equals, value = text.partition("=")
+    names = key_of(text).split(".")
+    if base == Path.cwd() or not equals or (PATHS.isdisjoint(names) and not value.startswith("{")):
         return text
-    path: Any = texts.parse(texts.as_typed(text)).value()
-    return texts.assigned(key, str(base / path)) if path and (base / path).exists() else text
+    override = texts.parse(texts.as_typed(text))
+    typed, override._value = override._value, _placed(base, override._value, names)
+    return text if override._value == typed else f"{before}={override.get_value_element_as_str()}"
+
+
+def _placed(base: Path, value: Any, names: list[str]) -> Any:
+    """A parsed value with the paths in it that lead somewhere from `base`; `names` are those of the keys above it."""
+    if isinstance(value, list):
+        return [_placed(base, entry, names) for entry in value]
+    if isinstance(value, dict):
+        return {name: _placed(base, entry, [*names, str(name)]) for name, entry in value.items()}
+    path = value.text if isinstance(value, QuotedString) else value
+    if PATHS.isdisjoint(names) or "args" in names or not isinstance(path, str) or not path:
+        return value
+    return QuotedString(str(base / path), Quote.single) if (base / path).exists() else value
 
 
 def _is_kept(text: str) -> bool:
@@ -289,9 +309,13 @@ def _explained(error: UserError, kept: list[str], folder: Path) -> UserError:
     return UserError(f"{error} (from {folder / 'choices.json'}, what this run was told; give another value)")
 
 
-def _difference(stored: Choices, kept: list[str], typed: Sequence[str]) -> str:
-    """What a command keeps of the stored choices and what is new, as the end of a line; empty where neither is."""
-    given = {key_of(text): text for text in typed if _is_kept(text)}
+def _difference(stored: Choices, kept: list[str], typed: Sequence[str], reads: bool) -> str:
+    """What a command keeps of the stored choices and what is new, as the end of a line; empty where neither is.
+
+    What is new to a command that only reads holds for that command.
+    """
+    adding = [text for text in typed if _is_kept(text) and _adds(text) and text not in stored.overrides]
+    given = {key_of(text): text for text in typed if _is_kept(text) and not _adds(text)}
     former = {key_of(text): text for text in stored.overrides}
     news = [
         f"{key} {former[key].partition('=')[2]} → {text.partition('=')[2]}" if key in former else text
@@ -299,8 +323,12 @@ def _difference(stored: Choices, kept: list[str], typed: Sequence[str]) -> str:
         if former.get(key) != text
         and not (key not in former and _plain(stored.groups.get(key)) == text.partition("=")[2])
     ]
+    news += adding
     news += [f"without {text}" for key, text in former.items() if key not in given and key not in map(key_of, kept)]
     listed = ", ".join(kept)
     if len(listed) > SHORT:
         listed = f"{len(kept)} choices of choices.json"
-    return (f" keeps {listed}" if kept else "") + ("; " if kept and news else ": " if news else "") + ", ".join(news)
+    if reads and news:
+        news[0] = f"for this command: {news[0]}"
+    between = ("; " if kept else ", " if reads else ": ") if news else ""
+    return (f" keeps {listed}" if kept else "") + between + ", ".join(news)

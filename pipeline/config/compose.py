@@ -80,19 +80,27 @@ def _merged(overrides: list[str], folders: list[str]) -> tuple[DictConfig, dict[
 
     _register()
     places = (Path(threefold.conf.__file__).parent, *map(Path, folders))
-    files = [file for place in places for file in sorted(place.rglob("*.yaml"))]
-    state = tuple((str(file), file.stat().st_mtime_ns) for file in files)
-    of_groups = [override for override in overrides if _chooses(override, places)]
+    groups_here = [folder.name for folder in places[0].iterdir() if folder.is_dir()]
+    files = [
+        places[0] / "config.yaml",
+        *(f for p in places for g in groups_here for f in sorted((p / g).rglob("*.yaml"))),
+    ]
+    state = tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
+    of_groups = [override for override in overrides if _chooses(override)]
     config, groups = pickle.loads(_of_files(tuple(composed_in(of_groups, folders)), tuple(folders), state))
     values = [override for override in overrides if override not in of_groups]
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    parser = OverridesParser.create()
+    for override in values:
+        ConfigLoaderImpl._apply_overrides_to_config(parser.parse_overrides([override]), config)
+        if is_emptied(override):
+            OmegaConf.update(config, key_of(override), {}, merge=False)
     return config, groups
 
 
-def _chooses(override: str, places: tuple[Path, ...]) -> bool:
+def _chooses(override: str) -> bool:
     """Whether an override chooses a file, for Hydra: `model=tiny`, and not `model={...}`; or is one of Hydra's own."""
     key, _, value = override.lstrip("+~").partition("=")
-    group = "@" in key or any((place / key.replace(".", "/")).is_dir() for place in places)
+    group = "@" in key or (Path(threefold.conf.__file__).parent / key).is_dir()
     return key.startswith("hydra") or (group and not value.startswith("{"))
 
 
@@ -181,6 +189,17 @@ def _addable(override: str) -> str:
     """An override that gives a mapping to a key that holds one adds its entries, as people expect of columns={a: b}."""
     key, _, value = override.partition("=")
     return f"++{override.lstrip('+')}" if value.startswith("{") and key.split(".")[-1] in MAPPINGS else override
+
+
+def is_emptied(override: str) -> bool:
+    """Whether an override leaves a mapping without entries, as dpo.loss_weights={} does."""
+    value = override.partition("=")[2]
+    return re.sub(r"\s", "", value) == "{}" and key_of(override).split(".")[-1] in MAPPINGS
+
+
+def key_of(override: str) -> str:
+    """The key that an override is of, without + and ~."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 MAPPINGS = (
@@ -282,6 +301,8 @@ def check_own_file(file: Path) -> None:
         bare = name.removeprefix("override ").lstrip("/")
         if bare in GROUPS and not isinstance(value, dict) and name != f"override /{bare}":
             raise UserError(f"{file}: {bare} is chosen below `defaults:`, by the line `- override /{bare}: {value}`")
+        if name == "takeover":
+            raise UserError(f"{file}: takeover holds for one command; leave it out, and type takeover=true there")
         if name == "hydra":
             raise UserError(f"{file}: hydra is not used here; leave it out")
         if "." in name and name in keys():

@@ -114,6 +114,8 @@ def show(arguments: list[str]) -> None:
     overrides = [argument for argument in arguments if "=" in argument]
     if len(names) > 1:
         raise UserError(f"template: {names[1]}: name one checkpoint, or one stage of a run as RUN/STAGE")
+    for run in (argument for argument in overrides if argument.startswith("run=")):
+        raise UserError(f"{run}: a stage of a run is named as RUN/STAGE: threefold template {run[4:]}/sft")
     if names:
         overrides = ["model=hf", f"model.checkpoint={names[0]}", *overrides]
     config = compose(overrides)

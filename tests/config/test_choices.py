@@ -163,13 +163,16 @@ def test_commands_start_from_what_the_run_was_told_and_say_what_is_new(quick, ca
     ]  # fmt: skip
 
 
-def test_commands_that_make_nothing_store_nothing(quick):
+def test_commands_that_make_nothing_store_nothing(quick, capsys):
     threefold_(*MINE)
     before = told()
     for command in ("status", "config", "report"):
         threefold_(command, "run=mine", "ppo.kl_coef=0.5")
     threefold.status("run=mine", "ppo.kl_coef=0.5")
     assert told() == before and config_of("run=mine").ppo.kl_coef == 0.05
+    capsys.readouterr()
+    threefold_("status", "run=mine", "ppo.kl_coef=0.5")
+    assert capsys.readouterr().err == "run mine keeps data.text.path=a.txt; for this command: ppo.kl_coef=0.5\n"
 
 
 def test_a_run_that_has_no_name_typed_is_the_experiments(quick):
@@ -212,6 +215,22 @@ def test_the_last_value_of_a_key_stays_and_mappings_add_up():
     assert last(["+a.b=1", "a.b=2"]) == ["+a.b=2"] and last(["+a.b=1", "~a.b"]) == [] and last(["a=1", "~a"]) == ["~a"]
     assert last(["c.args={x: 1}", "c.args.x=3", "c.args={y: 2}"]) == ["c.args={x: 1}", "c.args.x=3", "c.args={y: 2}"]
     assert last(["c.args={x: 1}", "c.args={x: 2}", "c.args={x: 1}"]) == ["c.args={x: 2}", "c.args={x: 1}"]
+    assert last(["c.args={x: 1}", "c.args.y=1", "c.args={}", "c.args={z: 2}"]) == ["c.args={}", "c.args={z: 2}"]
+    paths = ["hydra.searchpath=['file:///a']", "hydra.searchpath=['file:///b']"]
+    assert last([*paths, "a=1", paths[0]]) == [paths[1], "a=1", paths[0]]
+
+
+def test_an_empty_mapping_takes_the_place_of_what_a_run_keeps_and_others_add_to_it(tmp_path, capsys):
+    own = ["experiment=smoke", f"runs={tmp_path}"]
+    choices.keep(*choices.compose_run([*own, "dpo.loss_weights={sft: 0.1}"]))
+    config, overrides = choices.compose_run([*own, "dpo.loss_weights={sigmoid: 1}"])
+    assert config.dpo.loss_weights == {"sft": 0.1, "sigmoid": 1.0}
+    assert "keeps dpo.loss_weights={sft: 0.1}; dpo.loss_weights={sigmoid: 1}\n" in capsys.readouterr().err
+    config, overrides = choices.compose_run([*own, "dpo.loss_weights={ }"])
+    assert config.dpo.loss_weights == {} and "dpo.loss_weights={sft: 0.1}" not in overrides
+    assert "dpo.loss_weights {sft: 0.1} → { }" in capsys.readouterr().err
+    assert choices.compose_run([*own, "dpo.loss_weights={}", "dpo.loss_weights={sft: 2}"])[0].dpo.loss_weights.sft == 2
+    assert composed(["experiment=smoke", "evaluate.tasks={}"]).evaluate.tasks == {}
 
 
 def test_what_is_stored_composes_to_the_same():
@@ -271,6 +290,20 @@ def test_paths_begin_where_the_run_was_told_of_them(quick, monkeypatch, capsys):
     assert config_of("run=mine", runs, "data.text.path=../a.txt").data.text.path == "../a.txt"
 
 
+def test_so_do_those_in_lists_and_mappings(tmp_path, monkeypatch):
+    for place in ("elsewhere", "old/dpo", "more"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "x.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    task = "evaluate.tasks={n: {path: x.jsonl, format: prompt_completion, check: exact}}"
+    own = ["experiment=smoke", f"runs={tmp_path}/runs"]
+    choices.keep(*choices.compose_run([*own, "evaluate.earlier=[old/dpo,gone]", task, "tracker.tags=[more]"]))
+    monkeypatch.chdir("elsewhere")
+    config = choices.compose_run(own)[0]
+    assert config.evaluate.earlier == [f"{tmp_path}/old/dpo", "gone"] and config.tracker.tags == ["more"]
+    assert config.evaluate.tasks.n.path == f"{tmp_path}/x.jsonl" and config.evaluate.tasks.n.check == "exact"
+
+
 def test_a_run_made_before_choices_were_stored_keeps_its_data(quick, capsys):
     threefold_(*MINE)
     Path("runs/mine/choices.json").unlink()
@@ -286,6 +319,36 @@ def test_a_takeover_begins_anew(quick, capsys):
     assert told()["groups"]["experiment"] == "smoke" and told()["overrides"] == []
     assert not Path("runs/mine/pretrain").is_symlink() and Path("runs/mine/tokenizer/manifest.json").is_file()
     assert len(list(Path("runs/artifacts").glob("*/manifest.json"))) == 3  # nothing that was made is lost
+
+
+def test_a_takeover_that_fails_leaves_jobs_with_the_run(quick, monkeypatch):
+    def unreadable(config, planned):
+        raise UserError("data.text.path: cannot be read")
+
+    assert threefold_("submit", *MINE[1:]) == 0
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {("mine",)}
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "check_sources", unreadable)
+        assert threefold_("run", "run=mine", "experiment=smoke", "target=tokenizer", "takeover=true") == 2
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {("mine",)}
+    assert threefold_("run", "run=mine", "experiment=smoke", "target=tokenizer", "takeover=true") == 0
+    assert {tuple(record.runs) for _, record in job_records.all_of(Path("runs")).values()} == {()}
+
+
+def test_a_target_before_dpo_leaves_out_the_rounds_that_a_run_keeps(quick, capsys):
+    threefold_(*MINE)
+    kept = told() | {"overrides": [*told()["overrides"], "rounds=2"]}
+    write_json(Path("runs/mine/choices.json"), kept)
+    assert threefold_("run", "run=mine", "target=pretrain") == 0 and Path("runs/mine/pretrain").is_symlink()
+    assert told() == kept and config_of("run=mine").rounds == 2
+    capsys.readouterr()
+    assert threefold_("run", "run=mine", "target=pretrain", "rounds=2") == 2
+    assert "are rounds of dpo, which target=pretrain does not need" in capsys.readouterr().err
+    assert threefold_("submit", "run=mine") == 2
+    assert "where the run keeps it write rounds=null" in capsys.readouterr().err
+    with pytest.raises(UserError, match="runs/mine/round-1/dpo is no finished stage") as caught:
+        threefold.status("run=mine")
+    assert threefold_("status", "run=mine") == 2 and str(caught.value) in capsys.readouterr().err  # both of one mind
 
 
 def test_variants_keep_what_they_were_told_and_their_run_what_all_share(quick):

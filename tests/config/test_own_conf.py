@@ -54,6 +54,13 @@ def test_its_groups_compose_beside_ours(folder):
     assert compose([*typed("run"), "hydra.searchpath=[other]"]).run == "mine"
 
 
+def test_only_folders_of_groups_are_read(folder):
+    (folder / "runs" / "x").mkdir(parents=True)
+    (folder / "runs/x/config.yaml").write_text("[")
+    (folder / "experiment" / ".#mine.yaml").symlink_to("nobody@host.1")  # an editor's mark of an open file
+    assert compose(typed("run", "runs=other")).runs == "other"
+
+
 def test_the_experiment_of_the_documentation_composes(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
     file = tmp_path / "my/conf/experiment/mine.yaml"
@@ -111,6 +118,7 @@ def test_people_read_it_as_an_option(folder):
         "# @package _global_\ndefaults: [model: tiny]\n": "by the line `- override /model: tiny`",
         "# @package _global_\ndefaults: [override /model: tyny]\n": r"model=tyny: no such choice \(nearest: tiny\)",
         "# @package _global_\nhydra: {job: {chdir: true}}\n": "mine.yaml: hydra is not used here",
+        "# @package _global_\ntakeover: true\n": "mine.yaml: takeover holds for one command; leave it out",
         "# @package _global_\nrun: 2026_11\n": "mine.yaml: run is a text, and YAML reads it as the number 202611",
         "": "mine.yaml: must set keys",
     }.items(),

@@ -80,6 +80,7 @@ def test_a_stage_of_a_run_or_a_checkpoint_is_examined(tmp_path, capsys):
     [
         (["a/b", "c/d"], "template: c/d: name one checkpoint"),
         (["./nowhere"], r"model.checkpoint=./nowhere: no such folder"),
+        (["run=mine"], "run=mine: a stage of a run is named as RUN/STAGE: threefold template mine/sft"),
         (["runz=x"], "runz is not a configuration key"),
     ],
 )

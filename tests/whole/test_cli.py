@@ -145,6 +145,8 @@ WORDS = [
     ("run --config-dir", "--config-dir: name a folder that holds experiment/NAME.yaml"),
     ("--completion tcsh", "--completion: name the shell: bash, zsh or fish"),
     ("report --compare", "--compare: name the run to set beside it"),
+    ("report --compare=b --compare c", "--compare: takes one run, and has b and c"),
+    ("runs run=mine", "run=mine: `threefold runs` lists all runs; `threefold status run=mine` shows one"),
     ("report --compare x --cfg job", "--compare: is an option of report, not of --cfg"),
     ("run --wandb", "--wandb: is an option of dashboard, not of run"),
     ("dashboard --wandb=1", "--wandb: takes no value"),
