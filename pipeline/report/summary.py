@@ -271,7 +271,7 @@ def verdict(run: Run) -> Verdict:
         scores = ", ".join(f"{display_name(name)} {run.models[name]['gold_mean']:.3f}" for name in run.models)
         beside = "SFT was not evaluated beside an aligned model" if names else "no aligned model was evaluated"
         return Verdict([f"Whether alignment worked is not known: {beside}. By {run.evaluation['judge']}: {scores}."])
-    best = max(gains, key=lambda name: gains[name].mean)
+    best = max(gains, key=lambda name: (gains[name].sign, gains[name].mean))
     second = compare.tested(run.evaluation, rows, best, REFERENCE, "second")
     drift = run.evaluation.get("dpo_drift", {})
     alarm = f"{statistics.alarm_in_words(drift)}." if drift.get("alarm") else ""
@@ -306,8 +306,8 @@ def worked(run: Run, gains: Gains, best: str) -> str:
     judge = f"the gold judge, {run.evaluation['judge']}"
     if gains[best].sign > 0:
         word = f"Alignment worked by {judge}"
-    elif _clear(gains):
-        word = f"Alignment did not work: by {judge}, it made replies worse"
+    elif worse := [display_name(name) for name in gains if gains[name].sign < 0]:
+        word = f"Alignment did not work: by {judge}, replies of {' and '.join(worse)} became worse"
     else:
         word = f"No effect of alignment is clear by {judge}"
     order = [best, *(name for name in gains if name != best)]

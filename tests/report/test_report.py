@@ -192,7 +192,13 @@ def drift(alarm):
         (0.3, 0.2, False, ("Alignment worked by the gold judge, vader.", "sees a rise"), True),
         (0.3, 0.2, True, ("Alignment worked by the gold judge, vader.",), False),
         (0.3, -0.2, False, ("Alignment worked by the gold judge, vader.", "sees a fall"), False),
-        (-0.3, 0.0, False, ("Alignment did not work: by the gold judge, vader, it made replies worse.",), False),
+        (
+            -0.3,
+            0.0,
+            False,
+            ("Alignment did not work: by the gold judge, vader, replies of DPO and PPO became worse.",),
+            False,
+        ),
         (0.0, 0.0, False, ("No effect of alignment is clear by the gold judge, vader.",), None),
     ],
 )
@@ -220,6 +226,29 @@ def test_the_report_opens_with_a_verdict(gain, second, alarm, words, good, runs)
     html, markdown = write(runs)
     assert html.index('id="verdict"') < html.index('id="summary"') and ("ALARM" in html) == alarm
     assert markdown.splitlines()[2].startswith(words[0]) and ("**ALARM" in markdown) == alarm
+
+
+@pytest.mark.parametrize(
+    ("sure", "words"),
+    [
+        (0.3, "Alignment worked by the gold judge, vader. Scores over SFT's 0.000: DPO +0."),
+        (
+            -0.3,
+            "Alignment did not work: by the gold judge, vader, replies of DPO became worse. Scores over SFT's 0.000: PPO +0.500",
+        ),
+    ],
+)
+def test_the_verdict_is_of_what_is_clear_where_the_best_mean_is_not(sure, words, runs):
+    noise = np.random.default_rng(0)
+
+    def judge(row):
+        row["sft"]["gold"], row["dpo"]["gold"] = 0.0, sure + noise.normal(0, 0.01)
+
+    change_samples(runs, judge)
+    unclear = iter(np.resize([-9.0, 10.0], 16))  # a mean of 0.5
+    change_samples(runs, lambda row: row["ppo"].update(gold=next(unclear)))
+    change_metrics(runs, "evaluate", paired=[], dpo_drift=drift(False))
+    assert words in summary.verdict(run_of(runs)).sentences[0]
 
 
 def test_the_example_is_the_prompt_of_the_median_gain(runs):
