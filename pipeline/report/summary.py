@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from threefold.evaluation import checkup, statistics
 from threefold.report import compare, evaluation, stages
 from threefold.report.compare import Difference, Row
-from threefold.report.models import roles
+from threefold.report.models import labeller, roles
 from threefold.report.run import REFERENCE, Run, aligned, display_name, opening, studies_in
 from threefold.runs import frontier, seeds, sweep_table
 
@@ -278,6 +278,15 @@ def verdict(run: Run) -> Verdict:
     good = (gains[best].sign > 0 and second is not None and second.sign >= 0 and not alarm) if _clear(gains) else None
     sentences = [worked(run, gains, best), doubts(run, rows, best, second), cost(run, best)]
     return Verdict([line for line in sentences if line], good, alarm, example(run, rows, best, list(gains)))
+
+
+def legend(run: Run) -> list[str]:
+    """Which judges labelled and scored, and how the verdict's numbers are to be read; empty without an evaluation."""
+    reading = (
+        "How to read it: a score is on the scale of its judge; [a, b] is a 95 % interval over prompts; KL is in nats, "
+        "0 where a model replies as SFT does; fewer bits per byte are better."
+    )
+    return [line for line in (labeller(run), reading) if line] if run.evaluation else []
 
 
 def studied(run: Run) -> list[str]:
