@@ -37,7 +37,7 @@ def run(job: Job) -> dict[str, Any]:
         )
     data, unit = (replies_of(train), "replies") if of_labels else (train, "pairs")
     usual, beta = BETAS[config.loss_type], beta_of(config)
-    if not usual / 10 <= beta <= usual * 10:
+    if not usual / 10 < beta < usual * 10:
         job.say(
             f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes"
         )
@@ -155,6 +155,14 @@ class PairTrainer(hf_trainer.Undisturbed, OwnRows, DPOTrainer):
         self.bar.update(len(chosen) * self.accelerator.num_processes)
         return chosen * self.gamma / self.beta, rejected * 0.0
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log without TRL's rewards/* where there is `gamma`: its sums against γ / β of each token are no rewards."""
+        if self.gamma is not None:
+            for metrics in self._metrics.values():
+                for name in [name for name in metrics if name.startswith("rewards/")]:
+                    del metrics[name]
+        super().log(logs, start_time)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -233,11 +241,18 @@ def fit(
 def with_mismatched(rows: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
     """The rows, each with KL_completion_ids, a reply to another prompt, by which KTO estimates the KL.
 
-    It is that of the row before, and for the first row of an optimiser step that of the last. TRL turns the replies of
-    a pass instead, which would make the number of processes count.
+    It is that of the nearest row before in the optimiser step that has another prompt, going round from the first row
+    to the last; where all have the same prompt, that of the row before. TRL turns the replies of a pass instead, which
+    would make the number of processes count.
     """
-    before = [n - 1 if n % batch_size else n + batch_size - 1 for n in range(len(rows))]
-    return [row | {"KL_completion_ids": rows[n]["completion_ids"]} for row, n in zip(rows, before, strict=True)]
+    mismatched = []
+    for number, row in enumerate(rows):
+        first = number - number % batch_size
+        step = rows[first : first + batch_size]
+        before = [step[(number - first - back) % len(step)] for back in range(1, len(step) + 1)]
+        other = next((other for other in before if other["prompt_ids"] != row["prompt_ids"]), before[0])
+        mismatched.append(row | {"KL_completion_ids": other["completion_ids"]})
+    return mismatched
 
 
 def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
@@ -255,8 +270,8 @@ def arguments(job: Job, kind: Any, rows: int, batch_size: int) -> Any:
     }
     if kind is PairTrainer:
         weights = {"sigmoid_norm" if config.loss_type == "simpo" else config.loss_type: 1.0, **config.loss_weights}
-        own = {"label_smoothing": config.label_smoothing, "ld_alpha": config.ld_alpha, "max_length": None}
-        return DPOConfig(**shared, **own, loss_type=list(weights), loss_weights=list(weights.values()))
+        of_pairs = {"label_smoothing": config.label_smoothing, "ld_alpha": config.ld_alpha, "max_length": None}
+        return DPOConfig(**shared, **of_pairs, loss_type=list(weights), loss_weights=list(weights.values()))
     return KTOConfig(
         **shared,
         loss_type=config.loss_type,

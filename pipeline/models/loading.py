@@ -253,10 +253,3 @@ def require_finite(model: Model) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{name}: has weights that are no finite numbers; lower the stage's learning rate")
-
-
-def parameter_count(model: Model) -> int:
-    """Parameters that take part in matrix products: all but the input embeddings, unless those are the output's too."""
-    total = sum(p.numel() for p in model.parameters())
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    return total if tied else total - model.get_input_embeddings().weight.numel()

@@ -13,7 +13,7 @@ from threefold.display.parts import Section, Table
 from threefold.evaluation import statistics
 from threefold.fileio import numbers
 from threefold.report import models
-from threefold.report.run import REFERENCE, Run, display_name, in_order, opening
+from threefold.report.run import REFERENCE, Run, command, display_name, in_order, opening
 from threefold.report.stages import as_text
 from threefold.rewards.repetition import repeated_share
 from threefold.stages import STAGES
@@ -52,8 +52,11 @@ def _print(run: Run, stage: str) -> str:
 
 def preferred(run: Run, other: Run) -> list[str]:
     """For each model of both runs a sentence with the paired difference on the prompts that both were given."""
-    judge = run.evaluation.get("judge")
-    if judge is None or judge != other.evaluation.get("judge"):
+    if unjudged := [f"run {one.name} has no evaluation, which {command(one.name, 'evaluate')} makes"
+                    for one in (run, other) if not one.evaluation]:  # fmt: skip
+        return [f"The runs' replies are not compared: {'; '.join(unjudged)}."]
+    judge = run.evaluation["judge"]
+    if judge != other.evaluation["judge"]:
         return ["The runs' replies were not scored by the same gold judge, so they are not compared."]
     ones, others, sentences = run.samples(), other.samples(), []
     for model in in_order(set(run.models) & set(other.models) - {"human"}):

@@ -46,8 +46,8 @@ def differences(evaluate: dict[str, Any]) -> str:
         for test in tests
         if test["p_holm"] < SURE
     ]
-    said = f"These are clear: {'; '.join(clear)}" if clear else "None is clear"
-    return f"{len(tests)} differences were tested on the same prompts, and p was corrected for all. {said}."
+    sentence = f"These are clear: {'; '.join(clear)}" if clear else "None is clear"
+    return f"{len(tests)} differences were tested on the same prompts, and p was corrected for all. {sentence}."
 
 
 def paired(evaluate: dict[str, Any]) -> Table | None:

@@ -84,6 +84,24 @@ def roles(run: Run, judge: str) -> list[str]:
     return clauses
 
 
+def labeller(run: Run) -> str:
+    """Who labelled the preferences, and whether the gold judge is the same function; empty where there are none."""
+    parts = run.manifests.get("comparisons", {}).get("parts")
+    if parts is None or "evaluate" not in run.manifests:
+        return ""
+    gold = f"the gold judge is {run.evaluation['judge']}"
+    if "data.preferences.format" in parts:
+        return f"The preferences are those of the data given; {gold}."
+    if parts.get("comparisons.label_by", "judge") != "judge":
+        who = {"order": "the order of the policies", "people": "people"}[parts["comparisons.label_by"]]
+        return f"The preferences were labelled by {who}; {gold}."
+    labelled = _functions("comparisons.judge.", parts)
+    names = " and ".join(sorted(function[0].rpartition(":")[2] for function in labelled))
+    asked = _functions("evaluate.judge.", run.manifests["evaluate"]["parts"])
+    same = "the same function" if asked == labelled else "in part the same" if asked & labelled else "another function"
+    return f"The preferences were labelled by {names}; {gold}, {same}."
+
+
 def _functions(prefix: str, parts: dict[str, Any]) -> set[tuple[str, ...]]:
     """The functions with their arguments of the `reward` config below `prefix`; the learned reward model is `null`."""
     below = {key.removeprefix(prefix): value for key, value in parts.items() if key.startswith(prefix)}

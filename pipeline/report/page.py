@@ -45,6 +45,7 @@ def html(run: Run, verdict: summary.Verdict, told: list[summary.Group], sections
         written=time.strftime("%Y-%m-%d %H:%M"),
         notices=notices(run),
         verdict=verdict,
+        legend=summary.legend(run),
         judges=judges(run, [verdict.example.row]) if verdict.example else {},
         summary=told,
         cards=summary.cards(run),
@@ -112,6 +113,7 @@ SHOWN = ("stages", "models", "seeds", "paired", "arena", "frontier", "sweep", "t
 def markdown(run: Run, verdict: summary.Verdict, told: list[Group], sections: list[Section]) -> str:
     """The whole of `report.md`; of the sections it takes the tables that fit a pull request."""
     lines = [f"# Run {run.name}", "", " ".join(verdict.sentences), *([f"\n**{verdict.alarm}**"] * bool(verdict.alarm))]
+    lines += [f"\n{line}" for line in summary.legend(run)]
     lines += [f"\n> {notice}." for notice in notices(run)]
     tables = [part for section in sections for part in section.content if isinstance(part, Table)]
     tables = [table for table in tables if not table.folded and table.name.startswith(SHOWN)]

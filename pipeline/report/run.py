@@ -126,16 +126,20 @@ def _other(folder: Path, name: str) -> Run:
     return read(folder.parent / name)
 
 
+def command(run: str, target: str | None) -> str:
+    """The command that makes `target`, or the whole run; it takes the overrides that the run keeps."""
+    return f"threefold run {f'target={target} ' if target else ''}run={run}"
+
+
 def sentence(run: str, stages: list[str], state: State) -> str:
     """What became of stages that are not fresh, all in the same state, and what to do."""
     one = len(stages) == 1
-    target = f"target={stages[0]} " if one else ""
-    command = f"threefold run {target}run={run} (with the overrides of this run)"
+    make = command(run, stages[0] if one else None)
     words = {
-        "missing": f"{'has' if one else 'have'} not run; to make {'it' if one else 'them'}: {command}",
-        "unlinked": f"{'is' if one else 'are'} not part of this run, although made elsewhere; to take over: {command}",
-        "failed": f"failed: {state.reason.removeprefix(f'{stages[0]}: ')}; to try again: {command}",
-        "interrupted": f"was interrupted; to go on from its last checkpoint: {command}",
+        "missing": f"{'has' if one else 'have'} not run; to make {'it' if one else 'them'}: {make}",
+        "unlinked": f"{'is' if one else 'are'} not part of this run, although made elsewhere; to take over: {make}",
+        "failed": f"failed: {state.reason.removeprefix(f'{stages[0]}: ')}; to try again: {make}",
+        "interrupted": f"was interrupted; to go on from its last checkpoint: {make}",
         "running": "is running now; write the report again when it is done",
         "stale": f"is not what the configuration given asks for: {state.reason}",
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from threefold.evaluation import checkup, statistics
 from threefold.report import compare, evaluation, stages
 from threefold.report.compare import Difference, Row
-from threefold.report.models import roles
+from threefold.report.models import labeller, roles
 from threefold.report.run import REFERENCE, Run, aligned, display_name, opening, studies_in
 from threefold.runs import frontier, seeds, sweep_table
 
@@ -271,13 +271,22 @@ def verdict(run: Run) -> Verdict:
         scores = ", ".join(f"{display_name(name)} {run.models[name]['gold_mean']:.3f}" for name in run.models)
         beside = "SFT was not evaluated beside an aligned model" if names else "no aligned model was evaluated"
         return Verdict([f"Whether alignment worked is not known: {beside}. By {run.evaluation['judge']}: {scores}."])
-    best = max(gains, key=lambda name: gains[name].mean)
+    best = max(gains, key=lambda name: (gains[name].sign, gains[name].mean))
     second = compare.tested(run.evaluation, rows, best, REFERENCE, "second")
     drift = run.evaluation.get("dpo_drift", {})
     alarm = f"{statistics.alarm_in_words(drift)}." if drift.get("alarm") else ""
     good = (gains[best].sign > 0 and second is not None and second.sign >= 0 and not alarm) if _clear(gains) else None
     sentences = [worked(run, gains, best), doubts(run, rows, best, second), cost(run, best)]
     return Verdict([line for line in sentences if line], good, alarm, example(run, rows, best, list(gains)))
+
+
+def legend(run: Run) -> list[str]:
+    """Which judges labelled and scored, and how the verdict's numbers are to be read; empty without an evaluation."""
+    reading = (
+        "How to read it: a score is on the scale of its judge; [a, b] is a 95 % interval over prompts; KL is in nats, "
+        "0 where a model replies as SFT does; fewer bits per byte are better."
+    )
+    return [line for line in (labeller(run), reading) if line] if run.evaluation else []
 
 
 def studied(run: Run) -> list[str]:
@@ -306,8 +315,8 @@ def worked(run: Run, gains: Gains, best: str) -> str:
     judge = f"the gold judge, {run.evaluation['judge']}"
     if gains[best].sign > 0:
         word = f"Alignment worked by {judge}"
-    elif _clear(gains):
-        word = f"Alignment did not work: by {judge}, it made replies worse"
+    elif worse := [display_name(name) for name in gains if gains[name].sign < 0]:
+        word = f"Alignment did not work: by {judge}, replies of {' and '.join(worse)} became worse"
     else:
         word = f"No effect of alignment is clear by {judge}"
     order = [best, *(name for name in gains if name != best)]

@@ -49,13 +49,15 @@ def compared(folder: Path, results: Results) -> dict[str, Any]:
     if METHOD not in results["keys"] or not made:
         return {}
     evaluation = read_json(folder / made[0]["run"] / "evaluate/metrics.json")
-    shared, own, total = costs(folder, made)
+    shared, costs_by_run, total = costs(folder, made)
     models = [row for name in ("human", "sft") if name in evaluation["models"] for row in baselines(folder, made, name)]
     for row in results["settings"]:
         runs = [run for run in made if run["setting"] == row["setting"]]
         kept = {name: row[name] for name in ("setting", "state", "made", "runs", "best")}
         models.append({"model": own_model(row["setting"])} | kept | figures(folder, runs, own_model(row["setting"])))
-        models[-1] |= {name: _spread([own[run["run"]][name] for run in runs]) for name in ("seconds", "device_hours")}
+        models[-1] |= {
+            name: _spread([costs_by_run[run["run"]][name] for run in runs]) for name in ("seconds", "device_hours")
+        }
     return {
         "judge": evaluation["judge"],
         "second_judge": evaluation["second_judge"],
@@ -114,11 +116,11 @@ def costs(folder: Path, made: Runs) -> tuple[list[dict[str, Any]], dict[str, dic
         | _cost([manifest for key, manifest in manifests.items() if key[0] == stage and len(used[key]) > 1])
         for stage in STAGES
     ]
-    own = {
+    costs_by_run = {
         run["run"]: _cost([manifest for key, manifest in manifests.items() if used[key] == {run["run"]}])
         for run in made
     }
-    return [row for row in shared if row["artifacts"]], own, _cost(list(manifests.values()))
+    return [row for row in shared if row["artifacts"]], costs_by_run, _cost(list(manifests.values()))
 
 
 def _cost(manifests: Runs) -> dict[str, Any]:
@@ -155,27 +157,39 @@ def tests(folder: Path, results: Results) -> list[dict[str, Any]]:
 def compare(folder: Path, ours: tuple[Runs, str], theirs: tuple[Runs, str], judge: str) -> dict[str, Any] | None:
     """Paired difference of two players over prompts and over seeds; None where they have no prompt in common.
 
-    Runs are paired by their seeds; the one run of a method without seeds is paired with all of the other.
+    Runs are paired by the seeds that both have, those of their methods being the same seed; without any, each run is
+    paired with each. Over seeds a pair is the mean of all pairs with the same seeds, so that no run counts as several.
     """
     by_prompt: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    means = []
+    by_seeds: dict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
     for one, other in itertools.product(ours[0], theirs[0]):
-        a, b = (tuple(run["repetition"].values()) for run in (one, other))
-        if a == b or not a or not b:
+        a, b = seeds_of(one), seeds_of(other)
+        common_seeds = [key for key in a if key in b]
+        if all(a[key] == b[key] for key in common_seeds):
             left, right = scores(folder, one, ours[1], judge), scores(folder, other, theirs[1], judge)
             common = [prompt for prompt in left if prompt in right]
             for prompt in common:
                 by_prompt[prompt].append((left[prompt], right[prompt]))
             if common:
-                means.append([np.mean([left[p] for p in common]), np.mean([right[p] for p in common])])
+                pair = float(np.mean([left[p] for p in common])), float(np.mean([right[p] for p in common]))
+                by_seeds[tuple(a[key] for key in common_seeds)].append(pair)
     paired = np.array([np.mean(values, 0) for values in by_prompt.values()]).reshape(-1, 2).T.tolist()
     test = statistics.compare_pairs(*paired, seed=0)
     if test is None:
         return None
+    means = [np.mean(pairs, 0) for pairs in by_seeds.values()]
     over_seeds = {"seeds": len(means), "seeds_difference": None, "seeds_ci95": None, "seeds_p": None}
     if len(means) > 1 and np.ptp(np.subtract(*np.transpose(means))) > 0:
         over_seeds |= {f"seeds_{name}": value for name, value in seeds.t_test(*np.transpose(means).tolist()).items()}
     return test | over_seeds
+
+
+def seeds_of(run: dict[str, Any]) -> dict[str, Any]:
+    """The seeds of a run by key; a key of the run's method, as ppo.seed, is called after no method."""
+    return {
+        key if Dimension(key).method is None else f"{METHOD}.{key.partition('.')[2]}": value
+        for key, value in run["repetition"].items()
+    }
 
 
 def scores(folder: Path, run: dict[str, Any], model: str, judge: str) -> dict[str, float]:

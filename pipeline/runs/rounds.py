@@ -21,20 +21,20 @@ def overrides_of(config: DictConfig, overrides: list[str]) -> list[list[str]]:
     folder, dpo = Path(config.runs) / config.run, []
     rounds = []
     for number in range(1, config.rounds + 1):
-        own = ["rounds=null"]
+        added = ["rounds=null"]
         if dpo:
-            own += [
+            added += [
                 f"comparisons.policies=[{quoted(dpo[-1])}]",
                 "comparisons.sft=false",
                 f"dpo.start={quoted(dpo[-1])}",
             ]
-            own += [f"comparisons.seed={config.comparisons.seed + number - 1}"]
+            added += [f"comparisons.seed={config.comparisons.seed + number - 1}"]
         if number < config.rounds:
-            own += [f"run={quoted(f'{config.run}/round-{number}')}", "target=dpo", "dependents=false"]
+            added += [f"run={quoted(f'{config.run}/round-{number}')}", "target=dpo", "dependents=false"]
             dpo.append(str(folder / f"round-{number}" / "dpo"))
         else:
-            own += [f"evaluate.earlier=[{','.join(map(quoted, [*config.evaluate.earlier, *dpo]))}]"]
-        rounds.append([*overrides, *own])
+            added += [f"evaluate.earlier=[{','.join(map(quoted, [*config.evaluate.earlier, *dpo]))}]"]
+        rounds.append([*overrides, *added])
     return rounds
 
 

@@ -65,7 +65,8 @@ def loss(model: Any, ids: Tensor, labels: Tensor, count: Any = None) -> Tensor:
     wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     count = (wanted != IGNORED).sum() if count is None else count
     norm = base.norm
-    return _OutputLoss.apply(x, norm.weight, norm.variance_epsilon, model.get_output_embeddings().weight, wanted, count)
+    matrix, trained = model.get_output_embeddings().weight, torch.is_grad_enabled()
+    return _OutputLoss.apply(x, norm.weight, norm.variance_epsilon, matrix, wanted, count, trained)
 
 
 def _block(layer: Any, x: Tensor, shape: tuple[int, int], turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -184,12 +185,12 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class _OutputLoss(Function):
     """Cross-entropy of labels [N] by the RMS norm of `x` [N, D] and an output layer [V, D], divided by `count`.
 
-    Gradients are computed at once, while the logits of some rows exist.
+    Gradients are computed at once, while the logits of some rows exist; none are where it is not `trained`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor, labels: Tensor, count: Any
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor, labels: Tensor, count: Any, trained: bool
     ) -> Tensor:  # fmt: skip
         scale = _scale(x, eps)
         unit, weighted = x * scale, matrix * weight
@@ -199,10 +200,14 @@ class _OutputLoss(Function):
             counted, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]
             logprobs = _product(some, weighted).log_softmax(-1)
             total -= (logprobs.gather(-1, wanted) * counted).sum()
+            if not trained:
+                continue
             errors = logprobs.exp_().scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=x.dtype))
             errors.mul_(counted / count)
             of_unit.append(_product(errors, columns))
             of_matrix.addmm_(errors.t(), some)
+        if not trained:
+            return total / count
         of_weight = torch.linalg.vecdot(of_matrix, matrix, dim=0)
         gradient = torch.cat(of_unit)
         along = torch.linalg.vecdot(gradient, unit)[:, None].div_(-unit.size(-1))
@@ -213,4 +218,4 @@ class _OutputLoss(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_weight, of_matrix = ctx.saved_tensors
-        return of_x * gradient, of_weight * gradient, None, of_matrix * gradient, None, None
+        return of_x * gradient, of_weight * gradient, None, of_matrix * gradient, None, None, None

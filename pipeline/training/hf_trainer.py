@@ -59,14 +59,16 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 8, 256  # rows
 
 
 def held_out_rows(job: Job, rows: Any, trained: int) -> Any:
-    """The first of `rows`, as many as the evaluations of the loss may take beside `trained` rows; None for none.
+    """Some of `rows` in their order, drawn by the stage's seed, for the evaluations of the loss; None for none.
 
-    A row costs a forward pass, which is a third of training on it.
+    There are as many as these may take beside `trained` rows: a row costs a forward pass, a third of training on it.
     """
     times = job.config.runtime.evaluations
     if not times or not len(rows):
         return None
-    return rows[: min(MOST_HELD_OUT, max(LEAST_HELD_OUT, int(3 * HELD_OUT_SHARE * trained / times)))]
+    count = min(len(rows), MOST_HELD_OUT, max(LEAST_HELD_OUT, int(3 * HELD_OUT_SHARE * trained / times)))
+    chosen = np.random.default_rng(getattr(job.config, job.stage).seed).choice(len(rows), count, replace=False)
+    return [rows[number] for number in np.sort(chosen)]
 
 
 def arguments(job: Job, batch_size: int, steps: int, seed: int, checkpoints: Path | None = None) -> dict[str, Any]:

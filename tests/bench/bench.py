@@ -107,7 +107,14 @@ class Bench:
 def training_flops(bench: Bench, tokens: float) -> float:
     """Floating-point operations of training on one token with `tokens` before it on average: matrices and attention."""
     width, layers, _ = bench.shape
-    return 6 * loading.parameter_count(bench.model()) + 12 * layers * width * tokens
+    return 6 * parameter_count(bench.model()) + 12 * layers * width * tokens
+
+
+def parameter_count(model: Any) -> int:
+    """Parameters that take part in matrix products: all but the input embeddings, unless those are the output's too."""
+    total = sum(p.numel() for p in model.parameters())
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return total if tied else total - model.get_input_embeddings().weight.numel()
 
 
 def pretraining(bench: Bench) -> dict[str, Callable[[], Round]]:

@@ -21,7 +21,7 @@ from threefold.execution import job
 from threefold.fileio import read_json, read_lines
 from threefold.report import compare, lineage, page, summary
 from threefold.report.models import roles
-from threefold.report.run import configured, notices
+from threefold.report.run import Run, configured, notices
 from threefold.stages import STAGES
 
 CHAIN = [stage for stage in STAGES if stage != "frontier"]  # what a run has without more being asked for
@@ -105,6 +105,34 @@ def test_a_judge_that_took_part_in_training_is_named(reward, said):
     parts = {"evaluate": judge, "ppo": {f"ppo.reward.{key}": value for key, value in reward.items()}}
     run = types.SimpleNamespace(manifests={stage: {"parts": found} for stage, found in parts.items()})
     assert roles(run, "judge") == said
+
+
+@pytest.mark.parametrize(
+    ("changed", "end"),
+    [
+        ({}, "labelled by length; the gold judge is length, the same function."),
+        ({"comparisons.judge.args.cap": 50}, "labelled by length; the gold judge is length, another function."),
+        ({"comparisons.label_by": "people"}, "labelled by people; the gold judge is length."),
+        ({"data.preferences.format": "arena"}, "those of the data given; the gold judge is length."),
+    ],
+)
+def test_who_labelled_the_preferences_is_said_beside_the_gold_judge(changed, end):
+    judge = {"judge.function": "rewards.length:length", "judge.args.cap": 100}
+    parts = {stage: {f"{stage}.{key}": value for key, value in judge.items()} for stage in ("comparisons", "evaluate")}
+    parts["comparisons"] |= changed
+    manifests = {stage: {"parts": values} for stage, values in parts.items()}
+    run = Run("one", Path(), {"evaluate": {"judge": "length"}}, manifests)
+    labelled, reading = summary.legend(run)
+    assert labelled.endswith(end) and "95 % interval over prompts" in reading
+    assert summary.legend(Run("one", Path(), {}, manifests)) == []
+
+
+def test_runs_without_an_evaluation_are_not_compared_and_the_command_is_said():
+    whole, bare = Run("one", Path(), {"evaluate": {"judge": "length"}}, {}), Run("two", Path(), {}, {})
+    [line] = compare.preferred(whole, bare)
+    assert (
+        "run two has no evaluation, which threefold run target=evaluate run=two makes" in line and "run one" not in line
+    )
 
 
 def test_the_test_of_two_models_counts_either_way_round():
@@ -192,7 +220,13 @@ def drift(alarm):
         (0.3, 0.2, False, ("Alignment worked by the gold judge, vader.", "sees a rise"), True),
         (0.3, 0.2, True, ("Alignment worked by the gold judge, vader.",), False),
         (0.3, -0.2, False, ("Alignment worked by the gold judge, vader.", "sees a fall"), False),
-        (-0.3, 0.0, False, ("Alignment did not work: by the gold judge, vader, it made replies worse.",), False),
+        (
+            -0.3,
+            0.0,
+            False,
+            ("Alignment did not work: by the gold judge, vader, replies of DPO and PPO became worse.",),
+            False,
+        ),
         (0.0, 0.0, False, ("No effect of alignment is clear by the gold judge, vader.",), None),
     ],
 )
@@ -220,6 +254,30 @@ def test_the_report_opens_with_a_verdict(gain, second, alarm, words, good, runs)
     html, markdown = write(runs)
     assert html.index('id="verdict"') < html.index('id="summary"') and ("ALARM" in html) == alarm
     assert markdown.splitlines()[2].startswith(words[0]) and ("**ALARM" in markdown) == alarm
+
+
+@pytest.mark.parametrize(
+    ("sure", "words"),
+    [
+        (0.3, "Alignment worked by the gold judge, vader. Scores over SFT's 0.000: DPO +0."),
+        (
+            -0.3,
+            "Alignment did not work: by the gold judge, vader, replies of DPO became worse. "
+            "Scores over SFT's 0.000: PPO +0.500",
+        ),
+    ],
+)
+def test_the_verdict_is_of_what_is_clear_where_the_best_mean_is_not(sure, words, runs):
+    noise = np.random.default_rng(0)
+
+    def judge(row):
+        row["sft"]["gold"], row["dpo"]["gold"] = 0.0, sure + noise.normal(0, 0.01)
+
+    change_samples(runs, judge)
+    unclear = iter(np.resize([-9.0, 10.0], 16))  # a mean of 0.5
+    change_samples(runs, lambda row: row["ppo"].update(gold=next(unclear)))
+    change_metrics(runs, "evaluate", paired=[], dpo_drift=drift(False))
+    assert words in summary.verdict(run_of(runs)).sentences[0]
 
 
 def test_the_example_is_the_prompt_of_the_median_gain(runs):

@@ -186,7 +186,22 @@ def test_methods_are_tested_in_pairs_over_prompts_and_over_seeds(compared):
     assert test["p_holm"] >= test["p"] and test["seeds_p_holm"] >= test["seeds_p"]
     same = tests["ppo", "dpo", "second"]  # all scores are equal
     assert same["difference"] == 0 and same["p_holm"] == 1 and same["seeds_p"] is None
-    assert tests["ppo", "best_of_n", "gold"]["seeds"] == 3  # its one run is paired with each
+    beside_one = tests["ppo", "best_of_n", "gold"]  # its one run is paired with each, and says nothing over seeds
+    assert (beside_one["seeds"], beside_one["seeds_p"]) == (1, None)
+    assert beside_one["difference"] == pytest.approx(np.mean(ppo) - np.mean(0.44 + place))
+
+
+def test_runs_are_paired_by_the_seeds_that_both_have(monkeypatch):
+    def run(gain, **repetition):
+        return {"gain": gain, "repetition": {key.replace("_", "."): value for key, value in repetition.items()}}
+
+    monkeypatch.setattr(method_table, "scores", lambda _, run, *__: {str(i): run["gain"] + i / 9 for i in range(6)})
+    ppo = [run(2 * a + b, seed=a, ppo_seed=b) for a in (1, 2) for b in (1, 2)]
+    dpo = [run(a, seed=a) for a in (1, 2)]
+    test = method_table.compare(None, (ppo, "ppo"), (dpo, "dpo"), "gold")
+    assert test["seeds"] == 2 and test["seeds_difference"] == pytest.approx(3.0) == pytest.approx(test["difference"])
+    expected = stats.ttest_rel([3.5, 5.5], [1, 2])  # PPO's mean over its own seeds beside DPO's run of the same seed
+    assert test["seeds_p"] == pytest.approx(expected.pvalue)
 
 
 def test_every_number_of_every_run_is_in_the_long_form(compared):

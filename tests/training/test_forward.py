@@ -50,6 +50,17 @@ def test_loss_and_gradients_are_those_of_the_model(model_type, options, count, m
         assert error < 1e-5, f"{name}: {error}"
 
 
+def test_without_gradients_the_loss_is_the_same_and_no_gradient_is_computed(monkeypatch):
+    model, (ids, labels), sizes = tiny_policy(), batch(), []
+    expected, product = forward.loss(model, ids, labels), forward._product
+    monkeypatch.setattr(forward, "_product", lambda x, weight, *rest: sizes.append(1) or product(x, weight, *rest))
+    forward.loss(model, ids, labels)
+    trained = len(sizes)
+    with torch.no_grad():
+        assert torch.equal(forward.loss(model, ids, labels), expected)
+    assert len(sizes) - trained == trained - 1  # all but that of the output layer's gradient
+
+
 def test_where_onednn_is_missing_products_are_torchs(monkeypatch):
     model, (ids, labels) = tiny_policy(), batch()
     expected = forward.loss(model, ids, labels)

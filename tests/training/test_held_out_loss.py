@@ -86,7 +86,11 @@ def test_evaluations_are_spread_evenly_and_cost_little(tmp_path):
     rows = list(range(1000))
     for evaluations, trained, count in ((4, 1000, 37), (4, 100, 8), (1, 10_000, 256), (2, 1000, 75)):
         job = make_job("sft", tmp_path / f"{evaluations}-{trained}", f"runtime.evaluations={evaluations}")
-        assert hf_trainer.held_out_rows(job, rows, trained) == rows[:count]
+        before, drawn = torch.get_rng_state(), hf_trainer.held_out_rows(job, rows, trained)
+        assert len(set(drawn)) == count and drawn == sorted(drawn) != rows[:count]
+        assert hf_trainer.held_out_rows(job, rows, trained) == drawn and torch.equal(torch.get_rng_state(), before)
+        other = make_job("sft", tmp_path / f"{evaluations}-{trained}-2", f"runtime.evaluations={evaluations}", "seed=9")
+        assert hf_trainer.held_out_rows(other, rows, trained) != drawn
     assert hf_trainer.held_out_rows(make_job("sft", tmp_path / "0", "runtime.evaluations=0"), rows, 10) is None
 
 

@@ -127,6 +127,23 @@ def test_simpo_has_a_margin_and_no_reference(trainer_of):
     assert loss_of(trainer) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "count"), [(["dpo.loss_type=simpo", "dpo.simpo_gamma=0.7"], 0), (["seed=1"], 4)])
+def test_simpo_logs_no_rewards_against_its_margin(kind, count, trainer_of):
+    trainer, logs = trainer_of(tokenised(), *kind), {}
+    loss_of(trainer)
+    trainer.log(logs)
+    assert sum("rewards/" in name for name in logs) == count and "logps/chosen" in " ".join(logs)
+
+
+def test_mismatched_replies_are_to_other_prompts():
+    rows = [
+        {"prompt_ids": [prompt], "completion_ids": [reply]} for reply, prompt in enumerate([1, 1, 2, 2, 3, 3, 3, 3])
+    ]
+    assert [row["KL_completion_ids"] for row in dpo.with_mismatched(rows, 4)] == [
+        [3], [3], [1], [1], [7], [4], [5], [6],  # the second step has one prompt alone
+    ]  # fmt: skip
+
+
 def test_ld_alpha_weighs_the_tokens_by_which_a_reply_is_longer(trainer_of):
     trainer = trainer_of(tokenised(), "dpo.ld_alpha=0.4")
     model, reference = in_double(trainer.model), tiny_policy().double()
