@@ -59,6 +59,7 @@ def compose_run(typed: Sequence[str], varied: Iterable[str] = (), reads: bool = 
     so a run that is named must be there. Raises `UserError` for another experiment, data or model than the run's
     without takeover=true, for a run that is not there, and as `compose` does.
     """
+    _require_one_value(typed)
     place, named = _named(typed)
     if place is None:  # the name depends on the configuration
         config = compose(list(typed))
@@ -84,6 +85,16 @@ def compose_run(typed: Sequence[str], varied: Iterable[str] = (), reads: bool = 
     if stored and (line := _difference(stored, _untouched(kept, typed), typed, reads)):
         print(public(f"run {run}{line}"), file=sys.stderr)
     return config, full
+
+
+def _require_one_value(typed: Sequence[str]) -> None:
+    """Refuse several values for a key, with the command that makes a run for each."""
+    try:
+        for text in typed:
+            texts.as_typed(text)
+    except texts.SeveralValuesError as error:
+        command = f"threefold sweep {texts.as_arguments(typed)}"
+        raise UserError(f"{error}; a run for each is made by: {command}") from error
 
 
 def keep(config: DictConfig, overrides: list[str]) -> None:
@@ -303,8 +314,9 @@ def _place(base: Path, written: Any) -> str:
 
 
 def _explained(error: UserError, kept: list[str], folder: Path) -> UserError:
-    """An error about something that is stored, with where it is stored."""
-    if not any(key_of(text) in str(error) for text in kept):
+    """An error that begins with a key that is stored, with where it is stored."""
+    named = re.match(r"[\w.@/]+", str(error))
+    if not named or named[0] not in map(key_of, kept):
         return error
     return UserError(f"{error} (from {folder / 'choices.json'}, what this run was told; give another value)")
 

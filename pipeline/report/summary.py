@@ -151,7 +151,10 @@ def reward_model(run: Run) -> list[str]:
     passed = f"fails its gate: {'; '.join(failed)}" if failed else "passes every limit of its gate"
     right, *compared = checkup.verdict(metrics, run.config.reward.gate)[max(1, len(failed)) :][:3]
     sentences = [f"The reward model {passed}. It is {right[0].lower()}{right[1:]} {' '.join(compared)}"]
-    if failed and run.manifests.get("ppo", {}).get("parts", {}).get("ppo.ignore_gate"):
+    parts = run.manifests.get("ppo", {}).get("parts", {})
+    of_parts = [parts[key] for key in parts if key.startswith("ppo.reward.parts.") and key.endswith(".function")]
+    functions = of_parts or [parts.get("ppo.reward.function")]
+    if failed and parts.get("ppo.ignore_gate") and any(name is None or "learned" in name for name in functions):
         sentences.append("PPO used that reward model all the same, as ppo.ignore_gate=true asks.")
     return sentences
 
