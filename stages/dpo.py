@@ -36,11 +36,8 @@ def run(job: Job) -> dict[str, Any]:
             "leave DPO out"
         )
     data, unit = (replies_of(train), "replies") if of_labels else (train, "pairs")
-    usual, beta = BETAS[config.loss_type], beta_of(config)
-    if not usual / 10 < beta < usual * 10:
-        job.say(
-            f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes"
-        )
+    if line := unusual_beta(config):
+        job.say(line)
     model = loading.load_policy(start)
     hf_trainer.require_whole_batch(job, len(data.rows), config.batch_size)
     batch_size = hf_trainer.rows_of_a_batch(config.batch_size, len(data.rows))
@@ -67,6 +64,14 @@ def run(job: Job) -> dict[str, Any]:
 def beta_of(config: Any) -> float:
     """β, which is the usual one of the loss where it is null."""
     return BETAS[config.loss_type] if config.beta is None else config.beta
+
+
+def unusual_beta(config: Any) -> str:
+    """A line on a β that is ten times the usual one of the loss or more, or a tenth or less; empty for others."""
+    usual, beta = BETAS[config.loss_type], beta_of(config)
+    if usual / 10 < beta < usual * 10:
+        return ""
+    return f"dpo.beta={beta:g}: dpo.loss_type={config.loss_type} is used with {usual:g}, which dpo.beta=null takes"
 
 
 def measure(job: Job, start: Path, tokenizer: Any, test: TokenisedPairs) -> dict[str, Any]:

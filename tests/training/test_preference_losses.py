@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ def test_simpo_logs_no_rewards_against_its_margin(kind, count, trainer_of):
     loss_of(trainer)
     trainer.log(logs)
     assert sum("rewards/" in name for name in logs) == count and "logps/chosen" in " ".join(logs)
+
+
+def test_the_beta_of_another_loss_is_said():
+    betas = {kind: SimpleNamespace(loss_type=kind, beta=0.1) for kind in BETAS}
+    assert {kind for kind, config in betas.items() if dpo.unusual_beta(config)} == {
+        "robust", "nca_pair", "bco_pair", "sppo_hard", "sigmoid_norm", "simpo",
+    }  # fmt: skip
+    assert not any(dpo.unusual_beta(SimpleNamespace(loss_type=kind, beta=None)) for kind in BETAS)
 
 
 def test_mismatched_replies_are_to_other_prompts():
