@@ -184,13 +184,16 @@ def test_sft_is_a_mean_over_the_tokens_of_an_optimiser_step_however_it_is_split(
 
 
 def plain_kto(kind: str, model, reference, rows, good: float, bad: float) -> tuple[float, float]:
-    """KTO's loss (Ethayarajh et al. 2024, eq. 7 and 8) and its KL: replies are answered to the prompt that follows."""
+    """KTO's loss (Ethayarajh et al. 2024, eq. 7 and 8) and its KL: the last reply to a prompt answers the next prompt.
+
+    Each prompt has two rows, one after the other.
+    """
 
     def change(prompt: list[int], reply: list[int]) -> float:
         return (plain_logprobs(model, prompt, reply).sum() - plain_logprobs(reference, prompt, reply).sum()).item()
 
     matched = [change(row["prompt_ids"], row["completion_ids"]) for row in rows]
-    shifted = [change(row["prompt_ids"], rows[i - 1]["completion_ids"]) for i, row in enumerate(rows)]
+    shifted = [change(row["prompt_ids"], rows[i - i % 2 - 1]["completion_ids"]) for i, row in enumerate(rows)]
     kl = max(0.0, sum(shifted) / len(rows)) if kind == "kto" else 0.0
     signs = [1 if row["label"] else -1 for row in rows]
     losses = [
